@@ -1,0 +1,1 @@
+"""The recipe of the embedded demo model: `corpus` (text), `pretraining` (model), `evaluation` (scores)."""

@@ -1,0 +1,124 @@
+"""What happens on a client, whatever carried the message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fedpeft.core.errors import ClientError, FedpeftError
+from fedpeft.core.exchange import ClientEnv, Exchange, Meter, Method, Model, Record
+from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.rng import Rng
+from fedpeft.core.tree import Params
+
+Protocol = Mapping[str, Exchange]
+
+
+def protocol(method: Method, *further: Exchange) -> dict[str, Exchange]:
+    """A client's own view of the exchanges: what it can be asked to do, by name. No code is named on the wire."""
+    return {e.name: e for e in (*method.setup(), *method.round(), *further)}
+
+
+class Job:
+    """One client's work on one exchange: runs until it wants a Fit, and goes on when it gets the Fitted.
+
+    Attributes:
+        fit: the Fit that the work waits for, or None.
+        result: (up, memory) when the work is done.
+        error: what the work raised; the client is lost.
+    """
+
+    def __init__(self, exchange: Exchange, down: Record, memory: Record, env: ClientEnv) -> None:
+        self.env = env
+        self.fit: Fit | None = None
+        self.result: tuple[Record, Record] | None = None
+        self.error: Exception | None = None
+        self._work: Generator[Fit, Fitted, tuple[Record, Record]] | None = None
+        try:
+            work = exchange.work(down, memory, env)
+        except Exception as error:
+            self.error = error
+            return
+        if isinstance(work, Generator):
+            self._work = work
+            self._advance(lambda: next(work))
+        else:
+            self.result = work
+
+    def resume(self, fitted: Fitted | Exception) -> None:
+        """Give the work what it waits for, or throw what went wrong into it."""
+        work = self._work
+        assert work is not None and self.fit is not None, "resume needs a job that waits for a Fitted"
+        if isinstance(fitted, Exception):
+            error = fitted
+            self._advance(lambda: work.throw(error))
+        else:
+            given = fitted
+            self.env.meter.add(given)
+            self._advance(lambda: work.send(given))
+
+    def _advance(self, step: Callable[[], Fit]) -> None:
+        self.fit = None
+        try:
+            self.fit = step()
+        except StopIteration as stop:
+            self.result = stop.value
+        except Exception as error:
+            self.error = error
+
+
+def run_jobs(jobs: Sequence[Job], model: Model) -> None:
+    """Run all jobs to their end; each wave of Fits that they wait for is one `fit_many`."""
+    while waiting := [job for job in jobs if job.fit is not None]:
+        fits = [job.fit for job in waiting if job.fit is not None]
+        for job, fitted in zip(waiting, model.fit_many(fits), strict=True):
+            job.resume(fitted)
+
+
+def reason(error: Exception) -> str:
+    """One line for the record of the run: fedpeft's own messages as they are, others with their type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FedpeftError) else f"{type(error).__name__}: {text}"
+
+
+class Metered:
+    """A model that counts the forward passes which a client's work makes directly."""
+
+    def __init__(self, model: Model, meter: Meter) -> None:
+        self._model = model
+        self._meter = meter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
+        """See `Model.logits`."""
+        self._count(data, rows)
+        return self._model.logits(params, data, rows)
+
+    def score(self, params: Params, data: Data) -> dict[str, Tensor]:
+        """See `Model.score`."""
+        self._count(data, None)
+        return self._model.score(params, data)
+
+    def _count(self, data: Data, rows: Sequence[int] | None) -> None:
+        lengths = getattr(data, "lengths", None)
+        if lengths is not None:
+            used = lengths if rows is None else [lengths[i] for i in rows]
+            self._meter.forward_tokens += int(sum(used))
+            self._meter.forward_pairs += int(sum(int(n) ** 2 for n in used))
+
+
+def answer(work: Exchange, down: Record, memory: Record, env: ClientEnv) -> tuple[Record, Record]:
+    """The whole of one client's work, alone: (up, memory). Raises ClientError with the reason it failed."""
+    job = Job(work, down, memory, env)
+    run_jobs([job], env.model)
+    if job.error is not None:
+        raise ClientError(reason(job.error)) from job.error
+    assert job.result is not None
+    return job.result
+
+
+__all__ = ["Job", "Metered", "Protocol", "Rng", "answer", "protocol", "reason", "run_jobs"]

@@ -1,0 +1,79 @@
+"""Every error that fedpeft raises on purpose.
+
+    FedpeftError
+    ├── RequestError          the request is wrong or cannot be met: exit code 2
+    │   ├── ConfigError       one or more problems of a configuration, all at once
+    │   ├── DataError         a data set, a column, a label, a partition
+    │   ├── ModelError        a model that does not exist or cannot do what is asked
+    │   └── FitError          a Fit that names what the model does not have
+    └── RunError              a run that was right to start and failed: exit code 1
+        ├── QuorumError       too few answers, three times
+        ├── StoreError        a run folder that cannot be read or written
+        ├── RecordError       bytes or values that are not the record that was expected
+        └── ClientError       the work of one client failed; that client is lost, the round goes on
+            └── DivergedError its loss or its parameters are not finite
+
+A message says what is wrong, the value, and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FedpeftError(Exception):
+    """Base of all errors that fedpeft raises on purpose."""
+
+
+class RequestError(FedpeftError):
+    """The request is wrong or cannot be met; the message says what to change."""
+
+
+class ConfigError(RequestError):
+    """One or more problems of a configuration, reported together.
+
+    Args:
+        problems: one sentence each: key, value, remedy.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        n = len(self.problems)
+        head = "1 problem" if n == 1 else f"{n} problems"
+        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+class DataError(RequestError):
+    """A data set, a column, a label or a partition is not usable."""
+
+
+class ModelError(RequestError):
+    """A model does not exist, or cannot do what is asked of it."""
+
+
+class FitError(RequestError):
+    """A Fit names parameters, rows or settings that the model does not have."""
+
+
+class RunError(FedpeftError):
+    """A run that was right to start has failed."""
+
+
+class QuorumError(RunError):
+    """Too few clients answered an exchange, in the first attempt and in each repetition."""
+
+
+class StoreError(RunError):
+    """A run folder cannot be read or written."""
+
+
+class RecordError(RunError):
+    """Bytes or values are not the record that was expected."""
+
+
+class ClientError(RunError):
+    """The work of one client failed; the client is lost, the round goes on."""
+
+
+class DivergedError(ClientError):
+    """A client's loss or parameters are no longer finite."""

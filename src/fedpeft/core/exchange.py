@@ -1,0 +1,284 @@
+"""The one idea: a federated method is a list of exchanges.
+
+The server *picks* clients, *sends* each a record, each does *work* on it with its own memory, and the server *folds*
+the answers into its state. State, memory and messages are frozen dataclasses (records) of the method's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+from torch import Tensor
+
+from fedpeft.core import tree
+from fedpeft.core.adapter import AdapterSpec
+from fedpeft.core.errors import RecordError
+from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.rng import Rng, rng_for
+from fedpeft.core.tree import Params
+
+ClientId: TypeAlias = str
+Record: TypeAlias = Any  # a frozen dataclass that `records.encode` can write
+Work: TypeAlias = "tuple[Record, Record] | Generator[Fit, Fitted, tuple[Record, Record]]"
+
+
+# --- common records ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The empty record: a method without client memory, a question without content."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters that travel from the server to a client."""
+
+    params: Params
+
+
+@dataclass(frozen=True)
+class Update:
+    """The common reply: a client's parameters, how many examples it has, its mean training loss."""
+
+    params: Params
+    examples: int
+    loss: float
+
+
+# --- what a method is made of -----------------------------------------------------------------------------------
+
+
+class Model(Protocol):
+    """A frozen base with an adapter bound to it; see `models/hf.py` for transformers, `tests/toy.py` for a toy."""
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The adapter that `init` draws."""
+        ...
+
+    def init(self, rng: Rng) -> dict[str, Tensor]:
+        """Fresh adapter parameters; a new adapter leaves the base's outputs unchanged wherever its kind allows."""
+        ...
+
+    def check(self, fit: Fit) -> None:
+        """Raise FitError, naming value and remedy, unless the fit can be run."""
+        ...
+
+    def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
+        """Train every fit, together where possible; a failed fit gives its exception and leaves the others alone."""
+        ...
+
+    def fit(self, fit: Fit) -> Fitted:
+        """Train one fit; raises what went wrong."""
+        ...
+
+    def logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
+        """Predictions before the softmax, (rows, classes), without gradient; params None: the base alone."""
+        ...
+
+    def score(self, params: Params, data: Data) -> dict[str, Tensor]:
+        """Sums that pool over clients by addition and from which every metric follows (`confusion`, `loss`, `n`)."""
+        ...
+
+
+@dataclass
+class Meter:
+    """What one client's work cost, counted while it ran."""
+
+    steps: int = 0
+    examples: int = 0
+    trained_tokens: int = 0  # forward and backward
+    trained_pairs: int = 0  # sum of squared lengths of the same rows
+    forward_tokens: int = 0  # forward alone
+    forward_pairs: int = 0
+
+    def add(self, fitted: Fitted) -> None:
+        """Count one finished Fit."""
+        self.steps += fitted.steps
+        self.examples += fitted.examples
+        self.trained_tokens += fitted.tokens
+        self.trained_pairs += fitted.pairs
+
+
+@dataclass(frozen=True)
+class ServerEnv:
+    """What the server's functions may use besides their arguments. Rounds count from 1; 0 is the set-up."""
+
+    model: Model
+    clients: Sequence[ClientId]
+    seed: int
+    rounds: int
+    round: int = 0
+    exchange: str = ""
+    attempt: int = 0
+    cohort: Sequence[ClientId] = ()  # who was asked, in cohort order; fewer may have answered
+    resources: Mapping[ClientId, Any] = field(default_factory=dict)  # device profile per client
+
+    def rng(self, purpose: str) -> Rng:
+        """A generator of this place; see `rng_for`."""
+        return rng_for(self.seed, purpose, self.exchange, self.round, "", self.attempt)
+
+    def initial(self) -> dict[str, Tensor]:
+        """P0: the same fresh adapter that every client's `initial` gives."""
+        return self.model.init(rng_for(self.seed, "adapter"))
+
+
+@dataclass(frozen=True)
+class ClientEnv:
+    """What a client's work may use besides its arguments."""
+
+    client: ClientId
+    model: Model
+    splits: Mapping[str, Data]  # "train", and where the client has them "validation" and "test"
+    seed: int
+    rounds: int
+    round: int = 0
+    exchange: str = ""
+    attempt: int = 0
+    resources: Any = None  # this client's device profile
+    meter: Meter = field(default_factory=Meter)
+
+    @property
+    def data(self) -> Data:
+        """The training examples."""
+        return self.splits["train"]
+
+    def rng(self, purpose: str) -> Rng:
+        """A generator of this place; see `rng_for`."""
+        return rng_for(self.seed, purpose, self.exchange, self.round, self.client, self.attempt)
+
+    def seed_for(self, purpose: str) -> int:
+        """A 63-bit seed of this place, for `Fit.seed`."""
+        return int(self.rng(purpose).integers(1 << 63))
+
+    def initial(self) -> dict[str, Tensor]:
+        """P0: the same fresh adapter that the server's `initial` gives; it needs no traffic."""
+        return self.model.init(rng_for(self.seed, "adapter"))
+
+
+def matching(down: Record, up: Record) -> None:
+    """The usual check of an answer: params must have the layout of the params of the same field that were sent."""
+    for name, sent in vars(down).items():
+        got = vars(up).get(name)
+        if isinstance(sent, Mapping) and isinstance(got, Mapping):
+            tree.same_layout(sent, got)
+    examples = getattr(up, "examples", 1)
+    if examples < 0:
+        raise RecordError(f"an answer counts {examples} examples; the count cannot be negative")
+
+
+def anything(down: Record, up: Record) -> None:
+    """No check beyond the record's own types and finiteness."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One step of a federated algorithm: pick, send, work, fold."""
+
+    name: str
+    down: type[Record]  # what the server sends
+    up: type[Record]  # what a client answers
+    pick: Callable[[Any, Sequence[ClientId], Rng], Sequence[ClientId]]
+    send: Callable[[Any, ClientId], Record]
+    work: Callable[[Any, Any, ClientEnv], Work]  # (down, memory, env) -> (up, memory)
+    fold: Callable[[Any, Mapping[ClientId, Any], ServerEnv], Any]
+    accept: Callable[[Any, Any], None] = matching  # (down, up): raises RecordError where the answer does not fit
+
+
+class Method(Protocol):
+    """A federated algorithm. Its hyper-parameters are its fields (plain data); its functions are pure.
+
+    A method is a frozen dataclass in a module of its own that ends with `METHOD = ThatClass`. Functions that it does
+    not define are taken from `core.method` (see there).
+    """
+
+    state: ClassVar[type[Record]]
+    memory: ClassVar[type[Record]]
+
+    def adapter(self) -> AdapterSpec:
+        """The adapter that the method trains unless the configuration names another."""
+        ...
+
+    def accepts(self, spec: AdapterSpec) -> str | None:
+        """None where the method can train this adapter, else a sentence that says why not and what to use."""
+        ...
+
+    def init(self, env: ServerEnv) -> Record:
+        """The server's state before anything was exchanged."""
+        ...
+
+    def init_client(self, env: ClientEnv) -> Record:
+        """A client's memory before it ever took part."""
+        ...
+
+    def setup(self) -> Sequence[Exchange]:
+        """The exchanges made once, before round 1."""
+        ...
+
+    def round(self) -> Sequence[Exchange]:
+        """The exchanges of every round."""
+        ...
+
+    def result(self, state: Any) -> Params:
+        """The global model: evaluated, saved, served."""
+        ...
+
+    def personal(self, params: Params, memory: Any) -> Params:
+        """A client's own model, from the global params and its memory."""
+        ...
+
+
+# --- how records travel -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One exchange being made: its place in the run, and which version of its memory each client is to use."""
+
+    exchange: Exchange
+    number: int  # of this exchange in the run, from 0
+    round: int
+    rounds: int
+    attempt: int = 0
+    versions: Mapping[ClientId, int] = field(default_factory=dict)  # newest committed memory; absent: none yet
+
+    @property
+    def version(self) -> int:
+        """The version number of memories that this call stages; unique and growing within a run."""
+        return self.number * 16 + self.attempt + 1
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one client's part of an exchange cost, and why its answer was not used, if it was not."""
+
+    client: ClientId
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0  # measured here
+    simulated_seconds: float = 0.0  # on the client's device profile
+    meter: Meter = field(default_factory=Meter)
+    lost: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came back: valid answers by client, and a receipt for everybody who was asked."""
+
+    ups: Mapping[ClientId, Record]
+    receipts: tuple[Receipt, ...] = ()
+
+
+class Transport(Protocol):
+    """How records travel. An engine is a Transport, and engines differ in nothing else."""
+
+    def clients(self) -> Sequence[ClientId]:
+        """Stable ids of all clients that exist, sorted."""
+        ...
+
+    def exchange(self, call: Call, downs: Mapping[ClientId, Record]) -> Answers:
+        """Carry each record to its client, let it work, and bring back the answers that came and were valid."""
+        ...

@@ -1,0 +1,123 @@
+"""Ordinary local training, described as data.
+
+A method's `work` yields a `Fit` and receives a `Fitted`; because a Fit is data, the engine may run one client alone
+or a whole cohort in one pass of the shared base (`Model.fit_many`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from fedpeft.core.rng import Rng
+from fedpeft.core.tree import Params
+
+Rate: TypeAlias = float | tuple[float, ...]
+Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101), bias-corrected."""
+
+    lr: Rate = 1e-3  # a tuple gives one rate per step
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent as in torch: b <- momentum b + (g + weight_decay w); w <- w - lr b."""
+
+    lr: Rate = 1e-1  # a tuple gives one rate per step
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+Optimizer: TypeAlias = AdamW | SGD
+
+
+@dataclass(frozen=True)
+class Prox:
+    """A pull towards a centre: (mu / 2) ||w - center||²; center None means the parameters that the Fit starts from."""
+
+    mu: float
+    center: Params | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The state of an optimizer: AdamW fills all three, SGD with momentum `step` and `first`."""
+
+    step: int = 0
+    first: Params = field(default_factory=dict)
+    second: Params = field(default_factory=dict)
+
+
+class Data(Protocol):
+    """The examples of one client, already tokenised; a model knows how to collate them."""
+
+    def __len__(self) -> int: ...
+
+    def epochs(self, epochs: int, batch_size: int, rng: Rng) -> Sequence[Sequence[int]]:
+        """Row indices: each epoch a fresh permutation, cut into batches; the last batch may be short."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Local training of one client, completely.
+
+    Order within a step: loss, penalty and prox gradients, then mask, then clip, then drift, then optimizer and decay,
+    then mask of the update.
+    """
+
+    params: Params  # where training starts; all of them are applied in the forward pass
+    data: Data
+    batches: Sequence[Sequence[int]]  # rows of data, one batch per step, in the order to be used
+    optimizer: Optimizer
+    train: frozenset[str] | None = None  # names that change (None: all); the rest is applied, frozen
+    also: tuple[Params, ...] = ()  # further adapters or base deltas, applied, frozen
+    base: str = ""  # precision of the base; "" is the model's own
+    clip: float | None = None  # bound on the gradient's norm, over all trained parameters of this client
+    mask: Params | None = None  # 1 where a number may change, 0 where neither gradient nor update reaches it
+    drift: Params | None = None  # added to the clipped gradient at every step
+    prox: Prox | None = None
+    penalty: Penalty | None = None  # stacked params, each (clients, ...) -> (clients,), added to the loss
+    moments: Moments | None = None  # optimizer state to start from; None: zeros
+    rates: Mapping[str, float] = field(default_factory=dict)  # learning rate by name prefix, instead of the optimizer's
+    seed: int = 0  # of the dropout noise
+    dropout: float = 0.0  # probability; 0: the model is deterministic
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return len(self.batches)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names that change, sorted."""
+        return tuple(sorted(self.params if self.train is None else self.train))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What local training gave."""
+
+    params: dict[str, Tensor]  # all names of Fit.params; frozen ones unchanged
+    losses: tuple[float, ...]  # task loss per step, before the update, without penalty and prox
+    steps: int
+    examples: int  # rows used, repeats counted
+    moments: Moments
+    tokens: int = 0  # real tokens that went through the model, padding not counted
+    pairs: int = 0  # sum of squared lengths: what attention costs
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over the steps; 0 where there was no step."""
+        return math.fsum(self.losses) / len(self.losses) if self.losses else 0.0

@@ -1,0 +1,134 @@
+"""Arithmetic on named tensors (`Params`): pure functions, float64 inside where sums are long."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedpeft.core.errors import RecordError
+
+Params: TypeAlias = Mapping[str, Tensor]
+
+_BLOCK = re.compile(r"^(?:\w+\.)*?block\.(\d+)\.")
+
+
+def block_of(name: str) -> int | None:
+    """The transformer block that a parameter belongs to (`block.3.query.A` → 3), or None (`head.weight`)."""
+    found = _BLOCK.match(name)
+    return int(found.group(1)) if found else None
+
+
+def mean(parts: Iterable[tuple[Params, float]]) -> dict[str, Tensor]:
+    """The weighted mean of params, summed in float64 in the order given, returned in the first part's dtypes.
+
+    Args:
+        parts: pairs of params (equal names and shapes) and weight (not negative, not all zero).
+
+    Raises:
+        RecordError: no part at all, weights that sum to zero, or parts whose names or shapes differ.
+    """
+    total: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    weights = 0.0
+    for params, weight in parts:
+        if not total:
+            dtypes = {name: t.dtype for name, t in params.items()}
+            total = {name: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for name, t in params.items()}
+        same_layout(total, params)
+        for name, t in params.items():
+            total[name].add_(t.to(torch.float64), alpha=weight)
+        weights += weight
+    if not weights > 0:
+        raise RecordError(f"a mean needs at least one part with a positive weight; the weights sum to {weights}")
+    return {name: (t / weights).to(dtypes[name]) for name, t in total.items()}
+
+
+def same_layout(a: Params, b: Params) -> None:
+    """Raise RecordError, naming the first difference, unless both have equal names and shapes."""
+    if a.keys() != b.keys():
+        odd = sorted(a.keys() ^ b.keys())
+        raise RecordError(f"params differ in {len(odd)} names, first: {odd[0]!r}")
+    for name, t in a.items():
+        if t.shape != b[name].shape:
+            raise RecordError(f"{name!r} has shape {tuple(b[name].shape)} where {tuple(t.shape)} was expected")
+
+
+def map2(f: Callable[[Tensor, Tensor], Tensor], a: Params, b: Params) -> dict[str, Tensor]:
+    """f applied name by name to params of equal layout."""
+    same_layout(a, b)
+    return {name: f(t, b[name]) for name, t in a.items()}
+
+
+def add(a: Params, b: Params) -> dict[str, Tensor]:
+    """a + b."""
+    return map2(torch.add, a, b)
+
+
+def sub(a: Params, b: Params) -> dict[str, Tensor]:
+    """a - b."""
+    return map2(torch.sub, a, b)
+
+
+def axpy(alpha: float, x: Params, y: Params) -> dict[str, Tensor]:
+    """alpha * x + y."""
+    return map2(lambda s, t: torch.add(t, s, alpha=alpha), x, y)
+
+
+def scale(a: Params, factor: float) -> dict[str, Tensor]:
+    """factor * a."""
+    return {name: t * factor for name, t in a.items()}
+
+
+def zeros_like(a: Params) -> dict[str, Tensor]:
+    """Zeros in the shapes and dtypes of a."""
+    return {name: torch.zeros_like(t) for name, t in a.items()}
+
+
+def overlay(*layers: Params) -> dict[str, Tensor]:
+    """All names of all layers; a later layer wins."""
+    merged: dict[str, Tensor] = {}
+    for layer in layers:
+        merged.update(layer)
+    return merged
+
+
+def select(a: Params, keep: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The params whose name passes."""
+    return {name: t for name, t in a.items() if keep(name)}
+
+
+def dot(a: Params, b: Params) -> float:
+    """The inner product over all tensors, in float64."""
+    same_layout(a, b)
+    return math.fsum(float(torch.dot(t.double().flatten(), b[name].double().flatten())) for name, t in a.items())
+
+
+def norm(a: Params) -> float:
+    """The Euclidean norm over all tensors, in float64."""
+    return math.sqrt(dot(a, a))
+
+
+def count(a: Params) -> int:
+    """How many numbers the params hold."""
+    return sum(t.numel() for t in a.values())
+
+
+def raw_bytes(t: Tensor) -> bytes:
+    """The tensor's numbers as little-endian bytes, bfloat16 included."""
+    flat = t.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def sha256(a: Params) -> str:
+    """SHA-256 over sorted names and raw little-endian bytes: equal hash, equal bits."""
+    digest = hashlib.sha256()
+    for name in sorted(a):
+        digest.update(name.encode() + b"\0")
+        digest.update(raw_bytes(a[name]))
+    return digest.hexdigest()
