@@ -132,19 +132,20 @@ class Windows:
         self.odds = sizes / sizes.sum()
 
     def draw(self, n_pairs: int) -> tuple[Tensor, Tensor]:
-        """Token ids (2 n_pairs, longest + 2) with row i and row n_pairs + i adjacent, and their attention mask."""
-        recipe, rng = self.recipe, self.rng
-        ids = np.full((2 * n_pairs, recipe.longest + 2), PAD, dtype=np.int64)
-        for row, which in enumerate(rng.choice(len(self.documents), size=n_pairs, p=self.odds)):
+        """Token ids (2 n_pairs, length + 2) with row i and row n_pairs + i adjacent, and their attention mask.
+
+        All windows of one draw have the same random length, so nothing is padded.
+        """
+        length = int(self.rng.integers(self.recipe.shortest, self.recipe.longest + 1))
+        ids = np.empty((2 * n_pairs, length + 2), dtype=np.int64)
+        ids[:, 0], ids[:, -1] = CLS, SEP
+        for row, which in enumerate(self.rng.choice(len(self.documents), size=n_pairs, p=self.odds)):
             document = self.documents[which]
-            first, second = rng.integers(recipe.shortest, recipe.longest + 1, size=2)
-            start = rng.integers(0, len(document) - first - second + 1)
-            for place, begin, length in ((row, start, first), (n_pairs + row, start + first, second)):
-                ids[place, 0] = CLS
-                ids[place, 1 : 1 + length] = document[begin : begin + length]
-                ids[place, 1 + length] = SEP
+            start = self.rng.integers(0, len(document) - 2 * length + 1)
+            ids[row, 1:-1] = document[start : start + length]
+            ids[n_pairs + row, 1:-1] = document[start + length : start + 2 * length]
         tensor = torch.from_numpy(ids)
-        return tensor, (tensor != PAD).long()
+        return tensor, torch.ones_like(tensor)
 
 
 def mask_tokens(ids: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:

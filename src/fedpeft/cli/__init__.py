@@ -1,0 +1,74 @@
+"""The command line: `fedpeft VERB`. Everything heavy is imported inside the verbs, so that help comes at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fedpeft.cli.check import check
+from fedpeft.cli.compare import compare
+from fedpeft.cli.demo import demo
+from fedpeft.cli.evaluate import evaluate
+from fedpeft.cli.exits import exit_codes
+from fedpeft.cli.export import export
+from fedpeft.cli.listing import list_things
+from fedpeft.cli.predict import predict
+from fedpeft.cli.report import report
+from fedpeft.cli.resume import resume
+from fedpeft.cli.run import run
+
+
+class Verbs(TyperGroup):
+    """The verbs, with fedpeft's errors turned into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; see `exits.exit_codes`."""
+        with exit_codes():
+            return super().invoke(ctx)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The verbs in the order in which they are met."""
+        return list(self.commands)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated parameter-efficient fine-tuning of language models.",
+    epilog="Exit codes: 0 done; 2 the request is wrong or cannot be met; 1 the run failed; 130 interrupted.",
+)
+for _verb in (demo, run, resume, compare, evaluate, predict, report, export, check):
+    app.command(_verb.__name__)(_verb)
+app.command("list")(list_things)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedpeft import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Federated parameter-efficient fine-tuning of language models."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an orderly stop, as from the keyboard
+    app(args=sys.argv[1:] if arguments is None else list(arguments), prog_name="fedpeft")

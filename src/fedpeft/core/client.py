@@ -45,7 +45,7 @@ class Job:
             self._work = work
             self._advance(lambda: next(work))
         else:
-            self.result = work
+            self._finish(work)
 
     def resume(self, fitted: Fitted | Exception) -> None:
         """Give the work what it waits for, or throw what went wrong into it."""
@@ -59,14 +59,25 @@ class Job:
             self.env.meter.add(given)
             self._advance(lambda: work.send(given))
 
-    def _advance(self, step: Callable[[], Fit]) -> None:
+    def _advance(self, step: Callable[[], object]) -> None:
         self.fit = None
         try:
-            self.fit = step()
+            fit = step()
         except StopIteration as stop:
-            self.result = stop.value
+            self._finish(stop.value)
         except Exception as error:
             self.error = error
+        else:
+            if isinstance(fit, Fit):
+                self.fit = fit
+            else:
+                self.error = ClientError(f"the work yielded a {type(fit).__name__} where a Fit was expected")
+
+    def _finish(self, result: object) -> None:
+        if isinstance(result, tuple) and len(result) == 2:
+            self.result = result
+        else:
+            self.error = ClientError(f"the work gave a {type(result).__name__} where (up, memory) was expected")
 
 
 def run_jobs(jobs: Sequence[Job], model: Model) -> None:

@@ -262,6 +262,7 @@ class Receipt:
     simulated_seconds: float = 0.0  # on the client's device profile
     meter: Meter = field(default_factory=Meter)
     lost: str | None = None
+    staged: bool = False  # a new memory waits under the call's version
 
 
 @dataclass(frozen=True)

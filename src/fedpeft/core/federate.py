@@ -107,7 +107,7 @@ def federate(
             raise QuorumError(_too_few(exchange.name, round, quorum, cohort, answers))
         if answered:
             state = exchange.fold(state, Ordered(answered, answers.ups), replace(env, cohort=cohort))
-            versions.update((c, call.version) for c in answered)
+            versions.update((r.client, call.version) for r in answers.receipts if r.staged and r.client in answers.ups)
         yield Done(number + 1, round, exchange.name, last, state, dict(versions), cohort, answered, tuple(receipts))
 
 

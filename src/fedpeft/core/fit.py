@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
+from fedpeft.core import tree
+from fedpeft.core.errors import FitError, RecordError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 
@@ -121,3 +124,56 @@ class Fitted:
     def loss(self) -> float:
         """The mean loss over the steps; 0 where there was no step."""
         return math.fsum(self.losses) / len(self.losses) if self.losses else 0.0
+
+
+# --- validation -------------------------------------------------------------------------------------------------
+
+
+def check_fit(fit: Fit) -> None:
+    """Raise FitError unless the fit is consistent in itself; a model's own `check` comes after it."""
+    if not fit.params:
+        raise FitError("a Fit needs parameters; its params are empty")
+    unknown = set(fit.trained) - fit.params.keys()
+    if unknown:
+        raise FitError(f"Fit.train names {min(unknown)!r}, which is not among its params")
+    for batch in fit.batches:
+        if not len(batch):
+            raise FitError("a batch of a Fit has no rows; leave empty batches out")
+        low, high = min(batch), max(batch)
+        if low < 0 or high >= len(fit.data):
+            raise FitError(f"a batch names row {low if low < 0 else high}; the data has rows 0 to {len(fit.data) - 1}")
+    _check_rates(fit)
+    center = fit.prox.center if fit.prox else None
+    for title, params in (("mask", fit.mask), ("drift", fit.drift), ("prox.center", center)):
+        _check_part(title, params, fit)
+    if fit.moments is not None:
+        _check_part("moments.first", fit.moments.first, fit)
+        _check_part("moments.second", fit.moments.second, fit)
+    if fit.clip is not None and not fit.clip > 0:
+        raise FitError(f"Fit.clip is {fit.clip}; it must be positive, or None for no bound")
+    if not 0 <= fit.dropout < 1:
+        raise FitError(f"Fit.dropout is {fit.dropout}; it must lie in [0, 1)")
+    for name, t in fit.params.items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            raise FitError(f"{name!r} is not finite where training would start")
+
+
+def _check_rates(fit: Fit) -> None:
+    lr = fit.optimizer.lr
+    if isinstance(lr, tuple) and len(lr) != fit.steps:
+        raise FitError(f"the optimizer has {len(lr)} rates for {fit.steps} steps; give one rate per step or one number")
+    for rate in (*(lr if isinstance(lr, tuple) else (lr,)), *fit.rates.values()):
+        if not (math.isfinite(rate) and rate >= 0):
+            raise FitError(f"a learning rate is {rate}; it must be finite and not negative")
+    if fit.rates and isinstance(lr, float | int) and lr == 0:
+        raise FitError("Fit.rates needs an optimizer whose own rate is above 0")
+
+
+def _check_part(title: str, part: Params | None, fit: Fit) -> None:
+    for name, t in (part or {}).items():
+        if name not in fit.params:
+            raise FitError(f"Fit.{title} names {name!r}, which is not among its params")
+        try:
+            tree.same_layout({name: fit.params[name]}, {name: t})
+        except RecordError as error:
+            raise FitError(f"Fit.{title}: {error}") from None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.errors import ConfigError
 from fedpeft.core.exchange import ClientEnv, Exchange, Method, Nothing, Record
+from fedpeft.core.fit import SGD, AdamW, Fit, Optimizer
 from fedpeft.core.tree import Params
 
 M = TypeVar("M", bound=Method)
@@ -17,6 +20,7 @@ class Defaults:
     """The parts of `Method` that most papers do not mention: LoRA, no set-up, no client memory, no personal model."""
 
     memory: ClassVar[type[Record]] = Nothing
+    pooled: ClassVar[bool] = False  # True: the method runs on one client that holds everybody's rows
 
     def adapter(self) -> AdapterSpec:
         """LoRA of rank 8 on query and value."""
@@ -53,3 +57,117 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_frozen(v) for v in value)
     return value
+
+
+# --- ordinary local training, from a method's fields -------------------------------------------------------------
+
+
+class Replies(Protocol):
+    """What `mean_loss` reads of an answer."""
+
+    @property
+    def examples(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+
+class Schedule(Protocol):
+    """The fields that say how much a client trains in one round."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def steps(self) -> int | None: ...
+
+
+class Training(Schedule, Protocol):
+    """The fields that say how a client trains."""
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def head_lr(self) -> float | None: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def clip(self) -> float | None: ...
+
+
+def local_batches(method: Schedule, env: ClientEnv, purpose: str = "batches") -> Sequence[Sequence[int]]:
+    """The batches of one round: whole epochs, or exactly `method.steps` batches of as many epochs as that takes."""
+    rng = env.rng(purpose)
+    if method.steps is None:
+        return env.data.epochs(method.epochs, method.batch_size, rng)
+    per_epoch = max(1, math.ceil(len(env.data) / method.batch_size))
+    return env.data.epochs(math.ceil(method.steps / per_epoch), method.batch_size, rng)[: method.steps]
+
+
+def local_optimizer(name: str, method: Training) -> Optimizer:
+    """AdamW or SGD with the method's rate and decay."""
+    if name == "sgd":
+        return SGD(method.lr, weight_decay=method.weight_decay)
+    return AdamW(method.lr, weight_decay=method.weight_decay)
+
+
+def ordinary_fit(method: Training, params: Params, env: ClientEnv, **changes: Any) -> Fit:
+    """The Fit that a method's fields describe: its own rate for the head, the adapter's dropout, this place's seed.
+
+    Args:
+        method: where it has a field `optimizer` ("adamw" or "sgd") that is used, else AdamW.
+        params: where training starts.
+        changes: fields of Fit that replace the ordinary ones.
+    """
+    fields: dict[str, Any] = {
+        "optimizer": local_optimizer(getattr(method, "optimizer", "adamw"), method),
+        "clip": method.clip,
+        "rates": {} if method.head_lr is None else {"head.": method.head_lr},
+        "seed": env.seed_for("dropout"),
+        "dropout": getattr(env.model.spec, "dropout", 0.0),
+    }
+    if "batches" not in changes:
+        fields["batches"] = local_batches(method, env)
+    return Fit(params, env.data, **(fields | changes))
+
+
+def mean_loss(ups: Iterable[Replies]) -> float:
+    """The training loss of a cohort: each client's mean loss, weighted by its number of examples."""
+    pairs = [(up.loss, up.examples) for up in ups]
+    total = sum(n for _, n in pairs)
+    return math.fsum(loss * n for loss, n in pairs) / total if total else 0.0
+
+
+# --- ranges of fields --------------------------------------------------------------------------------------------
+
+AT_LEAST = {"cohort": 0, "epochs": 1, "batch_size": 1, "steps": 1, "weight_decay": 0}
+ABOVE = {"lr": 0, "head_lr": 0, "clip": 0}
+
+
+def check_ranges(
+    method: Any,
+    at_least: Mapping[str, float] | None = None,
+    above: Mapping[str, float] | None = None,
+    below: Mapping[str, float] | None = None,
+) -> None:
+    """Raise ConfigError, with all problems, unless the method's numbers are finite and within their bounds.
+
+    The bounds of the common fields (`AT_LEAST`, `ABOVE`) hold wherever a method has them; None passes.
+    """
+    rules = [(bounds, "at least", float.__ge__) for bounds in (AT_LEAST, at_least or {})]
+    rules += [(bounds, "above", float.__gt__) for bounds in (ABOVE, above or {})]
+    rules += [(below or {}, "below", float.__lt__)]
+    problems = []
+    for bounds, word, holds in rules:
+        for name, bound in bounds.items():
+            value = getattr(method, name, None)
+            if value is not None and not (math.isfinite(value) and holds(float(value), float(bound))):
+                problems.append(f"method.{name} is {value}; it must be finite and {word} {bound:g}")
+    if problems:
+        raise ConfigError(problems)

@@ -22,9 +22,7 @@ def key_for(seed: int, *place: str | int) -> int:
     return int.from_bytes(digest.digest()[:16], "little")
 
 
-def rng_for(
-    seed: int, purpose: str, exchange: str = "", round: int = 0, client: str = "", attempt: int = 0
-) -> Rng:
+def rng_for(seed: int, purpose: str, exchange: str = "", round: int = 0, client: str = "", attempt: int = 0) -> Rng:
     """A fresh generator for one purpose at one place of the run.
 
     The same arguments give the same stream in any process, on any engine, resumed or not.

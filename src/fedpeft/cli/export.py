@@ -1,0 +1,25 @@
+"""`fedpeft export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpeft.cli.options import Client, Json, RunDir
+
+
+def export(
+    folder: RunDir,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.", show_default=False)],
+    client: Client = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the model; no peft needed.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a PEFT adapter for plain peft, or a merged model for plain transformers."""
+    from fedpeft import app
+    from fedpeft.cli import render
+    from fedpeft.cli.folders import run_folder
+
+    render.print_path("exported", app.export(run_folder(folder), to, client, merge), json)

@@ -1,0 +1,128 @@
+"""`fedpeft list`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from fedpeft.cli.options import Json
+from fedpeft.core.errors import RequestError
+
+MODELS = {
+    "demo": "a small BERT-style encoder that comes with the package",
+    "minilm": "MiniLM-L6, 22 million parameters",
+    "PATH": "a folder in Hugging Face format with safetensors weights",
+    "HUB_ID": "a model of the Hugging Face hub with safetensors weights",
+}
+TASKS = {
+    "demo": "docstrings of Python's standard library, seven topics; comes with the package",
+    "FILE": "task.train, task.validation and task.test: .jsonl[.gz], .csv[.gz] or .parquet",
+    "HUB_ID": "a data set of the Hugging Face hub; needs the extra `data`",
+}
+
+
+class Things(StrEnum):
+    """What can be listed."""
+
+    methods = "methods"
+    tasks = "tasks"
+    models = "models"
+    adapters = "adapters"
+    options = "options"
+
+
+def list_things(
+    what: Annotated[Things, typer.Argument(help="What to list; `options` are the keys of a configuration.")],
+    name: Annotated[str | None, typer.Argument(help="Only this one, with its options.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """List what there is; with a NAME its options, their defaults and meanings."""
+    from fedpeft.cli import render
+
+    found = _found(what)
+    if name is None:
+        render.print_names(found, json)
+        return
+    if name not in found and not (what is Things.methods and ":" in name):
+        from fedpeft.config.problems import nearest
+
+        raise RequestError(f"{what.value} has no {name!r}{nearest(name, found)}")
+    title, options = _options(what, name)
+    render.print_options(name, found.get(name, title), options, json)
+
+
+def _found(what: Things) -> Mapping[str, str]:
+    """Names with one sentence each."""
+    if what is Things.methods:
+        from fedpeft import methods
+
+        return {name: _first_line(methods.load(name)) for name in methods.names()}
+    if what is Things.adapters:
+        from fedpeft.core.adapter import ADAPTERS
+
+        return {kind: _first_line(spec) for kind, spec in ADAPTERS.items()}
+    if what is Things.options:
+        from fedpeft.config.sections import SECTIONS
+
+        return {name: _first_line(section) for name, section in SECTIONS.items()}
+    return MODELS if what is Things.models else TASKS
+
+
+def _options(what: Things, name: str) -> tuple[str, list[dict[str, Any]]]:
+    """One sentence about the thing, and its options: name, type, default, meaning."""
+    from fedpeft import methods
+
+    if what in (Things.methods, Things.adapters):
+        from fedpeft.core.adapter import ADAPTERS
+
+        cls: Any = methods.load(name) if what is Things.methods else ADAPTERS[name]
+        fields = [{**field._asdict(), "default": _shown(field.default)} for field in methods.describe(cls)]
+        return _first_line(cls), fields
+    from fedpeft.config.sections import SECTIONS
+
+    section = {Things.models: "model", Things.tasks: "task"}.get(what, name)
+    return _first_line(SECTIONS[section]), _keys(SECTIONS[section])
+
+
+def _keys(section: Any, path: str = "") -> list[dict[str, Any]]:
+    """The keys of a section of the configuration, those of sections inside it too."""
+    from pydantic import BaseModel
+
+    found: list[dict[str, Any]] = []
+    for key, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += _keys(kind, f"{path}{key}.")
+            continue
+        meaning = " ".join((field.description or "").split())
+        found.append({"name": path + key, "type": _type_words(kind), "default": field.default, "meaning": meaning})
+    return found
+
+
+def _shown(default: Any) -> Any:
+    import dataclasses
+
+    return "must be given" if default is dataclasses.MISSING else default
+
+
+def _type_words(annotation: Any) -> str:
+    import types
+    import typing
+
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_words(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_words(a) for a in arguments)
+    if origin is typing.Literal:
+        return " | ".join(str(a) for a in arguments)
+    if origin is tuple:
+        return f"[{_type_words(arguments[0])}, ..]"
+    return {type(None): "null", str: "text", int: "whole number", float: "number"}.get(annotation, str(annotation))
+
+
+def _first_line(cls: type[Any]) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]

@@ -1,0 +1,217 @@
+"""Results as people and as programs read them."""
+
+from __future__ import annotations
+
+import json as json_module
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fedpeft.runs.units import bytes_text, score_text, seconds_text
+
+if TYPE_CHECKING:
+    from fedpeft.app import Comparison, Run
+    from fedpeft.progress import Progress
+
+
+def as_json(value: Any) -> str:
+    """The value as indented JSON; paths become text, numbers that are not finite become null."""
+    from fedpeft.runs.files import plain
+
+    return json_module.dumps(plain(value), indent=2, ensure_ascii=False)
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
+    """Columns as wide as their widest cell; those in `numbers` to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, ["-" * w for w in widths], *rows]:
+        cells = [
+            cell.rjust(w) if i in numbers else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def time_left(progress: Progress) -> float | None:
+    """Seconds to the last round at the pace so far; None before the first round is done."""
+    if progress.round < 1 or progress.seconds <= 0:
+        return None
+    return progress.seconds / progress.round * max(0, progress.rounds - progress.round)
+
+
+def progress_line(progress: Progress) -> str:
+    """One line: round, loss, bytes, time left, and the scores of an evaluation."""
+    left = time_left(progress)
+    parts = [
+        f"round {progress.round}/{progress.rounds}",
+        "" if progress.loss is None else f"loss {progress.loss:.3f}",
+        bytes_text(progress.bytes_down + progress.bytes_up),
+        f"{seconds_text(progress.seconds)} gone",
+        "" if left is None else f"{seconds_text(left)} left",
+        *(f"{name} {score}" for name, score in _scores(progress.metrics or {})),
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _scores(metrics: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+    """Every number that is not a loss, with the names that lead to it."""
+    found: list[tuple[str, str]] = []
+    for key, value in metrics.items():
+        name = f"{path} {key}".strip()
+        if isinstance(value, Mapping):
+            found += _scores(value, name)
+        elif isinstance(value, int | float) and key not in ("loss", "n"):
+            found.append((name, score_text(float(value))))
+    return found
+
+
+def print_run(run: Run, json: bool) -> None:
+    """The result of one run."""
+    if json:
+        typer.echo(as_json({"folder": run.folder, "manifest": run.manifest, "metrics": run.metrics}))
+        return
+    manifest = run.manifest
+    rows = [[name, score] for name, score in _scores(run.metrics)]
+    if rows:
+        typer.echo(text_table(["score", ""], rows, frozenset({1})))
+    traffic = manifest.get("bytes_down", 0) + manifest.get("bytes_up", 0)
+    typer.echo(
+        f"{manifest.get('rounds_done', 0)} rounds, {bytes_text(traffic)} of traffic, "
+        f"{seconds_text(manifest.get('seconds', 0.0))} here, "
+        f"{seconds_text(manifest.get('simulated_seconds', 0.0))} simulated"
+    )
+    if manifest.get("params_sha256"):
+        typer.echo(f"params_sha256: {manifest['params_sha256']}")
+    typer.echo(f"report: {run.folder / 'report.html'}")
+
+
+def print_comparison(comparison: Comparison, json: bool) -> None:
+    """The table of a study, the best first."""
+    if json:
+        typer.echo(as_json({"folder": comparison.folder, "report": comparison.report, "table": list(comparison.table)}))
+        return
+    typer.echo(comparison_table(comparison.table))
+    typer.echo(f"report: {comparison.report}")
+
+
+def comparison_table(table: Sequence[Mapping[str, Any]]) -> str:
+    """Rows (label, task, mean, std, seeds, bytes, simulated_seconds) as text; further keys become columns."""
+    further = list(dict.fromkeys(key for row in table for key in row if key not in _KNOWN and not key.startswith("_")))
+    head = ["method", "task", "score", "seeds", "traffic", "simulated", *(key.replace("_", " ") for key in further)]
+    rows = [
+        [
+            str(row.get("label", "")),
+            str(row.get("task", "")),
+            score_text(row.get("mean"), row.get("std")),
+            _cell("seeds", row.get("seeds")),
+            _cell("bytes", row.get("bytes")),
+            _cell("simulated_seconds", row.get("simulated_seconds")),
+            *(_cell(key, row.get(key)) for key in further),
+        ]
+        for row in table
+    ]
+    return text_table(head, rows, frozenset(range(2, len(head))))
+
+
+_KNOWN = frozenset({"label", "task", "mean", "std", "seeds", "bytes", "simulated_seconds"})
+
+
+def _cell(key: str, value: Any) -> str:
+    """A value as its key says: bytes, seconds, a score, a list."""
+    if value is None:
+        return "—"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if "bytes" in key:
+            return bytes_text(value)
+        if "seconds" in key or key.endswith("_s"):
+            return seconds_text(value)
+        return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_cell(str(k), v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(key, v) for v in value)
+    return str(value)
+
+
+def print_scores(scores: Mapping[str, Any], json: bool) -> None:
+    """What an evaluation gave."""
+    if json:
+        typer.echo(as_json(scores))
+        return
+    typer.echo(text_table(["score", ""], [[name, score] for name, score in _scores(scores)], frozenset({1})))
+
+
+def print_predictions(rows: Sequence[Mapping[str, Any]], out: Path | None, json: bool) -> None:
+    """Predictions: as JSON lines, as one JSON array, or where they were written."""
+    if json:
+        typer.echo(as_json(list(rows)))
+    elif out is not None:
+        typer.echo(f"{len(rows)} predictions: {out}")
+    else:
+        from fedpeft.runs.files import to_json
+
+        for row in rows:
+            typer.echo(to_json(row))
+
+
+def print_path(what: str, path: Path, json: bool) -> None:
+    """Where something was written."""
+    typer.echo(as_json({what: path}) if json else f"{what}: {path}")
+
+
+def print_facts(facts: Mapping[str, Any], json: bool) -> None:
+    """Names and values, nested ones indented."""
+    typer.echo(as_json(facts) if json else "\n".join(_fact_lines(facts, "")))
+
+
+def _fact_lines(facts: Mapping[str, Any], indent: str) -> list[str]:
+    lines: list[str] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{key}:", *_fact_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {_cell(str(key), value)}")
+    return lines
+
+
+def print_names(found: Mapping[str, str], json: bool) -> None:
+    """Names with a sentence each."""
+    if json:
+        typer.echo(as_json([{"name": name, "meaning": meaning} for name, meaning in found.items()]))
+        return
+    width = max(map(len, found))
+    for name, meaning in found.items():
+        typer.echo(f"{name.ljust(width)}  {meaning}")
+
+
+def print_options(name: str, meaning: str, options: Sequence[Mapping[str, Any]], json: bool) -> None:
+    """One thing with its options."""
+    if json:
+        typer.echo(as_json({"name": name, "meaning": meaning, "options": list(options)}))
+        return
+    typer.echo(f"{name}: {meaning}")
+    cells = [[str(o["name"]), _default(o["default"]), str(o["type"])] for o in options]
+    if not cells:
+        return
+    head = ["option", "default", "type", "meaning"]
+    used = sum(2 + max(len(row[i]) for row in [head, *cells]) for i in range(3))
+    room = max(40, shutil.get_terminal_size((120, 24)).columns - used)
+    rows = []
+    for row, option in zip(cells, options, strict=True):
+        first, *rest = textwrap.wrap(str(option["meaning"]), room) or [""]
+        rows += [[*row, first], *(["", "", "", line] for line in rest)]
+    typer.echo("\n" + text_table(head, rows))
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

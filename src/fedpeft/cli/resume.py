@@ -1,0 +1,25 @@
+"""`fedpeft resume`."""
+
+from __future__ import annotations
+
+import typer
+
+from fedpeft.cli.options import Json, RunDir, Set
+
+
+def resume(folder: RunDir, set_: Set = None, json: Json = False) -> None:
+    """Go on where a run stopped; same bits as if it had never stopped."""
+    from fedpeft import app
+    from fedpeft.cli import render
+    from fedpeft.cli.exits import working_in
+    from fedpeft.cli.folders import run_folder
+    from fedpeft.cli.watching import Watch
+    from fedpeft.config import parse_overrides
+
+    overrides = parse_overrides(set_ or [])
+    working_in(run_folder(folder), f"fedpeft resume {folder}")
+    if not json:
+        typer.echo(f"folder: {folder}")
+    with Watch() as watch:
+        finished = app.resume(folder, overrides, progress=watch)
+    render.print_run(finished, json)

@@ -1,0 +1,88 @@
+"""What people see while something runs: a bar on a terminal, plain lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fedpeft.cli.render import progress_line, time_left
+from fedpeft.runs.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from fedpeft.progress import Progress
+
+QUIET_S = 2.0  # least time between two plain lines, so that quick runs do not flood a log
+
+
+class Watch:
+    """A listener for `progress=`: shows rounds, loss, bytes and time left.
+
+    Args:
+        stream: where it writes; stderr by default.
+    """
+
+    def __init__(self, stream: Any = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: Any = None
+        self._task: Any = None
+        self._shown_round = -1
+        self._shown_at = float("-inf")
+
+    def __enter__(self) -> Watch:
+        if self._stream.isatty():
+            self._bar, self._task = _bar(self._stream)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show one sign of life."""
+        if self._bar is not None:
+            self._advance(progress)
+        else:
+            self._print(progress)
+
+    def _advance(self, progress: Progress) -> None:
+        if progress.message:
+            self._bar.console.print(progress.message, markup=False, highlight=False)
+        left = time_left(progress)
+        self._bar.update(
+            self._task,
+            completed=progress.round,
+            total=progress.rounds,
+            loss="" if progress.loss is None else f"loss {progress.loss:.3f}",
+            traffic=bytes_text(progress.bytes_down + progress.bytes_up),
+            left="" if left is None else f"{seconds_text(left)} left",
+        )
+
+    def _print(self, progress: Progress) -> None:
+        if progress.message:
+            print(progress.message, file=self._stream, flush=True)
+        now, last = time.monotonic(), progress.round == progress.rounds
+        if progress.round == self._shown_round and progress.metrics is None:
+            return
+        if now - self._shown_at < QUIET_S and not last and progress.metrics is None:
+            return
+        self._shown_round, self._shown_at = progress.round, now
+        print(progress_line(progress), file=self._stream, flush=True)
+
+
+def _bar(stream: Any) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bar = Progress(
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[traffic]}"),
+        TextColumn("{task.fields[left]}"),
+        console=Console(file=stream),
+    )
+    return bar, bar.add_task("run", total=None, loss="", traffic="", left="")

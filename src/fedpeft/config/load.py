@@ -1,0 +1,253 @@
+"""From a file, a mapping or a configuration to a `RunConfig` in which every key has its value."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import glob
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedpeft.config import sections as s
+from fedpeft.config.problems import nearest, sentences, unknown, value_sentence
+from fedpeft.config.reading import apply_overrides, find_path, read_yaml
+from fedpeft.core.adapter import ADAPTERS, AdapterSpec
+from fedpeft.core.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from fedpeft.core.exchange import Method
+
+Source: TypeAlias = "str | Path | Mapping[str, Any] | s.RunConfig"
+
+PACKAGED = ("demo", "minilm")
+FILES = {"task": ("train", "validation", "test"), "run": ("devices", "init_from")}
+
+
+def load_config(source: Source, overrides: Mapping[str, Any] | None = None) -> s.RunConfig:
+    """The configuration with every default, path and field of its method filled in.
+
+    Args:
+        source: a YAML file, a nested mapping, or a configuration to be changed.
+        overrides: values by dotted key, such as `{"method.lr": 1e-3}`; they win over the source.
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+    raw, folder = _read(source)
+    return load_raw(raw, folder, overrides or {})
+
+
+def load_raw(raw: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any]) -> s.RunConfig:
+    """As `load_config`, from nested plain values whose relative paths start at `folder`."""
+    problems: list[str] = []
+    values = copy.deepcopy(dict(raw))
+    apply_overrides(values, overrides, problems)
+    values = _known_sections(values, problems)
+    _find_paths(values, folder, problems)
+    method = _method(values, problems)
+    _adapter(values, method, problems)
+    parts: dict[str, Any] = {}
+    for name, section in s.SECTIONS.items():
+        try:
+            parts[name] = section.model_validate(values.get(name, {}))
+        except ValidationError as error:
+            problems += sentences(error, section, name, s.LATER)
+    _settle_clients(parts)
+    problems += _conflicts(parts)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return s.RunConfig(**parts)
+
+
+def resolved(config: s.RunConfig) -> dict[str, Any]:
+    """The configuration as plain data with nothing left out; loading it gives an equal configuration."""
+    return config.model_dump(mode="json")
+
+
+def build_method(config: s.RunConfig) -> Method:
+    """The method that the configuration describes."""
+    from fedpeft import methods
+
+    return methods.build(config.method.name, config.method.fields)
+
+
+def adapter_spec(config: s.RunConfig) -> AdapterSpec:
+    """The adapter that the configuration describes."""
+    spec: type[Any] = ADAPTERS[config.adapter.kind]
+    given = {k: _frozen(v) for k, v in config.adapter.fields.items()}
+    made: AdapterSpec = spec(**given)
+    return made
+
+
+def _read(source: Source) -> tuple[dict[str, Any], Path]:
+    if isinstance(source, s.RunConfig):
+        return resolved(source), Path.cwd()
+    if isinstance(source, Mapping):
+        return dict(source), Path.cwd()
+    path = Path(source).expanduser()
+    return read_yaml(path), path.resolve().parent
+
+
+def _known_sections(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in s.SECTIONS:
+            problems.append(unknown(str(name), s.SECTIONS, s.LATER))
+        elif value is not None and not isinstance(value, Mapping):
+            problems.append(f"{name}: {value!r} cannot be used; give a mapping such as `{name}: {{key: value}}`.")
+        else:
+            kept[name] = dict(value or {})
+    return kept
+
+
+def _find_paths(values: dict[str, Any], folder: Path, problems: list[str]) -> None:
+    wanted = [(section, key) for section, keys in FILES.items() for key in keys]
+    task = values.get("task", {})
+    if task.get("train") is None and task.get("name") not in (None, "demo"):
+        wanted = [(section, key) for section, key in wanted if section != "task"]  # names of splits on the hub
+    for section, key in [*wanted, ("model", "name")]:
+        text = values.get(section, {}).get(key)
+        if not isinstance(text, str) or text == "" or (section == "model" and text in PACKAGED):
+            continue
+        try:
+            path = find_path(text, folder)
+        except KeyError as error:
+            problems.append(f"{section}.{key}: {text!r} names the variable {error.args[0]}, which is not set; set it.")
+            continue
+        if Path(path).exists() or glob.glob(path):
+            values[section][key] = path
+        elif section != "model" or text.startswith((".", "/", "~", "$")):  # else: the id of a model on the hub
+            problems.append(f"{section}.{key}: there is no {path}; check the path.")
+
+
+def _method(values: dict[str, Any], problems: list[str]) -> Method | None:
+    """Build the method to check it, and write all of its fields into the values."""
+    from fedpeft import methods
+    from fedpeft.core.method import plain
+
+    fields = dict(values.get("method", {}))
+    name = fields.pop("name", "fedavg")
+    if not isinstance(name, str):
+        problems.append(f"method.name: {name!r} cannot be used; give one of {', '.join(methods.names())}.")
+        return None
+    try:
+        method = methods.build(name, fields)
+    except ConfigError as error:
+        problems += error.problems
+        return None
+    except RequestError as error:
+        problems.append(f"method.name: {error}")
+        return None
+    values["method"] = {"name": name, **_plain(plain(method))}
+    return method
+
+
+def _adapter(values: dict[str, Any], method: Method | None, problems: list[str]) -> None:
+    """Check the adapter and write all of its settings into the values; without any it is the method's own."""
+    given = dict(values.get("adapter", {}))
+    own = method.adapter() if method is not None else None
+    kind = given.pop("kind", own.kind if own is not None else "lora")
+    if kind not in ADAPTERS:
+        problems.append(f"adapter.kind: {kind!r} is not available; what exists: {', '.join(ADAPTERS)}.")
+        return
+    found = len(problems)
+    cls: type[Any] = ADAPTERS[kind]
+    types = _types(cls)
+    settings = dataclasses.asdict(own) if own is not None and own.kind == kind else {}
+    for key, value in given.items():
+        if key not in types:
+            problems.append(f"adapter.{key}: unknown key for the kind {kind}{nearest(str(key), types)}")
+            continue
+        try:
+            settings[key] = types[key].validate_python(value)
+        except ValidationError as error:
+            problems.append(value_sentence(f"adapter.{key}", error))
+    problems += _out_of_range(settings)
+    if len(problems) > found:
+        return
+    spec = cls(**settings)
+    refusal = method.accepts(spec) if method is not None else None
+    if refusal:
+        problems.append(f"adapter: {refusal}")
+    values["adapter"] = {"kind": kind, **_plain(dataclasses.asdict(spec))}
+
+
+def _types(spec: type[Any]) -> dict[str, TypeAdapter[Any]]:
+    hints = typing.get_type_hints(spec)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(spec) if f.init}
+
+
+def _out_of_range(settings: Mapping[str, Any]) -> list[str]:
+    rank, alpha, dropout = (settings.get(key, 0.5) for key in ("rank", "alpha", "dropout"))
+    problems = []
+    if "rank" in settings and rank < 1:
+        problems.append(f"adapter.rank: {rank} cannot be used; give at least 1.")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        problems.append(f"adapter.alpha: {alpha} cannot be used; give a number above 0.")
+    if not 0 <= dropout < 1:
+        problems.append(f"adapter.dropout: {dropout} cannot be used; give a number from 0 to below 1.")
+    if settings.get("targets") == ():
+        problems.append("adapter.targets: an empty list trains nothing; name projections, such as [query, value].")
+    return problems
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, so that a configuration read back from YAML is equal."""
+    return {k: _listed(v) for k, v in values.items()}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _settle_clients(parts: dict[str, Any]) -> None:
+    """Fill in the keys whose default depends on other keys: the task's name and the number of clients."""
+    task, partition = parts.get("task"), parts.get("partition")
+    if task is None:
+        return
+    if task.name is None:
+        parts["task"] = task = task.model_copy(update={"name": _title(task.train)})
+    if partition is not None and partition.clients is None:
+        demo = task.train is None and task.name == "demo"
+        parts["partition"] = partition.model_copy(update={"clients": s.DEMO_CLIENTS if demo else s.CLIENTS})
+
+
+def _title(train: str | None) -> str:
+    if train is None:
+        return "demo"
+    path = Path(train)
+    stem = path.name.split(".")[0]
+    return path.parent.name if stem == "train" and path.parent.name else stem
+
+
+def _conflicts(parts: Mapping[str, Any]) -> list[str]:
+    """What is wrong between keys that are each right; sections that are wrong themselves are left out."""
+    task, partition, run = parts.get("task"), parts.get("partition"), parts.get("run")
+    problems = []
+    cohort = parts["method"].fields.get("cohort") if "method" in parts else None
+    drawn = partition is not None and partition.kind not in ("natural", "file")  # these are known from the data
+    clients = partition.clients if partition is not None and drawn else None
+    if isinstance(cohort, int) and clients is not None and cohort > clients:
+        problems.append(
+            f"method.cohort: {cohort} is above partition.clients = {clients}; lower it, or use 0 for all clients."
+        )
+    if task is not None and partition is not None:
+        if partition.kind == "natural" and partition.by is None and (task.train is not None or task.name != "demo"):
+            problems.append("partition.by: kind natural needs it; name the column that tells the client.")
+        if partition.kind == "file" and task.train is None:
+            problems.append("task.train: partition.kind file needs it; give a folder with one file per client.")
+    if run is not None and run.stop.patience is not None and run.stop.patience * run.evaluate_every > run.rounds:
+        problems.append(
+            f"run.stop.patience: {run.stop.patience} evaluations, one every {run.evaluate_every} rounds, do not fit "
+            f"into run.rounds = {run.rounds}; lower run.evaluate_every or the patience."
+        )
+    return problems

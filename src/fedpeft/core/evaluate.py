@@ -1,0 +1,63 @@
+"""Evaluation as one more exchange, so that it works where data and memories stay at their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedpeft.core.cohort import everyone
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Method, Record, ServerEnv, anything
+from fedpeft.core.method import Defaults
+from fedpeft.core.tree import Params
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which part of the client's own rows to score, with which global model."""
+
+    params: Params
+    split: str  # "train", "validation" or "test"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums as `Model.score` gives them, of the global and of the client's own model; empty where it has no rows."""
+
+    shared: Mapping[str, Tensor]
+    personal: Mapping[str, Tensor]
+
+
+def personalises(method: Method) -> bool:
+    """Whether a client's own model can differ from the global one."""
+    return getattr(type(method), "personal", None) is not Defaults.personal
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score the global and every client's own model on the client's own rows; memories stay as they are."""
+
+    method: Method
+
+    def exchange(self) -> Exchange:
+        """The exchange; its fold gives the answers by client."""
+        return Exchange("evaluate", Question, Scores, everyone, self.send, self.work, self.collect, anything)
+
+    def send(self, state: Question, client: ClientId) -> Question:
+        """The same question for everybody: here the state is the question."""
+        return state
+
+    def work(self, down: Question, memory: Record, env: ClientEnv) -> tuple[Scores, Record]:
+        """Score both models; a method without personal models scores one and reports it twice."""
+        data = env.splits.get(down.split)
+        if data is None or not len(data):
+            return Scores({}, {}), memory
+        shared = env.model.score(down.params, data)
+        if not personalises(self.method):
+            return Scores(shared, shared), memory
+        return Scores(shared, env.model.score(self.method.personal(down.params, memory), data)), memory
+
+    def collect(self, state: Question, ups: Mapping[ClientId, Scores], env: ServerEnv) -> dict[ClientId, Scores]:
+        """Every client's sums, as they came."""
+        return dict(ups)

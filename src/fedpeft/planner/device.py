@@ -1,0 +1,210 @@
+"""Device profiles: how fast, how large, how well connected and how reliable each client's machine is.
+
+A devices file is TOML. Profiles are named tables; a key that a profile leaves out keeps the value of `DEFAULT`.
+
+    [profile.phone]
+    flops_per_s = 5.0e10        # what training achieves, not the data sheet's peak
+    memory_bytes = 4_000_000_000
+    up_bytes_per_s = 6.0e5
+    down_bytes_per_s = 2.5e6
+    latency_s = 0.08
+    availability = 0.9          # probability that the client answers when it is asked
+
+    [profile.laptop]            # equal to the default
+
+    [clients]                   # either one line per client ...
+    client-000 = "phone"
+    client-001 = "laptop"
+
+    [clients]                   # ... or shares, dealt out by the seed
+    assign = {phone = 0.5, laptop = 0.5}
+
+Without `[clients]`, a file that holds one profile gives it to everybody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.core.errors import ConfigError, RequestError
+from fedpeft.core.exchange import ClientId
+from fedpeft.core.rng import rng_for
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kind of machine. The defaults are a plausible edge machine, chosen by us and measured nowhere.
+
+    They are those of a small board or an office laptop without a usable GPU: 5e11 floating point operations a second
+    achieved in training, 8 GB of memory, a home connection of 50 Mbit/s down and 10 Mbit/s up, and 50 ms per message.
+    """
+
+    name: str = "edge"
+    flops_per_s: float = 5e11  # achieved in training
+    memory_bytes: int = 8_000_000_000
+    up_bytes_per_s: float = 1.25e6
+    down_bytes_per_s: float = 6.25e6
+    latency_s: float = 0.05  # per message and answer together
+    availability: float = 1.0  # probability that a picked client answers, in (0, 1]
+
+
+DEFAULT = Profile()
+_KEYS = tuple(f.name for f in dataclasses.fields(Profile) if f.name != "name")
+
+
+def load_devices(path: Path, clients: Sequence[ClientId], seed: int = 0) -> dict[ClientId, Profile]:
+    """The profile of every client, as the devices file says.
+
+    Args:
+        path: a TOML file; the module's docstring shows one.
+        clients: all clients of the run.
+        seed: deals the profiles out where the file gives shares (`assign`).
+
+    Raises:
+        RequestError: the file cannot be read or is not TOML.
+        ConfigError: everything else that is wrong in it, at once.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot read the devices file {path}: {error.strerror}. Check run.devices.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the devices file {path} is not TOML: {error}. Mend that line.") from error
+    problems = [_unknown(f"{path}: table", key, ("profile", "clients")) for key in content.keys() - _TABLES]
+    profiles = _profiles(content.get("profile"), path, problems)
+    chosen = _assignment(content.get("clients"), sorted(profiles), clients, seed, path, problems)
+    if problems:
+        raise ConfigError(problems)
+    return {client: profiles[chosen[client]] for client in clients}
+
+
+_TABLES = frozenset({"profile", "clients"})
+
+
+def _profiles(tables: Any, path: Path, problems: list[str]) -> dict[str, Profile]:
+    if not isinstance(tables, dict) or not tables:
+        problems.append(f"{path} defines no profile; add a table such as [profile.phone]")
+        return {}
+    found: dict[str, Profile] = {}
+    for name, table in tables.items():
+        found[name] = dataclasses.replace(DEFAULT, name=name)
+        if not isinstance(table, dict):
+            problems.append(f"{path}: profile.{name} is {table!r}; write a table [profile.{name}]")
+            continue
+        values: dict[str, Any] = {}
+        for key, value in table.items():
+            where = f"{path}: profile.{name}.{key}"
+            if key not in _KEYS:
+                problems.append(_unknown(f"{path}: profile.{name}.", key, _KEYS))
+            elif problem := _bad_value(key, value):
+                problems.append(f"{where} is {value!r}; {problem}")
+            else:
+                values[key] = int(value) if key == "memory_bytes" else float(value)
+        found[name] = dataclasses.replace(found[name], **values)
+    return found
+
+
+def _bad_value(key: str, value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return "give a finite number"
+    if key == "latency_s":
+        return None if value >= 0 else "give a number of seconds that is not negative"
+    if key == "availability":
+        return None if 0 < value <= 1 else "give a probability above 0 and at most 1"
+    return None if value > 0 else "give a number above 0"
+
+
+def _assignment(
+    table: Any, profiles: Sequence[str], clients: Sequence[ClientId], seed: int, path: Path, problems: list[str]
+) -> dict[ClientId, str]:
+    """Profile name per client; an incomplete answer where problems were found."""
+    if table is None:
+        if len(profiles) == 1:
+            return dict.fromkeys(clients, profiles[0])
+        if profiles:
+            problems.append(f"{path} has {len(profiles)} profiles and no [clients]; say who gets which")
+        return {}
+    if not isinstance(table, dict):
+        problems.append(f"{path}: clients is {table!r}; write a table [clients]")
+        return {}
+    shares = table.get("assign")
+    if isinstance(shares, dict):
+        for client in table.keys() - {"assign"}:
+            problems.append(f"{path}: clients.{client} stands beside clients.assign; use one of the two ways")
+        return _dealt(shares, profiles, clients, seed, path, problems)
+    return _listed(table, profiles, clients, path, problems)
+
+
+def _listed(
+    table: Mapping[str, Any], profiles: Sequence[str], clients: Sequence[ClientId], path: Path, problems: list[str]
+) -> dict[ClientId, str]:
+    for client, name in table.items():
+        if client not in clients:
+            problems.append(_unknown(f"{path}: clients.", client, clients))
+        if name not in profiles:
+            problems.append(_unknown(f"{path}: clients.{client} names profile", str(name), profiles))
+    if missing := sorted(set(clients) - table.keys()):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"{path}: no profile for {', '.join(missing[:3])}{more}; add them to [clients]")
+    return {client: str(name) for client, name in table.items()}
+
+
+def _dealt(
+    shares: Mapping[str, Any],
+    profiles: Sequence[str],
+    clients: Sequence[ClientId],
+    seed: int,
+    path: Path,
+    problems: list[str],
+) -> dict[ClientId, str]:
+    before = len(problems)
+    for name, share in shares.items():
+        if name not in profiles:
+            problems.append(_unknown(f"{path}: clients.assign names profile", name, profiles))
+        if _bad_value("share", share):
+            problems.append(f"{path}: clients.assign.{name} is {share!r}; give a number above 0")
+    if len(problems) > before:
+        return {}
+    if abs(math.fsum(shares.values()) - 1) > 1e-6:
+        problems.append(f"{path}: the shares of clients.assign sum to {math.fsum(shares.values()):g}; make it 1")
+        return {}
+    order = rng_for(seed, "devices").permutation(len(clients))
+    names = [name for name, n in _counts(shares, len(clients)).items() for _ in range(n)]
+    return {sorted(clients)[place]: name for place, name in zip(order, names, strict=True)}
+
+
+def _counts(shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Whole numbers in the given shares that sum to the total: what is left over goes to the largest remainders."""
+    counts = {name: math.floor(share * total + 1e-9) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def _unknown(where: str, key: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:6]) or 'none'}"
+    space = "" if where.endswith(".") else " "
+    return f"{where}{space}{key!r} is unknown; {remedy}"
+
+
+def lost(profile: Profile, seed: int, client: ClientId, number: int, attempt: int = 0) -> bool:
+    """Whether a picked client fails to answer: a fault schedule that depends on the seed and the place alone.
+
+    Args:
+        profile: the client's; with availability 1 it always answers.
+        number: of the exchange in the run, from 0.
+        attempt: of the exchange, from 0; a repeated exchange draws anew.
+    """
+    if profile.availability >= 1:
+        return False
+    return bool(rng_for(seed, "availability", "", number, client, attempt).random() >= profile.availability)

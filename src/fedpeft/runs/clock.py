@@ -1,0 +1,61 @@
+"""Simulated time: what a round would take on the clients' own devices, from counted bytes and operations.
+
+A client's part of an exchange takes latency + bytes down / bandwidth + operations / speed + bytes up / bandwidth. An
+exchange ends when its slowest answering client is done; the exchanges of a round, and the rounds, follow one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from fedpeft.core.exchange import ClientId, Meter, Receipt
+from fedpeft.planner.cost import Shape, forward_flops, train_flops
+from fedpeft.planner.device import DEFAULT, Profile
+
+
+class Clock:
+    """Gives the seconds that one client's part of an exchange takes on its device.
+
+    Args:
+        shape: of the base model.
+        profiles: device per client; a client without one has the documented default.
+        lowest_block: the lowest transformer block that holds an adapter, where the backward pass ends.
+    """
+
+    def __init__(self, shape: Shape, profiles: Mapping[ClientId, Profile], lowest_block: int = 0) -> None:
+        self._shape = shape
+        self._profiles = profiles
+        self._lowest_block = lowest_block
+
+    def flops(self, meter: Meter) -> int:
+        """Counted operations of one client's work."""
+        trained = train_flops(self._shape, meter.trained_tokens, meter.trained_pairs, self._lowest_block)
+        return trained + forward_flops(self._shape, meter.forward_tokens, meter.forward_pairs)
+
+    def __call__(self, receipt: Receipt) -> float:
+        """Simulated seconds of the part that the receipt is for."""
+        device = self._profiles.get(receipt.client, DEFAULT)
+        return math.fsum(
+            (
+                device.latency_s,
+                receipt.bytes_down / device.down_bytes_per_s,
+                self.flops(receipt.meter) / device.flops_per_s,
+                receipt.bytes_up / device.up_bytes_per_s,
+            )
+        )
+
+    def stamp(self, receipts: Iterable[Receipt]) -> tuple[Receipt, ...]:
+        """The receipts with their simulated seconds filled in."""
+        return tuple(replace(receipt, simulated_seconds=self(receipt)) for receipt in receipts)
+
+
+def slowest(receipts: Iterable[Receipt]) -> float:
+    """Simulated seconds of one exchange: its slowest answering client; 0 where nobody answered."""
+    return max((r.simulated_seconds for r in receipts if r.lost is None), default=0.0)
+
+
+def total(exchanges: Iterable[Iterable[Receipt]]) -> float:
+    """Simulated seconds of exchanges made one after another: a round, or with the set-up's a whole run."""
+    return math.fsum(slowest(receipts) for receipts in exchanges)

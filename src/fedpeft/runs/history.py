@@ -1,0 +1,248 @@
+"""What a run folder tells about a run, ready to be shown: read once, missing pieces allowed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fedpeft.core.errors import StoreError
+from fedpeft.runs.store import RunFolder
+
+GLOBAL, PERSONALIZED, MAJORITY = "global", "personalized", "majority"
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client's rows, scores and losses."""
+
+    name: str
+    label_counts: tuple[int, ...]
+    rows: int
+    scores: Mapping[str, float] = field(default_factory=dict)  # by GLOBAL and PERSONALIZED
+    lost: int = 0  # exchanges that it was asked for and that were not answered in time or not valid
+
+    @property
+    def worst(self) -> float:
+        """What ranks it among the worst: its own model's score, or the global one's; without any it ranks last."""
+        return self.scores.get(PERSONALIZED, self.scores.get(GLOBAL, math.inf))
+
+
+@dataclass(frozen=True)
+class Score:
+    """The scores of one evaluated round, with what had been spent by then."""
+
+    round: int
+    bytes: float
+    simulated_seconds: float
+    values: Mapping[str, float]  # by GLOBAL, PERSONALIZED, MAJORITY, ..
+
+
+@dataclass(frozen=True)
+class History:
+    """One run."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    rounds: tuple[Mapping[str, Any], ...]  # lines of metrics.jsonl
+    exchanges: tuple[Mapping[str, Any], ...]  # lines of exchanges.jsonl
+    partition: Mapping[str, Any]
+    clients: tuple[Client, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(_at(self.config, "method", "name") or "method")
+
+    @property
+    def label(self) -> str:
+        """What a table calls the run: the label that a study gave it, else its method."""
+        return str(self.manifest.get("label") or self.method)
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return str(_at(self.config, "task", "name") or "task")
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return int(_at(self.config, "run", "seed") or 0)
+
+    @property
+    def metric(self) -> str:
+        """The score that is shown."""
+        return str(self.manifest.get("metric") or _at(self.config, "task", "metric") or "accuracy")
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The evaluated rounds, by validation."""
+        traffic = accumulate(line.get("bytes_down", 0) + line.get("bytes_up", 0) for line in self.rounds)
+        times = accumulate(line.get("simulated_seconds", 0.0) for line in self.rounds)
+        found = []
+        for line, spent, time in zip(self.rounds, traffic, times, strict=True):
+            values = self._values(_at(line, "metrics", "validation"))
+            if values:
+                found.append(Score(int(line.get("round", 0)), spent, time, values))
+        return tuple(found)
+
+    @property
+    def losses(self) -> tuple[tuple[int, float], ...]:
+        """(round, mean training loss)."""
+        pairs = ((int(line.get("round", 0)), line.get("train_loss")) for line in self.rounds)
+        return tuple((round, float(loss)) for round, loss in pairs if _finite(loss) and round > 0)
+
+    @property
+    def final(self) -> tuple[str, Mapping[str, float]]:
+        """The result: ("test" or "validation", scores); the best-validated parameters' where these were scored."""
+        metrics = self.manifest.get("metrics") or {}
+        for choice in ("best", "final"):
+            values = self._values(_at(metrics, choice, "test"))
+            if values:
+                return "test", values
+        if self.rounds and (values := self._values(_at(self.rounds[-1], "metrics", "test"))):
+            return "test", values
+        for choice in ("best", "final"):
+            if values := self._values(_at(metrics, choice, "validation")):
+                return "validation", values
+        scores = self.scores
+        return "validation", scores[-1].values if scores else {}
+
+    def total(self, key: str) -> float:
+        """A total of the manifest, or the sum over rounds where the run did not get so far."""
+        if _finite(self.manifest.get(key)):
+            return float(self.manifest[key])
+        return math.fsum(line[key] for line in self.rounds if _finite(line.get(key)))
+
+    def _values(self, scores: Any) -> dict[str, float]:
+        if not isinstance(scores, Mapping):
+            return {}
+        found = {who: _at(values, self.metric) for who, values in scores.items() if isinstance(values, Mapping)}
+        return {str(who): float(value) for who, value in found.items() if _finite(value)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs that differ in nothing but their seed."""
+
+    label: str
+    runs: tuple[History, ...]
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return self.runs[0].task
+
+    def final(self, who: str) -> list[float]:
+        """The results of all seeds."""
+        return [values[who] for run in self.runs if who in (values := run.final[1])]
+
+    def mean_total(self, key: str) -> float:
+        """The mean over seeds of a total."""
+        return statistics.fmean(run.total(key) for run in self.runs)
+
+
+def read_history(folder: Path) -> History:
+    """What a run folder holds; pieces that are not there yet are empty.
+
+    Raises:
+        StoreError: the folder holds no run, or one that is damaged.
+    """
+    run = RunFolder.open(folder)
+    manifest, partition = run.manifest(), run.partition()
+    labels = tuple(str(label) for label in partition.get("labels") or manifest.get("labels") or ())
+    return History(
+        folder=Path(folder),
+        config=run.load_config(),
+        manifest=manifest,
+        rounds=tuple(run.metrics()),
+        exchanges=tuple(run.exchanges()),
+        partition=partition,
+        clients=_clients(Path(folder), partition, str(manifest.get("metric") or _metric(run.load_config()))),
+        labels=labels,
+    )
+
+
+def group(histories: Sequence[History]) -> list[Group]:
+    """Runs put together over seeds; groups that would have the same label get what sets them apart."""
+    groups: dict[str, list[History]] = {}
+    for history in histories:
+        key = json.dumps([history.label, _without_seed(history.config)], sort_keys=True, default=str)
+        groups.setdefault(key, []).append(history)
+    runs = [sorted(members, key=lambda h: h.seed) for members in groups.values()]
+    heads = [members[0] for members in runs]
+    return [Group(_title(members[0], heads), tuple(members)) for members in runs]
+
+
+def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; the latter is None for fewer than two values."""
+    if not values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _clients(folder: Path, partition: Mapping[str, Any], metric: str) -> tuple[Client, ...]:
+    path = folder / "clients.json"
+    try:
+        scored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: {error}. Evaluate the run again, or remove the file.") from error
+    held = partition.get("clients") or {}
+    found = []
+    for client in sorted({*scored, *held}):
+        entry, own = scored.get(client) or {}, held.get(client) or {}
+        counts = entry.get("label_counts") or _at(own, "label_counts", "train") or ()
+        scores = {who: _at(entry, who, metric) for who in (GLOBAL, PERSONALIZED)}
+        name = own.get("name") or client
+        found.append(
+            Client(
+                name if name == client else f"{client} · {name}",
+                tuple(int(n) for n in counts),
+                int(entry.get("rows", sum(counts))),
+                {who: float(value) for who, value in scores.items() if _finite(value)},
+                int(entry.get("lost", 0)),
+            )
+        )
+    return tuple(found)
+
+
+def _title(history: History, heads: Sequence[History]) -> str:
+    rivals = [h for h in heads if h is not history and (h.task, h.label) == (history.task, history.label)]
+    if not rivals:
+        return history.label
+    own = _flat(history.config)
+    apart = [key for key in own if any(_flat(rival.config).get(key) != own[key] for rival in rivals)]
+    said = ", ".join(f"{key.rpartition('.')[2]} {own[key]}" for key in apart if key != "run.seed")
+    return f"{history.label} ({said})" if said else history.label
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    sections = ((name, section) for name, section in config.items() if isinstance(section, Mapping))
+    return {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
+
+
+def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _flat(config).items() if key != "run.seed"}
+
+
+def _metric(config: Mapping[str, Any]) -> str:
+    return str(_at(config, "task", "metric") or "accuracy")
+
+
+def _at(value: Any, *path: str) -> Any:
+    for key in path:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

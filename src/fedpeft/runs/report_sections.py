@@ -1,0 +1,387 @@
+"""The sections of the report page, each a function from runs to HTML; a section without content is empty text."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from fedpeft.runs import charts
+from fedpeft.runs.history import GLOBAL, MAJORITY, PERSONALIZED, Client, Group, History, Score, spread
+from fedpeft.runs.units import bytes_text, bytes_unit, score_text, seconds_text, seconds_unit
+
+WORST = 12  # clients shown before the rest is folded away
+COLUMNS = 240  # clients that the partition's picture can hold
+NAMES = {GLOBAL: "global model", PERSONALIZED: "personalised models", MAJORITY: "majority label"}
+
+
+def section(title: str, note: str, inner: str) -> str:
+    """A titled box; empty text where there is nothing inside."""
+    said = f"<p>{escape(note)}</p>" if note else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{inner}</section>" if inner else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = (), words: str = "") -> str:
+    """A table of cells that are HTML already.
+
+    Args:
+        classes: the style of each row.
+        words: names of the columns that hold words, which stand to the left, separated by commas.
+    """
+    sides = [' class="words"' if name in words.split(",") else "" for name in head]
+    top = "".join(f"<th{side}>{escape(name)}</th>" for name, side in zip(head, sides, strict=True))
+    body = ""
+    for row, name in zip(rows, classes or [""] * len(rows), strict=True):
+        cells = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(row, sides, strict=True))
+        body += f'<tr class="{name}">{cells}</tr>' if name else f"<tr>{cells}</tr>"
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def definitions(values: Mapping[str, Any]) -> str:
+    """Any plain value as names and values, nested as it is."""
+    return "<dl>" + "".join(f"<dt>{escape(str(k))}</dt><dd>{_value(v)}</dd>" for k, v in values.items()) + "</dl>"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return definitions(value)
+    if isinstance(value, list | tuple):
+        if any(isinstance(v, Mapping | list | tuple) for v in value):
+            return "".join(_value(v) for v in value)
+        return escape(", ".join(_plain(v) for v in value)) or "—"
+    return escape(_plain(value))
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# --- what came out ----------------------------------------------------------------------------------------------
+
+
+def trouble(run: History) -> str:
+    """A notice about a run that did not come to its end."""
+    status = run.manifest.get("status", "unknown")
+    if status == "finished":
+        return ""
+    done, rounds = run.manifest.get("rounds_done", 0), (run.config.get("run") or {}).get("rounds", "?")
+    reason = run.manifest.get("error") or run.manifest.get("reason")
+    said = f"<p>{escape(str(reason))}</p>" if reason else ""
+    return (
+        f'<section class="notice"><h2>{escape(run.label)}, seed {run.seed}: {escape(str(status))} after {done} of '
+        f"{rounds} rounds</h2>{said}<p>The page shows what there is so far. Go on with: "
+        f"<code>fedpeft resume {escape(str(run.folder))}</code></p></section>"
+    )
+
+
+def cards(run: History) -> str:
+    """The result of one run beside what it has to be compared with."""
+    split, values = run.final
+    metric = run.metric.replace("_", " ")
+    majority = values.get(MAJORITY)
+    shown = [("first", score_text(values.get(GLOBAL)), f"{split} {metric}, global model")]
+    if PERSONALIZED in values:
+        shown.append(("", score_text(values[PERSONALIZED]), f"{split} {metric}, personalised models"))
+    shown.append(("", score_text(majority), f"{split} {metric}, always the majority label"))
+    shown.append(
+        ("", bytes_text(run.total("bytes_down") + run.total("bytes_up")), "traffic, all clients, set-up included")
+    )
+    shown.append(("", seconds_text(run.total("simulated_seconds")), "simulated time on the clients' devices"))
+    shown.append(("", seconds_text(run.total("seconds")), "measured time on this machine"))
+    inner = "".join(
+        f'<div class="card {name}"><b>{escape(number)}</b><span>{escape(told)}</span></div>'
+        for name, number, told in shown
+    )
+    return f'<div class="cards">{inner}</div>'
+
+
+def results_table(groups: Sequence[Group]) -> str:
+    """All methods side by side: mean and spread over seeds, with the majority label and what each cost."""
+    tasks = list(dict.fromkeys(g.task for g in groups))
+    parts = []
+    for task in tasks:
+        members = sorted((g for g in groups if g.task == task), key=lambda g: -(spread(g.final(GLOBAL))[0] or 0.0))
+        split = members[0].runs[0].final[0]
+        rows = [
+            [
+                escape(g.label),
+                escape(score_text(*spread(g.final(GLOBAL)))),
+                escape(score_text(*spread(g.final(PERSONALIZED)))),
+                str(len(g.runs)),
+                escape(bytes_text(g.mean_total("bytes_down") + g.mean_total("bytes_up"))),
+                escape(seconds_text(g.mean_total("simulated_seconds"))),
+                escape(seconds_text(g.mean_total("seconds"))),
+            ]
+            for g in members
+        ]
+        majority = next((m for g in members if (m := spread(g.final(MAJORITY))[0]) is not None), None)
+        rows.append(["always the majority label", escape(score_text(majority)), "—", "", "", "", ""])
+        metric = members[0].runs[0].metric.replace("_", " ")
+        head = ["method", f"{split} {metric}", "personalised", "seeds", "traffic", "simulated time", "measured time"]
+        title = f"<h3>{escape(task)}</h3>" if len(tasks) > 1 else ""
+        parts.append(title + table(head, rows, ["best", *[""] * len(members)]))
+    return section(
+        "Results", "Mean and sample standard deviation over seeds; traffic and times per run.", "".join(parts)
+    )
+
+
+# --- how it came about ------------------------------------------------------------------------------------------
+
+Axis = tuple[str, Callable[[Score], float], Callable[[float], tuple[float, str]]]
+AXES: tuple[Axis, ...] = (
+    ("round", lambda s: float(s.round), lambda most: (1.0, "")),
+    ("traffic, both directions", lambda s: s.bytes, bytes_unit),
+    ("simulated time", lambda s: s.simulated_seconds, seconds_unit),
+)
+
+
+def score_charts(groups: Sequence[Group], suffix: str) -> str:
+    """Validation score against rounds, bytes and simulated time, and the training loss."""
+    metric = groups[0].runs[0].metric.replace("_", " ")
+    levels = [v for g in groups for run in g.runs for s in run.scores if (v := s.values.get(MAJORITY)) is not None]
+    level = [charts.Level("majority", levels[0])] if levels else []
+    rows = []
+    if len(groups) == 1:
+        series = [(groups[0], who) for who in (GLOBAL, PERSONALIZED)]
+        labels = {GLOBAL: "global", PERSONALIZED: "personalised"}
+        rows.append(_charts([(labels[who], g, who, i) for i, (g, who) in enumerate(series)], metric, level))
+    else:
+        for who in (GLOBAL, PERSONALIZED):
+            drawn = _charts([(g.label, g, who, i) for i, g in enumerate(groups)], f"{metric}, {NAMES[who]}", level)
+            rows.append(f"<h3>{escape(NAMES[who].capitalize())}</h3>{drawn}" if drawn else "")
+    losses = _loss_chart(groups)
+    inner = "".join(rows) + (f'<h3>Training loss</h3><div class="row">{losses}</div>' if losses else "")
+    note = f"Validation {metric}; the test set is scored once, at the end."
+    if any(len(g.runs) > 1 for g in groups):
+        note += " Lines are means over seeds, bands one standard deviation."
+    return section(f"Score against rounds, traffic and time{suffix}", note, inner)
+
+
+def _charts(series: Sequence[tuple[str, Group, str, int]], name: str, levels: Sequence[charts.Level]) -> str:
+    drawn = []
+    for axis, x_of, unit_of in AXES:
+        unit, unit_name = unit_of(
+            max((x_of(s) for _, g, _, _ in series for run in g.runs for s in run.scores), default=0)
+        )
+        lines = [charts.Line(label, _points(g, who, x_of, unit), colour) for label, g, who, colour in series]
+        x_label = f"{axis} ({unit_name})" if unit_name else axis
+        if picture := charts.line_chart(lines, x_label, levels, f"{name} against {axis}"):
+            drawn.append(f"<figure>{picture}</figure>")
+    return f'<div class="row">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _points(g: Group, who: str, x_of: Callable[[Score], float], unit: float) -> list[charts.Point]:
+    by_round: dict[int, list[Score]] = {}
+    for run in g.runs:
+        for score in run.scores:
+            if who in score.values:
+                by_round.setdefault(score.round, []).append(score)
+    points = []
+    for round, scores in sorted(by_round.items()):
+        mean, deviation = spread([s.values[who] for s in scores])
+        spent = bytes_text(statistics.fmean(s.bytes for s in scores))
+        seeds = f", {len(scores)} seeds" if len(scores) > 1 else ""
+        title = f"{g.label}, {NAMES[who]}, round {round}, {spent}: {score_text(mean, deviation)}{seeds}"
+        x = statistics.fmean(x_of(s) for s in scores) / unit
+        points.append(charts.Point(x, mean or 0.0, deviation or 0.0, title))
+    return points
+
+
+def _loss_chart(groups: Sequence[Group]) -> str:
+    lines = []
+    for i, g in enumerate(groups):
+        by_round: dict[int, list[float]] = {}
+        for run in g.runs:
+            for round, loss in run.losses:
+                by_round.setdefault(round, []).append(loss)
+        points = [
+            charts.Point(float(round), statistics.fmean(values), spread(values)[1] or 0.0,
+                         f"{g.label}, round {round}: {statistics.fmean(values):.4g}")
+            for round, values in sorted(by_round.items())
+        ]  # fmt: skip
+        lines.append(charts.Line(g.label if len(groups) > 1 else "loss", points, i))
+    picture = charts.line_chart(lines, "round", (), "training loss against rounds")
+    return f"<figure>{picture}</figure>" if picture else ""
+
+
+# --- the clients ------------------------------------------------------------------------------------------------
+
+
+def _label_colours(clients: Sequence[Client], labels: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Names and colours per label: the most frequent ones get a colour each, all others share one."""
+    n = max((len(c.label_counts) for c in clients), default=0)
+    names = [labels[i] if i < len(labels) else f"label {i}" for i in range(n)]
+    totals = [sum(c.label_counts[i] for c in clients if i < len(c.label_counts)) for i in range(n)]
+    ranked = sorted(range(n), key=lambda i: (-totals[i], i))
+    own = sorted(ranked if n <= charts.COLOURS else ranked[: charts.COLOURS - 1])
+    return names, [own.index(i) if i in own else -1 for i in range(n)]
+
+
+def partition_picture(run: History, suffix: str) -> str:
+    """The label distribution of the partition, one column per client."""
+    clients = sorted((c for c in run.clients if c.label_counts), key=lambda c: (-sum(c.label_counts), c.name))
+    if not clients:
+        return ""
+    names, colours = _label_colours(clients, run.labels)
+    step = max(1.0, len(clients) / COLUMNS)
+    shown = [clients[int(i * step)] for i in range(min(len(clients), COLUMNS))]
+    padded = [(c.name, [*c.label_counts, *[0] * (len(names) - len(c.label_counts))]) for c in shown]
+    # Labels of one colour lie together: first those with a colour of their own, then the rest.
+    order = sorted(range(len(names)), key=lambda i: (colours[i] < 0, i))
+    bars = [(name, [counts[i] for i in order]) for name, counts in padded]
+    picture = charts.stacked_columns(bars, [names[i] for i in order], [colours[i] for i in order])
+    most = sum(clients[0].label_counts)
+    some = f"{len(shown)} of {len(clients)} clients, evenly chosen" if len(shown) < len(clients) else ""
+    below = "<span>largest client</span>" + (f"<span>{some}</span>" if some else "") + "<span>smallest</span>"
+    frame = (
+        f'<div class="columns-frame"><div class="scale"><span>{most:,}</span><span>rows</span><span>0</span></div>'
+        f'{picture}<div class="below">{below if len(shown) > 1 else ""}</div></div>'
+    )
+    kind = (run.config.get("partition") or {}).get("kind", "")
+    sizes = [sum(c.label_counts) for c in clients]
+    note = (
+        f"{len(clients)} clients, {sum(sizes):,} training rows, {min(sizes):,} to {max(sizes):,} each "
+        f"(median {statistics.median(sizes):,.0f}); kind {kind}."
+    )
+    return section(f"Who has which labels{suffix}", note, frame + _legend(names, colours))
+
+
+def _legend(names: Sequence[str], colours: Sequence[int]) -> str:
+    shown = [(name, f"c{colour}") for name, colour in zip(names, colours, strict=True) if colour >= 0]
+    others = sum(colour < 0 for colour in colours)
+    if others:
+        shown.append((f"{others} other labels", "rest"))
+    items = "".join(f'<li><i class="{colour}"></i>{escape(name)}</li>' for name, colour in shown)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def client_table(run: History) -> str:
+    """Every client, the worst first."""
+    clients = sorted(run.clients, key=lambda c: (c.worst, -c.rows, c.name))
+    if not any(c.scores for c in clients):
+        return ""
+    names, colours = _label_colours(clients, run.labels)
+    columns = [who for who in (GLOBAL, PERSONALIZED) if any(who in c.scores for c in clients)]
+    head = ["client", *(NAMES[who] for who in columns), "rows", "labels", "times lost"]
+    rows = [
+        [
+            f'<span title="{escape(c.name)}">{escape(c.name)}</span>',
+            *(score_text(c.scores.get(who)) for who in columns),
+            f"{c.rows:,}",
+            charts.share_bar(c.label_counts, names[: len(c.label_counts)], colours[: len(c.label_counts)]),
+            str(c.lost),
+        ]
+        for c in clients
+    ]
+    inner = table(head, rows[:WORST], words="labels")
+    if len(rows) > WORST:
+        inner += (
+            f"<details><summary>The other {len(rows) - WORST} clients</summary>{table(head, rows[WORST:])}</details>"
+        )
+    metric = run.metric.replace("_", " ")
+    return section("Clients, the worst first", f"{metric.capitalize()} on each client's own rows.", inner)
+
+
+def client_scores(groups: Sequence[Group], suffix: str) -> str:
+    """How unequally each method serves the clients: one tick per client."""
+    rows = []
+    for i, g in enumerate(groups):
+        found = [(f"{c.name}, seed {run.seed}", c.scores) for run in g.runs for c in run.clients if c.scores]
+        for who in (GLOBAL, PERSONALIZED):
+            values = [(name, scores[who]) for name, scores in found if who in scores]
+            if values:
+                numbers = sorted(v for _, v in values)
+                tenth = statistics.fmean(numbers[: max(1, len(numbers) // 10)])
+                rows.append([escape(g.label), NAMES[who], score_text(tenth), score_text(statistics.median(numbers)),
+                             charts.strip(values, i)])  # fmt: skip
+    head = ["method", "model", "worst tenth", "median", "each client from 0 to 1"]
+    note = "Score of each client's own rows; one tick per client and seed."
+    return section(
+        f"How the clients fare{suffix}", note, table(head, rows, words="model,each client from 0 to 1") if rows else ""
+    )
+
+
+# --- what it cost -----------------------------------------------------------------------------------------------
+
+
+def cost(groups: Sequence[Group]) -> str:
+    """Bytes per exchange and direction, the set-up apart, times and memory."""
+    tasks = {g.task for g in groups}
+    rows, classes = [], []
+    for g in groups:
+        name = g.label if len(tasks) == 1 else f"{g.label}, {g.task}"
+        for i, (cells, style) in enumerate(_cost_rows(g)):
+            rows.append([escape(name) if i == 0 else "", *cells] if len(groups) > 1 else cells)
+            classes.append(style)
+    head = ["method", *COST_HEAD] if len(groups) > 1 else COST_HEAD
+    memory = [m for g in groups for run in g.runs if (m := run.manifest.get("peak_memory_bytes"))]
+    note = "Lengths of what was serialised, per run" + (
+        ", mean over seeds." if any(len(g.runs) > 1 for g in groups) else "."
+    )
+    if memory:
+        note += f" Peak memory of the process: {bytes_text(max(memory))}."
+    return section("What it cost", note, table(head, rows, classes, words="exchange"))
+
+
+COST_HEAD = ("exchange", "answers", "down", "up", "down per client", "up per client", "simulated", "measured")
+
+
+def _cost_rows(g: Group) -> list[tuple[list[str], str]]:
+    """One row per exchange, the set-up's first, then the totals; each with its style."""
+    lines = [{**line, "run": i} for i, run in enumerate(g.runs) for line in run.exchanges]
+    kinds = dict.fromkeys((line.get("round", 0) > 0, str(line.get("exchange", "?"))) for line in lines)
+    rows, n_runs = [], len(g.runs)
+    for in_round, name in sorted(kinds, key=lambda kind: kind[0]):
+        of = [li for li in lines if (li.get("round", 0) > 0, str(li.get("exchange", "?"))) == (in_round, name)]
+        down, up = (sum(li.get(key, 0) for li in of) for key in ("bytes_down", "bytes_up"))
+        answered = [li for li in of if not li.get("lost")]
+        rows.append(
+            [
+                escape(name if in_round else f"{name} (set-up)"),
+                f"{len(answered) / n_runs:,.0f}",
+                bytes_text(down / n_runs),
+                bytes_text(up / n_runs),
+                bytes_text(down / len(of)),
+                bytes_text(up / len(answered)) if answered else "—",
+                seconds_text(_simulated(of) / n_runs),
+                seconds_text(sum(li.get("seconds", 0.0) for li in of) / n_runs),
+            ]
+        )
+    total = [bytes_text(g.mean_total("bytes_down")), bytes_text(g.mean_total("bytes_up"))]
+    times = [seconds_text(g.mean_total("simulated_seconds")), seconds_text(g.mean_total("seconds"))]
+    return [*((row, "") for row in rows), (["whole run", "", *total, "", "", *times], "total")]
+
+
+def _simulated(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of the slowest answering client of each exchange, summed."""
+    slowest: dict[Any, float] = {}
+    for line in lines:
+        if not line.get("lost"):
+            key = (line["run"], line["number"], line.get("attempt", 0))
+            slowest[key] = max(slowest.get(key, 0.0), float(line.get("simulated_seconds", 0.0)))
+    return sum(slowest.values())
+
+
+def losses(groups: Sequence[Group]) -> str:
+    """Why answers were not used, if any were."""
+    reasons: Counter[tuple[str, str]] = Counter()
+    for g in groups:
+        for run in g.runs:
+            for line in run.exchanges:
+                if line.get("lost"):
+                    reasons[(g.label, str(line["lost"]))] += 1
+    rows = [[escape(label), escape(reason), f"{n:,}"] for (label, reason), n in reasons.most_common(20)]
+    note = "Clients that were asked and whose answer was not used; the round went on without them."
+    return section("Lost answers", note, table(["method", "reason", "times"], rows, words="reason") if rows else "")
+
+
+def choices(g: Group) -> str:
+    """What the method decided, as it reports it."""
+    chosen = g.runs[0].manifest.get("choices")
+    if not isinstance(chosen, Mapping) or not chosen:
+        return ""
+    return section(f"What {g.label} chose, and why", f"Seed {g.runs[0].seed}.", definitions(chosen))

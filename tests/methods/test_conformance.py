@@ -1,0 +1,374 @@
+"""What every method must do. Methods are found by discovery; none is named here.
+
+A method is run on the toy federation of `tests/toy.py`: four clients around centres of their own, or one client with
+all rows where the method is `pooled`. Every alternative of a `Literal` field is a variant of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+import toy
+from fedpeft import methods
+from fedpeft.core import records
+from fedpeft.core.client import answer
+from fedpeft.core.evaluate import Evaluate
+from fedpeft.core.exchange import Call, ClientEnv, Exchange, Method, Record, ServerEnv
+from fedpeft.core.federate import Done, Start, federate, schedule
+from fedpeft.core.method import plain, rebuild
+from fedpeft.engines.inprocess import InProcess
+from transports import Direct, Pipes, Recording, Rewritten, Silent, backwards
+
+ROUNDS, SEED = 3, 11
+MODEL = {"width": 3, "dtype": "float32", "dropout": 0.1}
+SETTINGS = {
+    "cohort": 3,
+    "lr": 0.05,
+    "batch_size": 2,
+    "epochs": 2,
+    "server_lr": 0.5,
+}  # used as far as a method has such fields
+HEADER_BYTES = 1000
+FALLS = 0.95  # of the loss is left at most after a few rounds
+CPU_SECONDS = 5.0
+spent: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with one setting of its fields."""
+
+    name: str
+    values: Mapping[str, Any]
+
+    @functools.cached_property
+    def cls(self) -> type[Method]:
+        return methods.load(self.name)
+
+    def make(self) -> Method:
+        return methods.build(self.name, self.values)
+
+    def data(self, width: int = MODEL["width"]) -> dict[str, dict[str, toy.Points]]:
+        return toy.federation(self.cls.pooled, width=width)
+
+    def engine(self, model: toy.ToyModel | None = None, seed: int = SEED, batch: int = 1) -> InProcess:
+        return InProcess(self.make, model or toy.ToyModel(**MODEL), self.data(), seed, batch=batch)
+
+    def run(self, transport: Any, seed: int = SEED, rounds: int = ROUNDS, start: Start | None = None) -> list[Done]:
+        model = toy.ToyModel(**MODEL)
+        return list(federate(self.make(), transport, model, rounds=rounds, seed=seed, start=start))
+
+
+def cases() -> Iterator[Any]:
+    """The default of every method, and every alternative of its `Literal` fields."""
+    for name in methods.names():
+        hints = typing.get_type_hints(methods.load(name))
+        common = {field: value for field, value in SETTINGS.items() if field in hints}
+        yield pytest.param(Case(name, common), id=name)
+        for field in methods.describe(methods.load(name)):
+            if typing.get_origin(hints[field.name]) is Literal:
+                others = [o for o in typing.get_args(hints[field.name]) if o != field.default]
+                for other in others:
+                    yield pytest.param(Case(name, {**common, field.name: other}), id=f"{name}-{field.name}={other}")
+
+
+every = pytest.mark.parametrize("case", list(cases()))
+each = pytest.mark.parametrize("name", methods.names())
+
+
+@pytest.fixture(autouse=True)
+def few_seconds(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All tests of one case together take at most CPU_SECONDS of this process."""
+    case = request.node.callspec.params.get("case")
+    name = f"{case.name} {case.values}" if case else request.node.callspec.params["name"]
+    start = time.process_time()
+    yield
+    spent[name] = spent.get(name, 0.0) + time.process_time() - start
+    assert spent[name] <= CPU_SECONDS, f"{name}: {spent[name]:.1f} s of processor time"
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[subprocess.Popen[bytes]]:
+    """A freshly started process that gets nothing but plain data."""
+    script = Path(__file__).with_name("site_worker.py")
+    with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=20) == 0
+
+
+def bits(record: Record) -> str:
+    return records.encode(record).hex()
+
+
+def final(done: list[Done]) -> str:
+    return bits(done[-1].state)
+
+
+def own_loss(case: Case, transport: Any, state: Record, versions: Mapping[str, int], number: int = 10_000) -> float:
+    """Mean loss of every client's own model on its own rows."""
+    method = case.make()
+    exchange = Evaluate(method).exchange()
+    question = exchange.down(method.result(state), "train")
+    call = Call(exchange, number, ROUNDS, ROUNDS, versions=versions)
+    ups = transport.exchange(call, dict.fromkeys(transport.clients(), question)).ups
+    return sum(float(u.personal["loss"]) for u in ups.values()) / sum(int(u.personal["n"]) for u in ups.values())
+
+
+def memories(case: Case, engine: InProcess, done: list[Done]) -> dict[str, str]:
+    """The committed memory of every client that has one."""
+    return {c: bits(engine.memories.load(c, v, case.cls.memory)) for c, v in done[-1].versions.items()}
+
+
+# --- the same bits ------------------------------------------------------------------------------------------------
+
+
+@every
+def test_same_seed_same_bits_and_another_seed_other_bits(case: Case) -> None:
+    ends = []
+    for seed in (SEED, SEED, SEED + 1):
+        engine = case.engine(seed=seed)
+        done = case.run(engine, seed)
+        ends.append((final(done), memories(case, engine, done)))
+    assert ends[0] == ends[1]
+    assert ends[0] != ends[2]
+
+
+@every
+def test_in_process_equals_direct_hand_over_and_a_fresh_process(case: Case, worker: subprocess.Popen[bytes]) -> None:
+    engine = case.engine()
+    model = toy.ToyModel(**MODEL)
+    known = set(vars(model))
+    direct = Direct(case.make(), model, case.data(), SEED)
+    values = json.loads(json.dumps(plain(case.make())))
+    pipes = Pipes(worker, case.name, values, case.cls, toy.plain(case.data()), MODEL, SEED)
+    ends = []
+    for transport in (engine, direct, pipes):
+        done = case.run(transport)
+        ends.append((final(done), own_loss(case, transport, done[-1].state, done[-1].versions)))
+    assert ends[0] == ends[1] == ends[2]
+    assert set(vars(model)) == known, "the method left something in the model"
+
+
+@every
+def test_fit_many_equals_fit(case: Case) -> None:
+    together, alone = case.engine(batch=10), case.engine(batch=1)
+    a, b = case.run(together), case.run(alone)
+    assert final(a) == final(b)
+    assert memories(case, together, a) == memories(case, alone, b)
+
+
+@every
+def test_resume_from_every_exchange_equals_uninterrupted(case: Case) -> None:
+    whole_engine = case.engine()
+    whole = case.run(whole_engine)
+    for stop in range(1, len(whole)):
+        engine = case.engine()
+        loop = federate(case.make(), engine, toy.ToyModel(**MODEL), rounds=ROUNDS, seed=SEED)
+        done = [next(loop) for _ in range(stop)]
+        loop.close()
+        start = done[-1].start
+        saved = Start(start.number, records.decode(records.encode(start.state), case.cls.state), start.versions)
+        lost = federate(case.make(), engine, toy.ToyModel(**MODEL), rounds=ROUNDS, seed=SEED, start=saved)
+        next(lost)  # killed after the clients staged their memories, before anything was saved
+        lost.close()
+        rest = case.run(engine, start=saved)
+        assert final(rest) == final(whole)
+        assert memories(case, engine, rest) == memories(case, whole_engine, whole)
+
+
+@every
+def test_order_of_answers_is_irrelevant(case: Case) -> None:
+    turned = case.run(Rewritten(case.engine(), answered=backwards))
+    assert final(turned) == final(case.run(case.engine()))
+    asked_backwards = Rewritten(case.engine(), asked=lambda call, downs: dict(reversed(list(downs.items()))))
+    assert final(case.run(asked_backwards)) == final(turned)
+
+
+@every
+def test_a_dirty_model_is_harmless(case: Case) -> None:
+    """Left-overs in the model and the global generators change nothing."""
+    model = toy.ToyModel(**MODEL)
+    engine = case.engine(model)
+    soil = np.random.default_rng(0)
+
+    def scramble(client: str, call: Call) -> None:
+        model.dirt = object()
+        torch.manual_seed(int(soil.integers(1 << 31)))
+        np.random.seed(int(soil.integers(1 << 31)))
+
+    engine.fault = scramble
+    assert final(case.run(engine)) == final(case.run(case.engine()))
+
+
+@every
+def test_received_records_are_unchanged(case: Case) -> None:
+    """`send`, `work` and `fold` leave state, messages and memory as they got them."""
+    method, model, data = case.make(), toy.ToyModel(**MODEL), case.data()
+    clients = sorted(data)
+    server = ServerEnv(model, clients, SEED, ROUNDS)
+    state = method.init(server)
+    kept: dict[str, Record] = {}
+    for round, exchange, _ in schedule(method, ROUNDS):
+        server = dataclasses.replace(server, round=round, exchange=exchange.name)
+        cohort = list(exchange.pick(state, clients, server.rng("pick")))
+        before = bits(state)
+        downs = {c: exchange.send(state, c) for c in cohort}
+        ups = {c: unchanged_work(case, exchange, downs[c], kept, client_env(server, c, data)) for c in cohort}
+        assert bits(state) == before, f"{exchange.name}: send or work changed the state"
+        sent = [bits(up) for up in ups.values()]
+        new = exchange.fold(state, ups, dataclasses.replace(server, cohort=cohort))
+        assert bits(state) == before, f"{exchange.name}: fold changed the old state"
+        assert [bits(up) for up in ups.values()] == sent, f"{exchange.name}: fold changed an answer"
+        state = new
+
+
+def client_env(server: ServerEnv, client: str, data: Mapping[str, Mapping[str, toy.Points]]) -> ClientEnv:
+    return ClientEnv(client, server.model, data[client], SEED, ROUNDS, server.round, server.exchange)
+
+
+def unchanged_work(case: Case, exchange: Exchange, down: Record, kept: dict[str, Record], env: ClientEnv) -> Record:
+    memory = kept[env.client] if env.client in kept else case.make().init_client(env)
+    before = bits(down), bits(memory)
+    up, kept[env.client] = answer(exchange, down, memory, env)
+    assert (bits(down), bits(memory)) == before, f"{exchange.name}: work changed what it was given"
+    return up
+
+
+# --- what goes wrong on the way -----------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
+def test_a_lost_client_does_not_stop_the_run(case: Case, place: int) -> None:
+    """One answer of every cohort is lost; the others count as if nothing were, and the loss still falls."""
+    engine = case.engine()
+    silent, clean = Recording(Silent(engine, place)), Recording(case.engine())
+    done = case.run(silent)
+    assert len(done) == len(case.run(clean))
+    (call, downs, some), (_, _, all_answers) = silent.calls[0], clean.calls[0]
+    assert call.attempt == 0 and len(some.ups) == len(downs) - 1
+    assert {c: bits(up) for c, up in some.ups.items()} == {c: bits(all_answers.ups[c]) for c in some.ups}
+    for step in done:
+        assert step.answered and any(r.lost for r in step.receipts)
+    fresh = case.make().init(ServerEnv(toy.ToyModel(**MODEL), tuple(engine.clients()), SEED, ROUNDS))
+    assert own_loss(case, engine, done[-1].state, done[-1].versions) < FALLS * own_loss(case, case.engine(), fresh, {})
+
+
+@every
+def test_an_answer_that_was_lost_leaves_no_memory(case: Case) -> None:
+    engine = case.engine()
+    transport = Silent(engine, 0)
+    done = case.run(transport, rounds=1)
+    gone = {c for step in done for c in step.cohort} - {c for step in done for c in step.answered}
+    assert not gone & done[-1].versions.keys()
+
+
+# --- records and fields -------------------------------------------------------------------------------------------
+
+
+@every
+def test_records_are_of_the_declared_types_and_survive_the_codec(case: Case) -> None:
+    engine = case.engine()
+    recording = Recording(engine)
+    done = case.run(recording)
+    for call, downs, answers in recording.calls:
+        assert all(type(down) is call.exchange.down for down in downs.values())
+        assert all(type(up) is call.exchange.up for up in answers.ups.values())
+    for step in done:
+        assert type(step.state) is case.cls.state
+        assert bits(records.decode(records.encode(step.state), case.cls.state)) == bits(step.state)
+    for client, version in done[-1].versions.items():
+        memory = engine.memories.load(client, version, case.cls.memory)
+        assert type(memory) is case.cls.memory
+        assert bits(records.decode(records.encode(memory), case.cls.memory)) == bits(memory)
+
+
+@every
+def test_hyper_parameters_survive_json(case: Case) -> None:
+    method = case.make()
+    values = json.loads(json.dumps(plain(method)))
+    assert rebuild(case.cls, values) == method
+    assert methods.build(case.name, values) == method
+
+
+@each
+def test_every_field_has_a_default_and_a_meaning(name: str) -> None:
+    for field in methods.describe(methods.load(name)):
+        assert field.default is not dataclasses.MISSING, field.name
+        assert len(field.meaning) > 8, field.name
+
+
+# --- what it is for, and what it says about itself ----------------------------------------------------------------
+
+
+@every
+def test_the_loss_falls(case: Case) -> None:
+    engine = case.engine()
+    done = case.run(engine, rounds=2 * ROUNDS)
+    fresh = case.make().init(ServerEnv(toy.ToyModel(**MODEL), tuple(engine.clients()), SEED, ROUNDS))
+    assert own_loss(case, engine, done[-1].state, done[-1].versions) < FALLS * own_loss(case, case.engine(), fresh, {})
+
+
+@every
+def test_bytes_are_what_the_docstring_says(case: Case) -> None:
+    """`Traffic per client and round: down = 2 params; up = params`, to within the headers of the records."""
+    width = 5000
+    engine = InProcess(case.make, toy.ToyModel(width=width, dtype="float32"), case.data(width), SEED)
+    says = traffic_of(case.name)
+    measured: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for step in federate(case.make(), engine, engine.model, rounds=2, seed=SEED):
+        for receipt in step.receipts if step.round else ():
+            measured.setdefault((step.round, receipt.client), []).append((receipt.bytes_down, receipt.bytes_up))
+    assert measured
+    for exchanges in measured.values():
+        down, up = (sum(way) for way in zip(*exchanges, strict=True))
+        assert 0 < down - says["down"] * 4 * width <= HEADER_BYTES * len(exchanges)
+        assert 0 < up - says["up"] * 4 * width <= HEADER_BYTES * len(exchanges)
+
+
+def traffic_of(name: str) -> dict[str, float]:
+    """The machine-readable line of a method's docstring: how many times the params travel, down and up."""
+    doc = sys.modules[methods.load(name).__module__].__doc__ or ""
+    found = re.search(r"^Traffic per client and round: down = (.+); up = (.+)$", doc, re.MULTILINE)
+    assert found, "the docstring needs a line 'Traffic per client and round: down = ...; up = ...'"
+    return {way: copies(text) for way, text in zip(("down", "up"), found.groups(), strict=True)}
+
+
+def copies(text: str) -> float:
+    if text == "nothing":
+        return 0.0
+    found = re.fullmatch(r"(?:([\d.]+) )?params", text)
+    assert found, f"traffic {text!r} must be 'nothing', 'params' or '2 params'"
+    return float(found[1] or 1)
+
+
+@each
+def test_the_docstring_names_its_source_and_maps_it_to_code(name: str) -> None:
+    module = sys.modules[methods.load(name).__module__]
+    doc = module.__doc__ or ""
+    assert re.search(r"arXiv \d{4}\.\d{4,5}", doc), "no citation"
+    table = doc.partition("\nPaper to code\n\n")[2].partition("\n\n")[0].splitlines()
+    assert table[:2] == ["| paper | here |", "|---|---|"] and len(table) > 3
+    assert all(row.count("|") == 3 for row in table), "a cell of the table contains a bar"
+    assert re.search(r"^Departures: ", doc, re.MULTILINE)
+    assert module.METHOD is methods.load(name)
+    code = {*vars(module.METHOD), *(f.name for f in methods.describe(module.METHOD))}
+    named = set(re.findall(r"`([a-z_0-9]+)`", "\n".join(table)))
+    assert named <= code, f"the table names {sorted(named - code)}, which the class does not have"

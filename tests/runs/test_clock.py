@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from fedpeft.core.exchange import Meter, Receipt
+from fedpeft.planner.cost import shape_of
+from fedpeft.planner.device import DEFAULT, Profile
+from fedpeft.runs.clock import Clock, slowest, total
+
+SHAPE = shape_of({"hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 6, "vocab_size": 9,
+                  "num_hidden_layers": 2})  # fmt: skip
+SLOW = Profile("slow", flops_per_s=1000, up_bytes_per_s=10, down_bytes_per_s=20, latency_s=0.5)
+
+
+def test_a_receipt_by_hand():
+    """The two-block model of test_cost: 5 tokens and 13 pairs cost 5248 to train and 2656 forward.
+
+    0.5 s latency + 100 / 20 down + (5248 + 2656) / 1000 computing + 30 / 10 up = 0.5 + 5 + 7.904 + 3.
+    """
+    meter = Meter(trained_tokens=5, trained_pairs=13, forward_tokens=5, forward_pairs=13)
+    clock = Clock(SHAPE, {"a": SLOW})
+    assert clock(Receipt("a", bytes_down=100, bytes_up=30, meter=meter)) == pytest.approx(16.404, abs=1e-12)
+    # with the adapter in the upper block alone, training costs 3712
+    assert Clock(SHAPE, {"a": SLOW}, lowest_block=1).flops(meter) == 3712 + 2656
+
+
+def test_a_client_without_profile_has_the_default():
+    seconds = Clock(SHAPE, {})(Receipt("b", bytes_down=1_000_000, bytes_up=500_000))
+    expected = DEFAULT.latency_s + 1e6 / DEFAULT.down_bytes_per_s + 5e5 / DEFAULT.up_bytes_per_s
+    assert seconds == pytest.approx(expected)
+
+
+def test_round_and_run():
+    """The slowest answer counts, a lost client does not, and exchanges follow one another."""
+    clock = Clock(SHAPE, {"a": SLOW, "b": SLOW})
+    setup = clock.stamp([Receipt("a", bytes_down=20), Receipt("b", bytes_down=10)])
+    assert [r.simulated_seconds for r in setup] == [1.5, 1.0]
+    train = clock.stamp([Receipt("a", bytes_up=5), Receipt("b", bytes_up=500, lost="no answer")])
+    assert slowest(setup) == 1.5
+    assert slowest(train) == 1.0
+    assert slowest(clock.stamp([Receipt("a", lost="no answer")])) == 0.0
+    assert total([setup, train]) == 2.5

@@ -1,0 +1,165 @@
+"""A model of three numbers, on which every method can be checked with a pencil.
+
+The parameters are one point w, cut into two tensors so that names matter: `block.0.w` holds all numbers but the last,
+`head.w` the last one. A row of data is a point x and its loss is 1/2 ||w - x||², so the gradient of a batch is
+w - mean(x), a step of SGD moves w by lr (mean(x) - w), and a client's optimum is the mean of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.errors import FitError
+from fedpeft.core.examples import epoch_batches
+from fedpeft.core.exchange import Method
+from fedpeft.core.federate import Done, federate
+from fedpeft.core.fit import Fit, Fitted
+from fedpeft.core.rng import Rng, key_for, rng_for
+from fedpeft.core.train import Stack, train_many
+from fedpeft.core.tree import Params
+from fedpeft.engines.inprocess import InProcess
+
+BODY, HEAD = "block.0.w", "head.w"
+
+
+@dataclass(frozen=True)
+class Points:
+    """Rows of data: x, (rows, width)."""
+
+    x: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Every point counts as three tokens."""
+        return np.full(len(self), 3)
+
+    def epochs(self, epochs: int, batch_size: int, rng: Rng) -> Sequence[Sequence[int]]:
+        return epoch_batches(len(self), epochs, batch_size, rng)
+
+
+def points(*rows: Sequence[float]) -> Points:
+    """Data from literal rows."""
+    return Points(np.array(rows, dtype=np.float64))
+
+
+def params(*numbers: float, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Parameters from their numbers."""
+    return {BODY: torch.tensor(numbers[:-1], dtype=dtype), HEAD: torch.tensor(numbers[-1:], dtype=dtype)}
+
+
+def vector(p: Params) -> list[float]:
+    """The numbers of parameters."""
+    return [*p[BODY].tolist(), *p[HEAD].tolist()]
+
+
+class ToyModel:
+    """The `Model` over points; `dirt` is what the last user left behind, and must not matter.
+
+    Args:
+        start: the numbers that `init` gives, instead of drawing them.
+        width: how many numbers `init` draws.
+        dtype: of the parameters, by name.
+        dropout: of the adapter's specification.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        start: Sequence[float] | None = None,
+        width: int = 3,
+        dtype: str = "float64",
+        dropout: float = 0.0,
+    ) -> None:
+        self.start = start
+        self.width = width
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.spec: AdapterSpec = Lora(dropout=dropout)
+        self.dirt: Any = None
+        self.calls: list[int] = []  # how many fits each call of fit_many was given
+
+    def init(self, rng: Rng) -> dict[str, Tensor]:
+        numbers = rng.standard_normal(self.width) if self.start is None else self.start
+        return params(*numbers, dtype=self.dtype)
+
+    def check(self, fit: Fit) -> None:
+        if fit.params.keys() != {BODY, HEAD}:
+            raise FitError(f"the toy has {BODY!r} and {HEAD!r}, the fit has {sorted(fit.params)}")
+
+    def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
+        self.calls.append(len(fits))
+        return train_many(fits, self, self.check)
+
+    def fit(self, fit: Fit) -> Fitted:
+        (fitted,) = self.fit_many([fit])
+        if isinstance(fitted, Exception):
+            raise fitted
+        return fitted
+
+    def logits(self, params: Params | None, data: Points, rows: Sequence[int] | None = None) -> Tensor:
+        x = torch.from_numpy(data.x if rows is None else data.x[list(rows)])
+        return x * 0 if params is None else x * torch.cat([params[BODY], params[HEAD]])
+
+    def score(self, params: Params, data: Points) -> dict[str, Tensor]:
+        w = torch.cat([params[BODY], params[HEAD]]).double()
+        return {"loss": 0.5 * (w - torch.from_numpy(data.x)).square().sum(), "n": torch.tensor(len(data))}
+
+    def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
+        """Mean losses and their gradients, client by client, so that company changes no bit."""
+        self.dirt = stack
+        losses = []
+        for i, fit in enumerate(stack.fits):
+            w = torch.cat([stack.params[BODY][i], stack.params[HEAD][i]])
+            x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
+            if fit.dropout:
+                x = x * torch.from_numpy(_noise(fit, step, rows[i], x.shape[1])).to(w)
+            losses.append(0.5 * (w - x).square().sum(dim=1).mean())
+        if any(leaf.requires_grad for leaf in stack.params.values()):
+            torch.stack(losses).sum().backward()
+        return torch.stack(losses).detach()
+
+
+def _noise(fit: Fit, step: int, rows: Sequence[int], width: int) -> np.ndarray:
+    """0 or 1 / (1 - p) per number, from (seed, step, row)."""
+    kept = [np.random.Generator(np.random.PCG64(key_for(fit.seed, step, row))).random(width) for row in rows]
+    return (np.array(kept) >= fit.dropout) / (1 - fit.dropout)
+
+
+def federation(pooled: bool, clients: int = 4, width: int = 3, seed: int = 7) -> dict[str, dict[str, Points]]:
+    """Clients of 4 to 7 rows around centres of their own; for a pooled method, one client with all rows."""
+    data = {}
+    for i in range(clients):
+        rng = rng_for(seed, "toy", client=str(i))
+        data[f"c{i}"] = Points(2 + rng.standard_normal(width) + 0.3 * rng.standard_normal((4 + i % 4, width)))
+    if pooled:
+        data = {"pooled": Points(np.concatenate([d.x for d in data.values()]))}
+    return {client: {"train": d} for client, d in data.items()}
+
+
+def run(
+    method: Method, data: Mapping[str, Points], rounds: int = 1, start: Sequence[float] = (0.0, 0.0, 0.0), seed: int = 0
+) -> tuple[list[Done], InProcess]:
+    """The finished exchanges of a run from the given numbers, and the engine, which has the clients' memories."""
+    model = ToyModel(start)
+    engine = InProcess(lambda: method, model, {client: {"train": d} for client, d in data.items()}, seed)
+    return list(federate(method, engine, model, rounds=rounds, seed=seed)), engine
+
+
+def plain(data: Mapping[str, Mapping[str, Points]]) -> dict[str, dict[str, list[list[float]]]]:
+    """A federation's data as JSON can carry it (floats survive JSON exactly)."""
+    return {client: {name: split.x.tolist() for name, split in splits.items()} for client, splits in data.items()}
+
+
+def splits(plain_splits: Mapping[str, list[list[float]]]) -> dict[str, Points]:
+    """One client's data back from `plain`."""
+    return {name: points(*rows) for name, rows in plain_splits.items()}
