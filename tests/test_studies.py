@@ -67,7 +67,8 @@ def test_tasks_and_paths_start_at_their_own_files(tmp_path: Path) -> None:
     (cell,) = cells(load_study(tmp_path / "study" / "plain.yaml"))[:1]
     assert cell.config.task.train == str(tmp_path / "base" / "train.csv")
     (tmp_path / "study" / "tasks.yaml").write_text(
-        "base: ../base/b.yaml\nmethods: [{label: A, name: fedavg}]\ntasks: [{name: one, train: train.csv}, {name: demo}]\n"
+        "base: ../base/b.yaml\nmethods: [{label: A, name: fedavg}]\n"
+        "tasks: [{name: one, train: train.csv}, {name: demo}]\n"
     )
     found = cells(load_study(tmp_path / "study" / "tasks.yaml"))
     assert [cell.task for cell in found] == ["one"] * 3 + ["demo"] * 3

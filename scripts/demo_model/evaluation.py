@@ -5,8 +5,7 @@ real tokens, texts cut at 32 tokens. The base model stays frozen.
 """
 
 import copy
-import hashlib
-import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +132,9 @@ def _parts(data: Encoded, size: int = 256) -> list[Encoded]:
     return [data.take(range(i, min(i + size, len(data.labels)))) for i in range(0, len(data.labels), size)]
 
 
-def train_batches(model: Classifier, data: Encoded, batches: Sequence[np.ndarray], lr: float, decay: bool = False) -> None:
+def train_batches(
+    model: Classifier, data: Encoded, batches: Sequence[np.ndarray], lr: float, decay: bool = False
+) -> None:
     """AdamW over the given batches of row numbers; `decay` lowers the rate linearly to zero."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     for step, rows in enumerate(batches):
@@ -178,21 +179,29 @@ def run_federated(encoder: nn.Module, train: Encoded, seed: int, protocol: Proto
 
 
 def split_dirichlet(labels: np.ndarray, protocol: Protocol, rng: np.random.Generator) -> list[np.ndarray]:
-    """Row numbers per client: for every label, Dirichlet shares over the clients (drawn again if a client is empty)."""
-    while True:
-        parts: list[list[np.ndarray]] = [[] for _ in range(protocol.clients)]
-        for label in np.unique(labels):
-            rows = rng.permutation(np.flatnonzero(labels == label))
-            shares = rng.dirichlet([protocol.dirichlet] * protocol.clients)
-            cuts = (np.cumsum(shares)[:-1] * len(rows)).astype(int)
-            for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-                part.append(piece)
-        clients = [np.concatenate(part) for part in parts]
-        if min(map(len, clients)) >= protocol.batch:
-            return clients
+    """Row numbers per client: sizes from Dirichlet(5), a client's label shares from Dirichlet(`protocol.dirichlet`).
+
+    Rows are dealt one by one, to a random client that is not full and from a label of its shares that is not used up
+    (the process of the library's `dirichlet` partition, written independently).
+    """
+    classes = np.unique(labels)
+    left = [list(rng.permutation(np.flatnonzero(labels == label))) for label in classes]
+    shares = rng.dirichlet([protocol.dirichlet] * len(classes), size=protocol.clients)
+    sizes = np.floor(rng.dirichlet([5.0] * protocol.clients) * len(labels)).astype(int)
+    sizes[: len(labels) - sizes.sum()] += 1
+    clients: list[list[int]] = [[] for _ in sizes]
+    while any(left):
+        client = rng.choice([c for c, rows in enumerate(clients) if len(rows) < sizes[c]])
+        stock = np.array([len(rows) for rows in left])
+        odds = np.where(stock > 0, shares[client], 0)
+        odds = stock if odds.sum() < 1e-12 else odds
+        clients[client].append(left[rng.choice(len(classes), p=odds / odds.sum())].pop())
+    return [np.array(rows) for rows in clients]
 
 
-def evaluate(folder: Path, task: DemoTask, seeds: Sequence[int] = (0, 1, 2), part: str = "test") -> dict[str, list[float]]:
+def evaluate(
+    folder: Path, task: DemoTask, seeds: Sequence[int] = (0, 1, 2), part: str = "test"
+) -> dict[str, list[float]]:
     """Accuracy by experiment, one number per seed."""
     protocol = Protocol()
     train = encode_rows(task.train, folder, protocol.length)
@@ -205,3 +214,21 @@ def evaluate(folder: Path, task: DemoTask, seeds: Sequence[int] = (0, 1, 2), par
         scores["centralised, random weights"].append(accuracy(run_centralised(noise, train, seed, protocol), held_out))
         scores["federated"].append(accuracy(run_federated(encoder, train, seed, protocol), held_out))
     return scores
+
+
+def score_baselines(task: DemoTask) -> dict[str, float]:
+    """Test accuracy without a neural network: the most frequent training label, and TF-IDF (words and pairs of words
+    of the full texts) with logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    texts, labels = [row["text"] for row in task.train], [row["label"] for row in task.train]
+    truth = [row["label"] for row in task.test]
+    majority = Counter(labels).most_common(1)[0][0]
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    linear = make_pipeline(words, LogisticRegression(C=10, max_iter=2000)).fit(texts, labels)
+    return {
+        "most frequent training label": truth.count(majority) / len(truth),
+        "TF-IDF and logistic regression": float(linear.score([row["text"] for row in task.test], truth)),
+    }

@@ -1,4 +1,4 @@
-"""Tokeniser, starting point and training of the demo model; see the model card for what each number did to the score."""
+"""Tokenizer, starting point and training of the demo model."""
 
 import math
 import time
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+from demo_model.wordpieces import SPECIAL
+
 PAD, CLS, SEP, MASK = 0, 2, 3, 4
 
 
@@ -29,34 +30,21 @@ class Recipe:
     feed_forward: int = 512
     positions: int = 128
     ppmi_window: int = 16  # tokens on either side
+    ppmi_book_tokens: int = 20_000  # of each book that are counted, so that prose does not drown code text
     word_scale: float = 0.3  # standard deviation of a word embedding's entries
     position_scale: float = 0.2
     steps: int = 1500
     pairs: int = 96  # windows and their neighbours per step
     shortest: int = 6  # windows have between `shortest` and `longest` tokens, [CLS] and [SEP] not counted
     longest: int = 30
-    code_share: float = 0.8  # of the steps; the others read books
+    code_share: float = 0.9  # of the steps; the others read books
     mask_share: float = 0.15
     temperature: float = 0.07
-    contrast: float = 1.0  # weight of the contrastive loss beside the MLM loss
+    contrast: float = 2.0  # weight of the contrastive loss beside the MLM loss
     lr: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0
-
-
-def train_tokenizer(texts: Sequence[str], recipe: Recipe) -> BertWordPieceTokenizer:
-    """A lower-casing WordPiece tokenizer with `recipe.vocabulary` pieces."""
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train_from_iterator(
-        texts,
-        vocab_size=recipe.vocabulary,
-        min_frequency=2,
-        limit_alphabet=100,
-        special_tokens=list(SPECIAL),
-        show_progress=False,
-    )
-    return tokenizer
 
 
 def encode(tokenizer: BertWordPieceTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -157,7 +145,9 @@ def mask_tokens(ids: Tensor, recipe: Recipe, generator: torch.Generator) -> tupl
     return torch.where(chosen & (fate >= 0.9), random_words, corrupted), chosen
 
 
-def losses_of(model: BertForMaskedLM, windows: tuple[Tensor, Tensor], recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def losses_of(
+    model: BertForMaskedLM, windows: tuple[Tensor, Tensor], recipe: Recipe, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """MLM loss (nats per masked token) and contrastive loss (InfoNCE between neighbours, both ways; nats)."""
     ids, mask = windows
     corrupted, chosen = mask_tokens(ids, recipe, generator)
@@ -195,7 +185,10 @@ def pretrain(model: BertForMaskedLM, code: Sequence[np.ndarray], books: Sequence
         mean += [mlm.item(), contrast.item()]
         if (step + 1) % 100 == 0:
             seconds = time.perf_counter() - begun
-            print(f"step {step + 1:5d}  mlm {mean[0] / 100:.3f}  contrast {mean[1] / 100:.3f}  {seconds:.0f} s", flush=True)
+            print(
+                f"step {step + 1:5d}  mlm {mean[0] / 100:.3f}  contrast {mean[1] / 100:.3f}  {seconds:.0f} s",
+                flush=True,
+            )
             mean[:] = 0
     model.eval()
     return time.perf_counter() - begun
@@ -212,7 +205,10 @@ def save_model(model: BertForMaskedLM, tokenizer: BertWordPieceTokenizer, folder
     """Write config.json, model.safetensors (float32, tied head once), tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    fast = BertTokenizerFast(tokenizer_object=tokenizer._tokenizer, model_max_length=recipe.positions, do_lower_case=True)
+    (folder / "model.safetensors").chmod(0o644)
+    fast = BertTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, model_max_length=recipe.positions, do_lower_case=True
+    )
     fast.save_pretrained(folder)
 
 

@@ -127,6 +127,13 @@ def test_a_check_of_the_record_itself_counts() -> None:
         records.decode(data, Strict)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [2**62, 0, 2**62], [0, 2**70], [0, 1 << 48]])
+def test_an_empty_tensor_of_an_enormous_shape_is_refused(shape: list[int]) -> None:
+    data = records.encode(Weights({"v": torch.ones(0, 3)}))
+    with pytest.raises(RecordError, match="too large"):
+        records.decode(rewritten(data, entry(shape=shape)), Weights)
+
+
 def test_bytes_that_are_no_bools_are_refused() -> None:
     data = bytearray(records.encode(Weights({"m": torch.tensor([True, False])})))
     data[-1] = 2

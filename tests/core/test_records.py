@@ -155,6 +155,14 @@ def test_the_library_reads_what_is_written_here() -> None:
     assert same(safetensors.torch.load(data), all_dtypes())
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_width() -> None:
+    data = layout.dump(all_dtypes(), {})
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    widths = {name: t.element_size() for name, t in all_dtypes().items()}
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    assert all(header[name]["data_offsets"][0] % width == 0 for name, width in widths.items())
+
+
 def test_the_library_reads_the_metadata(tmp_path: Path) -> None:
     records.write(tmp_path / "r.safetensors", Update({"w": torch.ones(2)}, 3, 0.5))
     with safetensors.safe_open(tmp_path / "r.safetensors", "pt") as file:

@@ -125,6 +125,7 @@ def metrics_line(
     def scores() -> dict[str, Any]:
         accuracy = ceiling - (ceiling - 0.25) * math.exp(-r / 9) + float(rng.normal(0, 0.008))
         both = {"global": {"accuracy": accuracy, "loss": 1 - accuracy}, "majority": {"accuracy": 0.232, "loss": 1.6}}
+        both["label_prior"] = {"accuracy": 0.431, "loss": 1.2}
         return {**both, "personalized": {"accuracy": accuracy + 0.02, "loss": 1 - accuracy}} if personalized else both
 
     line = {
@@ -218,12 +219,16 @@ def test_headline_is_the_test_score_of_the_last_round_beside_the_majority(tmp_pa
     assert (f"{test['global']['accuracy']:.3f}", "test accuracy, global model") in cards
     assert (f"{test['personalized']['accuracy']:.3f}", "test accuracy, personalised models") in cards
     assert ("0.232", "test accuracy, always the majority label") in cards
+    assert ("0.431", "test accuracy, each client&#x27;s own majority label") in cards
 
 
-def test_headline_prefers_the_best_validated_parameters_of_the_manifest(tmp_path: Path) -> None:
-    metrics = {"best": {"test": {"global": {"accuracy": 0.777}}}, "final": {"test": {"global": {"accuracy": 0.5}}}}
-    folder = make_run(tmp_path / "run", metrics=metrics)
-    assert read_history(folder).final == ("test", {"global": 0.777})
+def test_result_is_the_best_validated_global_model_and_the_final_personal_ones(tmp_path: Path) -> None:
+    """Personal models need the clients' memories, and those of the best-validated round are gone."""
+    both = [
+        {"test": {"global": {"accuracy": g}, "personalized": {"accuracy": p}}} for g, p in ((0.777, 0.1), (0.5, 0.6))
+    ]
+    folder = make_run(tmp_path / "run", metrics={"best": both[0], "final": both[1]})
+    assert read_history(folder).final == ("test", {"global": 0.777, "personalized": 0.6})
 
 
 def test_scores_carry_what_was_spent_until_then(tmp_path: Path) -> None:
@@ -285,6 +290,7 @@ def test_several_runs_are_grouped_over_seeds_with_mean_and_deviation(tmp_path: P
     assert second[1] == f"{statistics.fmean(tests[:3]):.3f} ± {statistics.stdev(tests[:3]):.3f}"
     assert best[3] == "3"
     assert page.rows[start + 3][:2] == ["always the majority label", "0.232"]
+    assert page.rows[start + 4][:3] == ["each client's own majority label", "", "0.431"]
     assert page.source.count('class="band c1"') == 7  # six pictures of scores and one of losses
     assert "Side by side" in page.text
 

@@ -134,6 +134,7 @@ def _method(values: dict[str, Any], problems: list[str]) -> Method | None:
     name = fields.pop("name", "fedavg")
     if not isinstance(name, str):
         problems.append(f"method.name: {name!r} cannot be used; give one of {', '.join(methods.names())}.")
+        del values["method"]
         return None
     try:
         method = methods.build(name, fields)

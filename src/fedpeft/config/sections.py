@@ -144,7 +144,7 @@ class StopSection(Section):
     """When a run may end before its last round; the first limit reached ends it."""
 
     score: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Validation score (`task.metric`) of the global model."""
+    """Validation score (`task.metric`): of the personalised models where the method makes them, else the global one."""
 
     bytes: Count | None = None
     """Traffic in bytes, both directions together."""

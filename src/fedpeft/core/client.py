@@ -84,7 +84,11 @@ def run_jobs(jobs: Sequence[Job], model: Model) -> None:
     """Run all jobs to their end; each wave of Fits that they wait for is one `fit_many`."""
     while waiting := [job for job in jobs if job.fit is not None]:
         fits = [job.fit for job in waiting if job.fit is not None]
-        for job, fitted in zip(waiting, model.fit_many(fits), strict=True):
+        try:
+            results = model.fit_many(fits)
+        except Exception as error:
+            results = [error] * len(fits)
+        for job, fitted in zip(waiting, results, strict=True):
             job.resume(fitted)
 
 

@@ -144,6 +144,8 @@ def check_fit(fit: Fit) -> None:
             raise FitError(f"a batch names row {low if low < 0 else high}; the data has rows 0 to {len(fit.data) - 1}")
     _check_rates(fit)
     center = fit.prox.center if fit.prox else None
+    if center is not None and (lacking := set(fit.trained) - center.keys()):
+        raise FitError(f"Fit.prox.center lacks {min(lacking)!r}; give a centre for every trained parameter, or None")
     for title, params in (("mask", fit.mask), ("drift", fit.drift), ("prox.center", center)):
         _check_part(title, params, fit)
     if fit.moments is not None:
@@ -165,7 +167,7 @@ def _check_rates(fit: Fit) -> None:
     for rate in (*(lr if isinstance(lr, tuple) else (lr,)), *fit.rates.values()):
         if not (math.isfinite(rate) and rate >= 0):
             raise FitError(f"a learning rate is {rate}; it must be finite and not negative")
-    if fit.rates and isinstance(lr, float | int) and lr == 0:
+    if fit.rates and fit.steps and not any(lr if isinstance(lr, tuple) else (lr,)):
         raise FitError("Fit.rates needs an optimizer whose own rate is above 0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import IO
@@ -33,7 +34,7 @@ class Spool(Mapping[ClientId, Record]):
             self._kept[client] = record
             return
         if self._file is None:
-            self._file = tempfile.SpooledTemporaryFile(max_size=1)
+            self._file = _scratch()
         self._places[client] = (self._file.seek(0, 2), len(data))
         self._file.write(data)
 
@@ -45,9 +46,20 @@ class Spool(Mapping[ClientId, Record]):
         self._file.seek(start)
         return records.decode(self._file.read(size), self._cls)
 
+    def __contains__(self, client: object) -> bool:
+        return client in self._kept or client in self._places
+
     def __iter__(self) -> Iterator[ClientId]:
         yield from self._kept
         yield from self._places
 
     def __len__(self) -> int:
         return len(self._kept) + len(self._places)
+
+
+def _scratch() -> IO[bytes]:
+    """A file without a name; it is gone when the spool is."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        stack.pop_all()
+    return file

@@ -13,6 +13,7 @@ flat buffer with one row per client.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def train_many(fits: Sequence[Fit], objective: Objective, check: Callable[[Fit],
             results[i] = error
         else:
             dtypes = frozenset(t.dtype for t in fit.params.values())
-            groups.setdefault((type(fit.optimizer), fit.penalty, fit.base, dtypes), []).append(i)
+            buffered = getattr(fit.optimizer, "momentum", 1.0) != 0  # without, SGD keeps no buffer
+            groups.setdefault((type(fit.optimizer), buffered, fit.penalty, fit.base, dtypes), []).append(i)
     for members in groups.values():
         members.sort(key=lambda i: -fits[i].steps)
         results.update(zip(members, _train_group([fits[i] for i in members], objective), strict=True))
@@ -114,7 +116,7 @@ class _Sweep:
         self.fits = fits
         self.objective = objective
         self.device = objective.device
-        self.dtype = next((t.dtype for t in fits[0].params.values()), torch.float32)
+        self.dtype = functools.reduce(torch.promote_types, (t.dtype for t in fits[0].params.values()))
         trained = sorted({name for fit in fits for name in fit.trained})
         self.shapes = {name: _widest(name, fits) for name in trained}
         self.spans: dict[str, slice] = {}
@@ -175,13 +177,13 @@ class _Sweep:
 
     def _rates(self) -> Tensor | None:
         """(clients, total) factor on the optimizer's rate where `Fit.rates` names another rate, else None."""
-        if not any(fit.rates for fit in self.fits):
+        if not any(fit.rates and fit.steps for fit in self.fits):
             return None
         factors = torch.ones_like(self.values)
         for row, fit in zip(factors, self.fits, strict=True):
             for name, span in self.spans.items():
                 prefixes = [p for p in fit.rates if name.startswith(p)]
-                if prefixes:
+                if prefixes and fit.steps:
                     row[span] = fit.rates[max(prefixes, key=len)] / _top_rate(fit)
         return factors
 
@@ -282,7 +284,7 @@ class _Sweep:
             return DivergedError(f"training diverged: {where} of {fit.steps}; lower method.lr or set method.clip")
         params = {name: t.detach().clone().cpu() for name, t in fit.params.items()}
         for name in fit.trained:
-            params[name] = self._cut(self.values[i], name, fit.params[name].shape)
+            params[name] = self._cut(self.values[i], name, fit.params[name].shape).to(fit.params[name].dtype)
         lengths = getattr(fit.data, "lengths", None)
         used = [int(lengths[row]) for batch in fit.batches for row in batch] if lengths is not None else []
         examples = sum(len(batch) for batch in fit.batches)

@@ -126,13 +126,12 @@ def _narrow(t: Tensor, wire: str) -> tuple[Tensor, Tensor | None]:
     dtype = carried(t.dtype, t.numel(), wire)
     if dtype is t.dtype or dtype is not torch.int8:
         return t.detach().to(dtype), None
-    numbers = t.detach().to(torch.float32).flatten()
-    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK)
+    blocks = _in_blocks(t.detach().to(torch.float32))
     largest = blocks.abs().amax(dim=1)
     scale = torch.where(largest.isfinite(), largest / 127, torch.nan)
     divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(1)  # a block of zeros, or one that is not finite
-    rounded = (blocks / divisor).round().nan_to_num(0.0).clamp(-127, 127)
-    return rounded.to(torch.int8).flatten()[: len(numbers)].view(t.shape), scale
+    rounded = (blocks / divisor).round_().nan_to_num_(0.0).clamp_(-127, 127)
+    return rounded.to(torch.int8).flatten()[: t.numel()].view(t.shape), scale
 
 
 def _widen(path: str, t: Tensor, scales: Tensor, blocks: int, dtype: torch.dtype) -> Tensor:
@@ -140,8 +139,13 @@ def _widen(path: str, t: Tensor, scales: Tensor, blocks: int, dtype: torch.dtype
         return t.to(dtype)
     if len(scales) != blocks:
         raise RecordError(f"{path} needs {blocks} scales; {len(scales)} are left")
-    each = scales.repeat_interleave(BLOCK)[: t.numel()].view(t.shape)
-    return (t * each).to(dtype)
+    numbers = _in_blocks(t.to(torch.float32)).mul_(scales.unsqueeze(1))
+    return numbers.flatten()[: t.numel()].view(t.shape).to(dtype)
+
+
+def _in_blocks(t: Tensor) -> Tensor:
+    """(blocks, BLOCK) the numbers of t in order, then zeros."""
+    return torch.nn.functional.pad(t.flatten(), (0, -t.numel() % BLOCK)).view(-1, BLOCK)
 
 
 def wired(exchange: Exchange, wire: str) -> Exchange:

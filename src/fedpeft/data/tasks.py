@@ -379,3 +379,14 @@ def _sha256(labels: Sequence[str], splits: Sequence[Table | None]) -> str:
 
 
 __all__ = ["FORMATS", "METRICS", "SPLITS", "Table", "Task", "TaskSpec", "load_task", "tokenise"]
+
+
+def read_texts(spec: TaskSpec, source: str | Path) -> Table:
+    """The texts of a file in the task's columns, for predictions: it needs no label, and all labels are 0.
+
+    Raises:
+        DataError: the file or a column is not there.
+    """
+    found = _from_files(str(source))
+    text, pair = _text_columns(spec, found)
+    return _make_table(found, np.zeros(len(found.rows), dtype=np.int64), text, pair)

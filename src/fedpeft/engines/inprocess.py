@@ -124,7 +124,10 @@ class _Turn:
             return replace(receipt, lost=reason(self.job.error))
         assert self.job.result is not None
         up, memory = self.job.result
-        data: bytes | None = records.encode(up)
+        try:
+            data: bytes | None = records.encode(up)
+        except FedpeftError as error:
+            return replace(receipt, lost=f"refused: {reason(error)}")
         if self.engine.carry is not None and data is not None:
             data = self.engine.carry(self.client, self.call, data)
         if data is None:

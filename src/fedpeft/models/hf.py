@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.core.examples import Examples
 from fedpeft.core.fit import Data, Fit, Fitted
-from fedpeft.core.rng import Rng
+from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
 from fedpeft.models.adapters import Rows, delta, head, lora
@@ -25,6 +27,14 @@ from fedpeft.models.noise import row_keys
 from fedpeft.models.parts import Batch, collate, cut
 
 TOKEN_BUDGET = 2048  # padded tokens of one forward pass
+_PARTNERS = {  # side of a pair: the other side, and the dimensions that must agree
+    "A": ("B", 0, 1),
+    "B": ("A", 1, 0),
+    "left": ("right", 1, 0),
+    "right": ("left", 0, 1),
+    "weight": ("bias", 0, 0),
+    "bias": ("weight", 0, 0),
+}
 
 
 class HFModel:
@@ -50,6 +60,7 @@ class HFModel:
         self.token_budget = token_budget
         self.width = int(base.module.config.hidden_size)
         self._spec = spec
+        self._warm: Params | None = None
         self.slots: dict[str, Slot] = {}
         if isinstance(spec, Lora):
             if spec.rank < 1:
@@ -60,7 +71,9 @@ class HFModel:
         self._shapes = self._known_shapes()
         self._last = is_decoder(base.family)
         self._segments = int(getattr(base.module.config, "type_vocab_size", 0) or 0) > 1
-        self._pad = int(base.module.config.pad_token_id or 0)
+        self._pad = int(getattr(base.module.config, "pad_token_id", None) or 0)
+        caches = "use_cache" in inspect.signature(base.module.forward).parameters
+        self._extra = {"use_cache": False} if caches else {}
 
     @property
     def spec(self) -> AdapterSpec:
@@ -72,12 +85,29 @@ class HFModel:
         """Where the base is."""
         return self.base.device
 
+    @property
+    def pooling(self) -> str:
+        """What the head sees of a row: the "mean" over its real tokens, or the "last" of them."""
+        return "last" if self._last else "mean"
+
     # --- parameters ---
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
-        """Fresh adapter and head; with B = 0 the base's hidden states are unchanged."""
+        """Fresh adapter and head (with B = 0 the base's hidden states are unchanged), or those of `warm_start`."""
+        if self._warm is not None:
+            return {name: t.clone() for name, t in self._warm.items()}
         params = lora.init(self._spec, self.slots, rng) if isinstance(self._spec, Lora) else {}
         return params | head.init(self.classes, self.width, rng)
+
+    def warm_start(self, params: Params) -> None:
+        """Let `init` give these parameters from now on.
+
+        Raises:
+            FitError: they are not an adapter of this model.
+        """
+        self.check_params(params)
+        tree.same_layout(self.init(rng_for(0, "adapter")), params)
+        self._warm = params
 
     def _known_shapes(self) -> dict[str, tuple[int | None, ...]]:
         adapter = lora.shapes(self._spec, self.places) if isinstance(self._spec, Lora) else {}
@@ -92,9 +122,11 @@ class HFModel:
             self.check_params(layer)
         if head.WEIGHT not in fit.params:
             raise FitError(f"a Fit has no {head.WEIGHT!r}; send the head with the adapter")
-        if len(fit.data) and int(fit.data.labels.max()) >= fit.params[head.WEIGHT].shape[0]:
-            classes = fit.params[head.WEIGHT].shape[0]
-            raise FitError(f"a label is {int(fit.data.labels.max())}; the head has classes 0 to {classes - 1}")
+        if any(head.WEIGHT in layer for layer in fit.also):
+            raise FitError(f"Fit.also holds {head.WEIGHT!r}; a forward pass has one head, that of Fit.params")
+        classes, labels = fit.params[head.WEIGHT].shape[0], fit.data.labels
+        if len(labels) and not 0 <= (odd := int(labels.min() if labels.min() < 0 else labels.max())) < classes:
+            raise FitError(f"a label is {odd}; the head has classes 0 to {classes - 1}")
         self.base.at(fit.base)
 
     def check_params(self, params: Params) -> None:
@@ -106,8 +138,14 @@ class HFModel:
             if len(want) != t.dim() or any(w is not None and w != n for w, n in zip(want, t.shape, strict=True)):
                 shown = tuple("any" if w is None else w for w in want)
                 raise FitError(f"parameter {name!r} has shape {tuple(t.shape)}; this model needs {shown}")
-            if name.endswith(".A") and f"{name[:-2]}.B" not in params:
-                raise FitError(f"parameter {name!r} came without its partner {name[:-2]}.B")
+            stem, _, side = name.rpartition(".")
+            other, dim, partner_dim = _PARTNERS.get(side, ("", 0, 0))
+            partner = f"{stem}.{other}"
+            if other and partner not in params:
+                raise FitError(f"parameter {name!r} came without its partner {partner}")
+            if other and t.shape[dim] != params[partner].shape[partner_dim]:
+                both = f"{tuple(t.shape)} and {tuple(params[partner].shape)}"
+                raise FitError(f"parameters {name!r} and {partner!r} do not fit together: {both}")
 
     def lowest_block(self, params: Params) -> int:
         """The lowest block that has an adapter: no backward pass goes below it."""
@@ -130,14 +168,15 @@ class HFModel:
     def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
         """See `train.Objective`: gradients of the mean cross-entropy of each client's own rows."""
         base = self.base.at(stack.fits[0].base)
-        losses = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+        losses = torch.zeros(len(rows), dtype=stack.params[head.WEIGHT].dtype, device=self.device)
         for part in self._parts(stack, rows):
             with self._bound(base, stack, part, step) as whose:
                 batch = self._collate(part)
                 logits = self._forward(base, stack, batch, whose)
             labels = torch.tensor([int(data.labels[row]) for _, data, row in part], device=self.device)
-            weights = torch.tensor([1 / len(rows[client]) for client, _, _ in part], device=self.device)
-            terms = F.cross_entropy(logits, labels, reduction="none") * weights.to(logits.dtype)
+            shares = [1 / len(rows[client]) for client, _, _ in part]
+            weights = torch.tensor(shares, dtype=logits.dtype, device=self.device)
+            terms = F.cross_entropy(logits, labels, reduction="none") * weights
             terms.sum().backward()  # type: ignore[no-untyped-call]
             index = torch.tensor([client for client, _, _ in part], device=self.device)
             losses.index_add_(0, index, terms.detach().to(losses.dtype))
@@ -167,6 +206,7 @@ class HFModel:
             seeds = [stack.fits[client].seed for client in clients]
             drop = torch.tensor([stack.fits[client].dropout for client in clients], device=self.device)
             whose = Rows(index, clients[0], row_keys(seeds, step, [row for _, _, row in part], self.device), drop)
+        base.active.clear()
         try:
             for layer in (stack.params, *stack.also):
                 self._apply(base, layer, whose)
@@ -188,8 +228,7 @@ class HFModel:
 
     def _forward(self, base: Base, stack: Stack, batch: Batch, whose: Rows) -> Tensor:
         """(rows, classes) logits."""
-        extra = {"use_cache": False} if self._last else {}
-        hidden = base.module(**batch.inputs, **extra).last_hidden_state
+        hidden = base.module(**batch.inputs, **self._extra).last_hidden_state
         pooled = head.pool(hidden, batch.mask, batch.lengths, self._last)
         classes = [size[0] if size else 0 for size in stack.sizes[head.WEIGHT]]
         return head.apply(stack.params, pooled, whose, classes)

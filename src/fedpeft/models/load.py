@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
 
 if TYPE_CHECKING:
@@ -54,6 +56,11 @@ class Base:
         values: dict[str, Any] = self.module.config.to_dict()
         return values
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights as they are loaded."""
+        return tree.sha256(self.module.state_dict())
+
     @property
     def family(self) -> str:
         """The `model_type` of its configuration."""
@@ -77,15 +84,16 @@ class Base:
         if precision not in DTYPES:
             raise ModelError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
         if precision not in self._copies:
-            import copy
-
-            module = copy.deepcopy(self.module)
-            for inner in module.modules():
-                inner._forward_hooks.clear()
-            self._copies[precision] = Base(
-                module.to(DTYPES[precision]), self.tokenizer, self.source, self.device, DTYPES[precision]
-            )
+            module = self.copy_module(DTYPES[precision])
+            self._copies[precision] = Base(module, self.tokenizer, self.source, self.device, DTYPES[precision])
         return self._copies[precision]
+
+    def copy_module(self, dtype: torch.dtype) -> Any:
+        """A copy of the transformer in another precision, on which no adapter acts."""
+        module = copy.deepcopy(self.module, {id(self): self})  # the hooks lead to this Base: it is not copied with them
+        for inner in module.modules():
+            inner._forward_hooks.clear()
+        return module.to(dtype)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -155,22 +163,36 @@ def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Base:
 
 @cache
 def _load(source: str, dtype: str, device: str) -> Base:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         extra = {"add_pooling_layer": False} if config.model_type in POOLERS else {}
-        module = AutoModel.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        module, found = AutoModel.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **extra,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"model {source!r} cannot be loaded: {reason} Give demo, minilm, a folder in Hugging Face format with "
             "safetensors weights, or a hub name that this machine can reach."
         ) from error
+    lacking = sorted(name for name in found["missing_keys"] if "pooler" not in name)  # a pooler is never used
+    if lacking:
+        raise ModelError(
+            f"model {source!r} has no weights for {len(lacking)} parameters, first: {lacking[0]!r}; they would be "
+            "random. Give a complete model."
+        )
     return freeze(module, tokenizer, source, torch.device(device))
 
 

@@ -54,7 +54,7 @@ def _with_inner_ends(ends: NDArray[np.int64], sizes: NDArray[np.int64], budget: 
     inner: list[int] = []
     start = 0
     for end in ends.tolist():
-        step = max(1, budget // int(sizes[end - 1]))
+        step = max(1, budget // max(1, int(sizes[end - 1])))
         inner += range(start + step, end, step)
         start = end
     return np.unique(np.concatenate([ends, np.asarray(inner, dtype=np.int64)]))

@@ -14,7 +14,7 @@ from typing import Any
 from fedpeft.core.errors import StoreError
 from fedpeft.runs.store import RunFolder
 
-GLOBAL, PERSONALIZED, MAJORITY = "global", "personalized", "majority"
+GLOBAL, PERSONALIZED, MAJORITY, LABEL_PRIOR = "global", "personalized", "majority", "label_prior"
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,24 @@ class History:
     @property
     def losses(self) -> tuple[tuple[int, float], ...]:
         """(round, mean training loss)."""
-        pairs = ((int(line.get("round", 0)), line.get("train_loss")) for line in self.rounds)
-        return tuple((round, float(loss)) for round, loss in pairs if _finite(loss) and round > 0)
+        told = (line for line in self.rounds if line.get("round", 0) > 0 and _finite(line.get("train_loss")))
+        return tuple((int(line["round"]), float(line["train_loss"])) for line in told)
 
     @property
     def final(self) -> tuple[str, Mapping[str, float]]:
-        """The result: ("test" or "validation", scores); the best-validated parameters' where these were scored."""
+        """The result: ("test", or "validation" where there are no test rows, and scores by who predicts).
+
+        The global score is that of the best-validated parameters, the others are those of the final ones: memories of
+        earlier rounds are gone.
+        """
         metrics = self.manifest.get("metrics") or {}
-        for choice in ("best", "final"):
-            values = self._values(_at(metrics, choice, "test"))
-            if values:
-                return "test", values
-        if self.rounds and (values := self._values(_at(self.rounds[-1], "metrics", "test"))):
+        for split in ("test", "validation"):
+            best, final = (self._values(_at(metrics, choice, split)) for choice in ("best", "final"))
+            if best or final:
+                return split, {**final, **best, **{who: final[who] for who in final if who != GLOBAL}}
+        last = self.rounds[-1] if self.rounds else {}
+        if values := self._values(_at(last, "metrics", "test")):
             return "test", values
-        for choice in ("best", "final"):
-            if values := self._values(_at(metrics, choice, "validation")):
-                return "validation", values
         scores = self.scores
         return "validation", scores[-1].values if scores else {}
 

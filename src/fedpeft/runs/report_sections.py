@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from fedpeft.runs import charts
-from fedpeft.runs.history import GLOBAL, MAJORITY, PERSONALIZED, Client, Group, History, Score, spread
+from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED, Client, Group, History, Score, spread
 from fedpeft.runs.units import bytes_text, bytes_unit, score_text, seconds_text, seconds_unit
 
 WORST = 12  # clients shown before the rest is folded away
@@ -81,15 +81,14 @@ def trouble(run: History) -> str:
 def cards(run: History) -> str:
     """The result of one run beside what it has to be compared with."""
     split, values = run.final
-    metric = run.metric.replace("_", " ")
-    majority = values.get(MAJORITY)
-    shown = [("first", score_text(values.get(GLOBAL)), f"{split} {metric}, global model")]
+    score = f"{split} {run.metric.replace('_', ' ')}"
+    shown = [("first", score_text(values.get(GLOBAL)), f"{score}, global model")]
+    shown.append(("", score_text(values.get(MAJORITY)), f"{score}, always the majority label"))
     if PERSONALIZED in values:
-        shown.append(("", score_text(values[PERSONALIZED]), f"{split} {metric}, personalised models"))
-    shown.append(("", score_text(majority), f"{split} {metric}, always the majority label"))
-    shown.append(
-        ("", bytes_text(run.total("bytes_down") + run.total("bytes_up")), "traffic, all clients, set-up included")
-    )
+        shown.append(("", score_text(values[PERSONALIZED]), f"{score}, personalised models"))
+        shown.append(("", score_text(values.get(LABEL_PRIOR)), f"{score}, each client's own majority label"))
+    traffic = run.total("bytes_down") + run.total("bytes_up")
+    shown.append(("", bytes_text(traffic), "traffic, all clients, set-up included"))
     shown.append(("", seconds_text(run.total("simulated_seconds")), "simulated time on the clients' devices"))
     shown.append(("", seconds_text(run.total("seconds")), "measured time on this machine"))
     inner = "".join(
@@ -118,15 +117,22 @@ def results_table(groups: Sequence[Group]) -> str:
             ]
             for g in members
         ]
-        majority = next((m for g in members if (m := spread(g.final(MAJORITY))[0]) is not None), None)
-        rows.append(["always the majority label", escape(score_text(majority)), "—", "", "", "", ""])
+        rows.append(["always the majority label", _first(members, MAJORITY), "", "", "", "", ""])
+        if any(g.final(PERSONALIZED) for g in members):
+            rows.append(["each client's own majority label", "", _first(members, LABEL_PRIOR), "", "", "", ""])
         metric = members[0].runs[0].metric.replace("_", " ")
         head = ["method", f"{split} {metric}", "personalised", "seeds", "traffic", "simulated time", "measured time"]
         title = f"<h3>{escape(task)}</h3>" if len(tasks) > 1 else ""
-        parts.append(title + table(head, rows, ["best", *[""] * len(members)]))
+        parts.append(title + table(head, rows, ["best", *[""] * (len(rows) - 1)]))
     return section(
         "Results", "Mean and sample standard deviation over seeds; traffic and times per run.", "".join(parts)
     )
+
+
+def _first(groups: Sequence[Group], who: str) -> str:
+    """The mean of a baseline, which is the same for all methods of a task."""
+    found = (spread(g.final(who))[0] for g in groups if g.final(who))
+    return escape(score_text(next(found, None)))
 
 
 # --- how it came about ------------------------------------------------------------------------------------------

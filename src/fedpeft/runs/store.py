@@ -191,6 +191,10 @@ class RunFolder:
         """Which rows each client has; empty where that was not written."""
         return self._mapping("partition.json", json.loads, ValueError)
 
+    def save_clients(self, clients: Mapping[ClientId, Any]) -> None:
+        """Write every client's rows, scores and losses."""
+        self._write("clients.json", to_json(clients).encode() + b"\n", durable=False)
+
     def _write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         self.lock()
         write_file(self.path / name, data, durable=durable)

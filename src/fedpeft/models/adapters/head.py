@@ -36,7 +36,7 @@ def pool(hidden: Tensor, mask: Tensor, lengths: Tensor, last: bool) -> Tensor:
 
 
 def apply(layer: Layer, pooled: Tensor, rows: Rows, classes: Sequence[int]) -> Tensor:
-    """(rows, classes) logits; a client with fewer classes has minus infinity at the others.
+    """(rows, classes) logits; a client with fewer classes than another in the same pass has minus infinity there.
 
     Args:
         layer: `head.weight` (clients, classes, d) and `head.bias` (clients, classes).
@@ -46,7 +46,8 @@ def apply(layer: Layer, pooled: Tensor, rows: Rows, classes: Sequence[int]) -> T
     weight, bias = rows.pick(layer[WEIGHT]), rows.pick(layer[BIAS])
     pooled = pooled.to(weight.dtype)
     if rows.client is None:
-        return F.linear(pooled, weight, bias)
+        own = classes[rows.only]
+        return F.linear(pooled, weight[:own], bias[:own])
     logits = torch.baddbmm(bias[:, :, None], weight, pooled[:, :, None]).squeeze(2)
     if min(classes) < weight.shape[1]:
         most = torch.tensor(classes, device=logits.device)[rows.client]

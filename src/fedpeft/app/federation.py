@@ -1,0 +1,245 @@
+"""Everything that a run needs, built from its configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedpeft.config import RunConfig, adapter_spec, build_method
+from fedpeft.core import tree, wire
+from fedpeft.core.errors import DataError, ModelError
+from fedpeft.core.evaluate import Evaluate
+from fedpeft.core.examples import Examples
+from fedpeft.core.exchange import Call, ClientId, Method, ServerEnv, Transport
+from fedpeft.core.federate import Start
+from fedpeft.core.memories import InMemory, Memories
+from fedpeft.core.method import plain, rebuild
+from fedpeft.core.rng import rng_for
+from fedpeft.data.partition import Partition, PartitionSpec, partition
+from fedpeft.data.tasks import SPLITS, Task, TaskSpec, load_task
+from fedpeft.data.tokens import tokenise
+from fedpeft.engines.inprocess import InProcess
+from fedpeft.models.hf import HFModel
+from fedpeft.models.load import Base, load_base
+from fedpeft.planner.cost import Shape, shape_of
+from fedpeft.planner.device import DEFAULT, Profile, load_devices, lost
+from fedpeft.runs.clock import Clock
+
+if TYPE_CHECKING:
+    from fedpeft.core.tree import Params
+
+POOLED = "pooled"  # the one client of a method that trains on everybody's rows
+AUTO_CLIENTS = 32  # most clients that `cohort_batching: auto` trains together
+AUTO_BYTES = 256 * 2**20  # what their parameters, gradients and optimizer states may take
+FLAT_COPIES = 6  # values, gradients, two moments, scratch, and the results
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A configured federation.
+
+    Attributes:
+        config: with `cohort_batching` and `threads` resolved to numbers.
+        data: each client's own rows by split.
+        whole: all rows of a split, client after client; `owners` says whose they are.
+    """
+
+    config: RunConfig
+    method: Method
+    task: Task
+    base: Base
+    model: HFModel
+    partition: Partition
+    data: Mapping[ClientId, Mapping[str, Examples]]
+    resources: Mapping[ClientId, Profile]
+    _whole: dict[str, Examples] = field(default_factory=dict)
+
+    @property
+    def clients(self) -> list[ClientId]:
+        """All client ids, sorted."""
+        return sorted(self.data)
+
+    @property
+    def metric(self) -> str:
+        """The score that selects."""
+        return self.task.metric
+
+    def whole(self, split: str) -> Examples:
+        """The rows of all clients, in the order of their ids."""
+        if split not in self._whole:
+            self._whole[split] = _joined([self.data[c][split] for c in self.clients])
+        return self._whole[split]
+
+    def labels(self, split: str) -> dict[ClientId, np.ndarray[Any, np.dtype[np.int64]]]:
+        """Class indices by client."""
+        return {c: self.data[c][split].labels for c in self.clients}
+
+    @cached_property
+    def initial(self) -> Params:
+        """P0, the adapter that the run starts from."""
+        return self.model.init(rng_for(self.config.run.seed, "adapter"))
+
+    @property
+    def shape(self) -> Shape:
+        """Of the base, for counted operations."""
+        return shape_of(self.base.config)
+
+    @property
+    def clock(self) -> Clock:
+        """Simulated seconds on the clients' devices."""
+        return Clock(self.shape, self.resources, self.model.lowest_block(self.initial))
+
+    def start(self) -> Start:
+        """Before the first exchange."""
+        run = self.config.run
+        env = ServerEnv(self.model, self.clients, run.seed, run.rounds, resources=self.resources)
+        return Start(0, self.method.init(env))
+
+    def transport(self, memories: Memories | None = None) -> Transport:
+        """The engine with its wire, its devices' clock and faults."""
+        run = self.config.run
+        engine = replace(
+            self.bare_engine(memories),
+            clock=self.clock,
+            deadline_s=run.deadline_s,
+            fault=self._fault,
+            wire=partial(wire.wired, wire=run.wire),
+        )
+        return wire.with_wire(engine, run.wire)
+
+    def bare_engine(self, memories: Memories | None = None) -> InProcess:
+        """The engine with a perfect wire and devices that always answer: for evaluation."""
+        values = plain(self.method)
+        return InProcess(
+            make=lambda: rebuild(type(self.method), values),
+            model=self.model,
+            data=self.data,
+            seed=self.config.run.seed,
+            batch=batching(self.config),
+            memories=memories or InMemory(),
+            resources=self.resources,
+        )
+
+    def evaluation(self, number: int, round: int, versions: Mapping[ClientId, int]) -> Call:
+        """The call by which every client scores its own model."""
+        exchange = Evaluate(self.method).exchange()
+        return Call(exchange, number, round, self.config.run.rounds, versions=versions)
+
+    def _fault(self, client: ClientId, call: Call) -> str | None:
+        device = self.resources[client]
+        if lost(device, self.config.run.seed, client, call.number, call.attempt):
+            return f"not available (its device {device.name!r} answers with probability {device.availability:g})"
+        return None
+
+
+def batching(config: RunConfig) -> int:
+    """How many clients train together, of a resolved configuration."""
+    setting = config.run.cohort_batching
+    return setting if isinstance(setting, int) else 1
+
+
+def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federation:
+    """The federation that a configuration describes.
+
+    Args:
+        saved: the partition of an earlier part of the same run; None makes it anew.
+
+    Raises:
+        RequestError: whatever cannot be met, with what to change.
+    """
+    if isinstance(config.run.threads, int):
+        torch.set_num_threads(config.run.threads)
+    method = build_method(config)
+    task = load_task(task_spec(config))
+    base = load_base(config.model.name, config.model.dtype, config.model.device)
+    spec = adapter_spec(config)
+    if refusal := method.accepts(spec):
+        raise ModelError(refusal)
+    model = HFModel(base, spec, len(task.labels), config.run.token_budget)
+    if config.run.init_from is not None:
+        model.warm_start(warm_params(Path(config.run.init_from), model))
+    shares = Partition.from_json(json.dumps(saved)) if saved else partition(_partition_spec(config), task)
+    shares.check_task(task)
+    data = _client_data(config, task, base, shares)
+    if getattr(method, "pooled", False):
+        data = {POOLED: {split: _joined([own[split] for own in data.values()]) for split in SPLITS}}
+    _check_cohort(method, list(data))
+    resources = load_devices(Path(config.run.devices), list(data), config.run.seed) if config.run.devices else {}
+    devices = {c: resources.get(c, DEFAULT) for c in data}
+    return Federation(_resolved(config, model, len(data)), method, task, base, model, shares, data, devices)
+
+
+def warm_params(folder: Path, model: HFModel) -> Params:
+    """The best-validated adapter of another run, for the same kind of adapter on the same kind of base."""
+    from fedpeft.models.export import import_adapter
+
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not adapter.is_dir():
+        raise ModelError(f"run.init_from {str(folder)!r} is not a folder; give a run folder or a PEFT adapter's folder")
+    return import_adapter(adapter, model)
+
+
+def _resolved(config: RunConfig, model: HFModel, clients: int) -> RunConfig:
+    """The configuration with what `auto` and `off` mean here, so that a resumed run does the same."""
+    setting = config.run.cohort_batching
+    if setting == "auto":
+        own = tree.count(model.init(rng_for(0, "adapter"))) * 4 * FLAT_COPIES
+        setting = max(1, min(AUTO_CLIENTS, AUTO_BYTES // own, clients))
+    elif setting == "off":
+        setting = 1
+    threads = torch.get_num_threads() if config.run.threads == "auto" else config.run.threads
+    return config.model_copy(
+        update={"run": config.run.model_copy(update={"cohort_batching": setting, "threads": threads})}
+    )
+
+
+def _check_cohort(method: Method, clients: list[ClientId]) -> None:
+    cohort = getattr(method, "cohort", 0)
+    if isinstance(cohort, int) and cohort > len(clients):
+        raise DataError(
+            f"method.cohort is {cohort} and there are {len(clients)} clients; lower the cohort, or 0 for all"
+        )
+
+
+def task_spec(config: RunConfig) -> TaskSpec:
+    values = config.task.model_dump()
+    values["name"] = values["name"] or "demo"
+    return TaskSpec(**values)
+
+
+def _partition_spec(config: RunConfig) -> PartitionSpec:
+    return PartitionSpec(**config.partition.model_dump())
+
+
+def _client_data(config: RunConfig, task: Task, base: Base, shares: Partition) -> dict[ClientId, dict[str, Examples]]:
+    longest = getattr(base.module.config, "max_position_embeddings", None)
+    if longest and config.task.max_length > longest:
+        raise ModelError(f"task.max_length is {config.task.max_length}; the model reads at most {longest} tokens")
+    tables = {split: shares.table(task, split) for split in SPLITS}
+    tokens: dict[int, Examples] = {}
+    for table in tables.values():
+        if table is not None and id(table) not in tokens:
+            tokens[id(table)] = tokenise(table, base.tokenizer, config.task.max_length)
+    nobody = Examples((), np.zeros(0, dtype=np.int64))
+    return {
+        client: {
+            split: nobody if table is None else tokens[id(table)].take(shares.rows(split)[client])
+            for split, table in tables.items()
+        }
+        for client in shares.clients
+    }
+
+
+def _joined(parts: list[Examples]) -> Examples:
+    segments = None
+    if parts and all(part.segments is not None for part in parts if len(part)):
+        segments = tuple(s for part in parts for s in part.segments or ())
+    labels = np.concatenate([part.labels for part in parts]) if parts else np.zeros(0, dtype=np.int64)
+    return Examples(tuple(t for part in parts for t in part.tokens), labels, segments)

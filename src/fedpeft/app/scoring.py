@@ -1,0 +1,81 @@
+"""Scores of a federation: the global model, every client's own model, and what a model must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fedpeft.app.federation import Federation
+from fedpeft.core.evaluate import Question, personalises
+from fedpeft.core.exchange import ClientId
+from fedpeft.core.memories import Memories
+from fedpeft.core.tree import Params
+from fedpeft.models.hf import classification_sums
+from fedpeft.runs.metrics import Score, label_prior, majority, metrics_of, pool
+
+GLOBAL, PERSONALIZED, MAJORITY, LABEL_PRIOR = "global", "personalized", "majority", "label_prior"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One evaluation: pooled metrics by who predicts, each client's own, and what asking the clients cost."""
+
+    metrics: dict[str, dict[str, float]]
+    clients: dict[ClientId, dict[str, dict[str, float]]] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def selected(self, metric: str) -> float:
+        """The score that selects: the personal models' where a method makes them, else the global model's."""
+        return self.metrics.get(PERSONALIZED, self.metrics[GLOBAL])[metric]
+
+
+def score_global(fed: Federation, params: Params, split: str) -> dict[ClientId, Score]:
+    """Sums of the global model by client, from one pass over all rows of the split."""
+    rows = fed.whole(split)
+    logits = fed.model.logits(params, rows)
+    labels = torch.from_numpy(rows.labels)
+    sizes = [len(fed.data[c][split]) for c in fed.clients]
+    parts = zip(torch.split(logits, sizes), torch.split(labels, sizes), strict=True)
+    return {c: classification_sums(*part) for c, part in zip(fed.clients, parts, strict=True)}
+
+
+def evaluate(
+    fed: Federation,
+    params: Params,
+    split: str,
+    *,
+    memories: Memories,
+    versions: Mapping[ClientId, int],
+    number: int,
+    round: int,
+) -> Scored | None:
+    """Score the split; None where it has no rows.
+
+    Args:
+        params: the global model.
+        memories, versions: every client's committed memory, for the personal models.
+    """
+    if not len(fed.whole(split)):
+        return None
+    by_client: dict[str, dict[ClientId, Any]] = {GLOBAL: score_global(fed, params, split)}
+    down = up = 0
+    if personalises(fed.method):
+        call = fed.evaluation(number, round, versions)
+        holders = [c for c in fed.clients if len(fed.data[c][split])]
+        answers = fed.bare_engine(memories).exchange(call, {c: Question(params, split) for c in holders})
+        by_client[PERSONALIZED] = {c: answers.ups[c].personal for c in answers.ups}
+        down, up = (sum(getattr(r, key) for r in answers.receipts) for key in ("bytes_down", "bytes_up"))
+    train, labels, classes = fed.labels("train"), fed.labels(split), len(fed.task.labels)
+    metrics = {who: metrics_of(pool(sums.values()), fed.metric) for who, sums in by_client.items()}
+    metrics[MAJORITY] = majority(fed.whole("train").labels, fed.whole(split).labels, classes, fed.metric)
+    metrics[LABEL_PRIOR] = label_prior(train, labels, classes, fed.metric)
+    clients: dict[ClientId, dict[str, dict[str, float]]] = {}
+    for who, sums in by_client.items():
+        for client, own in sums.items():
+            if int(own["n"]):
+                clients.setdefault(client, {})[who] = metrics_of(own, fed.metric)
+    return Scored(metrics, clients, down, up)

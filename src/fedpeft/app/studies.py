@@ -1,0 +1,214 @@
+"""Studies: many runs, one table, one page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.app.running import Run, resume, run
+from fedpeft.app.scoring import GLOBAL, MAJORITY, PERSONALIZED
+from fedpeft.config import Cell, StudyConfig, cells, free_folder, load_study, resolved, slug
+from fedpeft.core.errors import RequestError, RunError
+from fedpeft.progress import Listener, Progress
+from fedpeft.runs.files import write_file
+from fedpeft.runs.history import History, read_history, spread
+from fedpeft.runs.report import write_report
+from fedpeft.runs.store import RunFolder
+
+log = logging.getLogger("fedpeft")
+
+RESOLVED = ("cohort_batching", "threads")  # keys of `run` that a run folder holds as numbers
+
+DEMO: dict[str, Any] = {
+    "base": {
+        "model": {"name": "demo"},
+        "task": {"name": "demo", "max_length": 32},
+        "partition": {"kind": "dirichlet", "clients": 24, "alpha": 1.0},
+        "method": {"name": "fedavg", "cohort": 8, "steps": 8, "batch_size": 16, "lr": 5e-3},
+        "run": {"rounds": 10, "evaluate_every": 2},
+    },
+    "methods": [
+        {"label": "Centralized", "name": "centralized", "steps": 64},
+        {"label": "FedAvg", "name": "fedavg"},
+        {"label": "FedProx", "name": "fedprox"},
+        {"label": "FedOpt (Adam)", "name": "fedopt"},
+        {"label": "SCAFFOLD", "name": "scaffold", "lr": 1.0},
+        {"label": "Local", "name": "local"},
+    ],
+    "seeds": [0],
+    "target": {"share_of": "FedAvg", "share": 0.95},
+}
+"""The study of `fedpeft demo`: 24 clients of the embedded task, 8 per round, 8 steps of 16 rows, 10 rounds."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished study."""
+
+    folder: Path
+    table: list[dict[str, Any]]
+    report: Path
+
+
+def compare(
+    study: Path | str | Mapping[str, Any], *, out: Path | str | None = None, progress: Listener | None = None
+) -> Comparison:
+    """Run every cell of a study that is not finished yet; one table (mean and spread), one report page.
+
+    The grid is tried with the first seed; the point with the best validation score is kept for the other seeds, for
+    each task and method. A cell that fails is told and left out; the others go on.
+
+    Args:
+        out: folder of the study; finished cells in it are kept, begun ones are resumed.
+
+    Raises:
+        ConfigError: everything that is wrong in any cell, before the first one starts.
+        RunError: no cell came to its end.
+    """
+    wanted = load_study(study)
+    plan = cells(wanted)
+    name = "study" if isinstance(study, Mapping) else slug(Path(study).stem)
+    folder = Path(out) if out is not None else free_folder(name)
+    tell = progress or (lambda _: None)
+    rows: list[tuple[Cell, Run]] = []
+    failures: list[str] = []
+    for (task, label), group in itertools.groupby(plan, key=lambda cell: (cell.task, cell.label)):
+        members = list(group)
+        first = [cell for cell in members if cell.seed == wanted.seeds[0]]
+        done = _run_cells(first, folder, tell, failures, f"{task} {label}")
+        if not done:
+            continue
+        chosen, _ = max(done, key=lambda pair: _validated(pair[1]))
+        kept = [pair for pair in done if pair[0].point == chosen.point]
+        others = [cell for cell in members if cell.point == chosen.point and cell.seed != wanted.seeds[0]]
+        rows += kept + _run_cells(others, folder, tell, failures, f"{task} {label}")
+    if not rows:
+        raise RunError(f"no cell of the study came to its end; the first failure: {failures[0]}")
+    table = tabulate(wanted, rows)
+    write_file(folder / "table.json", json.dumps({"table": table, "failures": failures}, indent=2).encode() + b"\n")
+    report = write_report([found.folder for _, found in rows], folder / "report.html", None)
+    return Comparison(folder, table, report)
+
+
+def demo(*, out: Path | str | None = None, progress: Listener | None = None) -> Comparison:
+    """The methods side by side on the embedded task and model; needs no network."""
+    return compare(DEMO, out=out if out is not None else free_folder("demo"), progress=progress)
+
+
+def _run_cells(
+    plan: Iterable[Cell], folder: Path, tell: Listener, failures: list[str], title: str
+) -> list[tuple[Cell, Run]]:
+    done = []
+    for cell in plan:
+        tell(Progress(0, cell.config.run.rounds, message=f"{title}  {_point(cell)}seed {cell.seed}"))
+        try:
+            done.append((cell, _run_cell(cell, folder / cell.name, tell)))
+        except RunError as error:
+            failures.append(f"{cell.name}: {error}")
+            tell(Progress(0, cell.config.run.rounds, message=f"failed: {cell.name}: {error}"))
+    return done
+
+
+def _point(cell: Cell) -> str:
+    return "".join(f"{key.rpartition('.')[2]}={value}  " for key, value in cell.point)
+
+
+def _run_cell(cell: Cell, folder: Path, tell: Listener) -> Run:
+    """The finished cell: as it lies there, resumed, or run from its start."""
+    if not (folder / "config.yaml").is_file():
+        return run(cell.config, out=folder, progress=tell, label=cell.label)
+    opened = RunFolder.open(folder)
+    if _comparable(opened.load_config()) != _comparable(resolved(cell.config)):
+        raise RequestError(f"{folder} holds a run with another configuration; choose a new --out, or remove the folder")
+    if opened.manifest().get("status") == "finished":
+        return Run(folder, opened.manifest())
+    return resume(folder, progress=tell)
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    run_section = {key: value for key, value in config["run"].items() if key not in RESOLVED}
+    return {**config, "run": run_section}
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def _validated(found: Run) -> float:
+    best = found.metrics.get("best", {}).get("validation", {})
+    return float(best.get(PERSONALIZED, best.get(GLOBAL, {})).get(found.manifest["metric"], float("-inf")))
+
+
+def tested(found: Run) -> dict[str, float]:
+    """What a run scored on test rows (validation rows where it has none), by who predicts.
+
+    The global score is that of the best-validated parameters; the personal one that of the final ones, since memories
+    of earlier rounds are gone.
+    """
+    metric, metrics = found.manifest["metric"], found.metrics
+    split = "test" if "test" in metrics.get("best", {}) else "validation"
+    scores = metrics.get("best", {}).get(split, {}) | {
+        who: values for who, values in metrics.get("final", {}).get(split, {}).items() if who != GLOBAL
+    }
+    return {who: float(values[metric]) for who, values in scores.items()}
+
+
+def tabulate(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> list[dict[str, Any]]:
+    """One row per task and method, the best score first within a task."""
+    table = []
+    for _, group in itertools.groupby(rows, key=lambda pair: pair[0].task):
+        members = list(group)
+        goal = _goal(study, members)
+        of_task = [_row(list(pairs), goal) for _, pairs in itertools.groupby(members, key=lambda pair: pair[0].label)]
+        table += sorted(of_task, key=lambda row: -row["mean"])
+    return table
+
+
+def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any]:
+    cell = pairs[0][0]
+    scores = [tested(found) for _, found in pairs]
+    mean, std = spread([score.get(PERSONALIZED, score[GLOBAL]) for score in scores])
+    row: dict[str, Any] = {
+        "label": cell.label,
+        "task": cell.task,
+        "mean": mean,
+        "std": std,
+        "seeds": len(pairs),
+        "bytes": _mean(found.manifest["bytes_down"] + found.manifest["bytes_up"] for _, found in pairs),
+        "simulated_seconds": _mean(found.manifest["simulated_seconds"] for _, found in pairs),
+        "of": "personal" if any(PERSONALIZED in score for score in scores) else "global",
+        "majority": _mean(score[MAJORITY] for score in scores),
+    }
+    if goal is not None:
+        reached = [at for _, found in pairs if (at := _reach(read_history(found.folder), goal)) is not None]
+        complete = len(reached) == len(pairs)
+        row["bytes_to_target"] = _mean(r[0] for r in reached) if complete else None
+        row["seconds_to_target"] = _mean(r[1] for r in reached) if complete else None
+    if cell.point:
+        row["chosen"] = {key.rpartition(".")[2]: value for key, value in cell.point}
+    return row
+
+
+def _goal(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> float | None:
+    """The common score: a share of the best validation score, averaged over seeds, of the method that is named."""
+    if study.target is None:
+        return None
+    reference = [_validated(found) for cell, found in rows if cell.label == study.target.share_of]
+    return study.target.share * _mean(reference) if reference else None
+
+
+def _reach(history: History, goal: float) -> tuple[float, float] | None:
+    """(bytes, simulated seconds) of the first evaluation at or above the goal."""
+    for score in history.scores:
+        if score.values.get(PERSONALIZED, score.values.get(GLOBAL, float("-inf"))) >= goal:
+            return score.bytes, score.simulated_seconds
+    return None
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = [float(value) for value in values]
+    return sum(found) / len(found)

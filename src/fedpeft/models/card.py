@@ -1,0 +1,118 @@
+"""The model card of an export: what it is, how it was made, and code that uses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+POOLING = {  # how token logits become the logits of a text; three lines each
+    "mean": """\
+logits = model(**batch).logits  # (texts, tokens, labels)
+real = batch["attention_mask"][:, :, None].to(logits.dtype)
+scores = (logits * real).sum(dim=1) / real.sum(dim=1)  # (texts, labels): the mean over real tokens
+""",
+    "last": """\
+logits = model(**batch).logits  # (texts, tokens, labels)
+last = batch["attention_mask"].sum(dim=1) - 1
+scores = logits[torch.arange(len(last)), last]  # (texts, labels): those of the last real token
+""",
+}
+_LOADING = {
+    "adapter": """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+folder = "."  # where this card is
+base = AutoModelForTokenClassification.from_pretrained({base}, num_labels={classes})
+model = PeftModel.from_pretrained(base, folder).eval()
+""",
+    "merged": """\
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+folder = "."  # where this card is
+model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+""",
+}
+
+
+def model_card(
+    form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any]
+) -> str:
+    """Markdown with YAML front matter.
+
+    Args:
+        form: "adapter" or "merged".
+        base: folder or hub name that loads the base model.
+        labels: names of the classes, in the order of the logits.
+        pooling: "mean" or "last".
+        tokenizer: of transformers, or None where there is none to use.
+        facts: what is known about data, method and scores; nested mappings become rows with dotted names. The key
+            `base_model` is the name that readers see, `max_length` the bound on tokens per text.
+    """
+    name = str(facts.get("base_model", base))
+    front = {
+        "library_name": "peft" if form == "adapter" else "transformers",
+        "base_model": name,
+        "tags": ["text-classification", "federated-learning", "fedpeft"],
+        "labels": list(labels),
+    }
+    what = "A LoRA adapter" if form == "adapter" else "A model with its adapter folded in"
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),  # JSON is YAML
+        "---",
+        "",
+        f"# {what} for {_cell(name)}",
+        "",
+        f"{what} that sorts texts into {len(labels)} classes, trained with fedpeft. Its head scores every token; the",
+        f"scores of a text are {'the mean over its tokens' if pooling == 'mean' else 'those of its last token'}.",
+        "",
+        "```python",
+        _code(form, base, labels, pooling, tokenizer, facts) + "```",
+        "",
+    ]
+    rows = list(_rows(facts))
+    if rows:
+        lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows), ""]
+    return "\n".join(lines)
+
+
+def _code(form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any]) -> str:
+    lines = [_LOADING[form].format(base=json.dumps(base), classes=len(labels))]
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)\n")
+    if tokenizer is not None and tokenizer.pad_token is None:
+        pad = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        lines.append(f"tokenizer.pad_token = {json.dumps(pad)}  # any token: padding is masked\n")
+    bound = f", max_length={int(facts['max_length'])}" if facts.get("max_length") else ""
+    lines.append(
+        'texts = ["One text.", "Another text, a longer one."]\n'
+        f'batch = tokenizer(texts, padding=True, padding_side="right", truncation=True{bound}, return_tensors="pt")\n'
+    )
+    lines.append(POOLING[pooling])
+    lines.append(
+        f"labels = {json.dumps(list(labels), ensure_ascii=False)}\nprint([labels[i] for i in scores.argmax(dim=1)])\n"
+    )
+    return "".join(lines)
+
+
+def _rows(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _rows(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            yield name, f"{value:.4g}"
+        elif isinstance(value, list | tuple):
+            yield name, ", ".join(map(str, value))
+        elif value is not None:
+            yield name, str(value)
+
+
+def _cell(text: str) -> str:
+    """The text on one line, without what Markdown or HTML would take for its own."""
+    for sign, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("`", "&#96;"), ("[", "&#91;")):
+        text = text.replace(sign, safe)
+    return " ".join(text.split())

@@ -1,0 +1,132 @@
+"""An adapter folded into its base: a model of plain transformers, as fast as the base.
+
+The head is linear on the pooled last hidden state, and pooling is linear, so the same head on every token and pooled
+logits afterwards give the same numbers: the model is a token classifier of transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.core.errors import FitError, ModelError
+from fedpeft.core.tree import Params
+from fedpeft.models.adapters import delta, head
+from fedpeft.models.families import Slot
+from fedpeft.models.hf import HFModel
+from fedpeft.models.load import Base
+
+HEADS = ("classifier", "score")  # what transformers calls a token classifier's head
+
+
+@dataclass(frozen=True)
+class TokenClassifier:
+    """The family's token classifier, without memory for its weights.
+
+    Attributes:
+        module: of transformers, on the meta device.
+        prefix: the name of the base within it.
+        head: the name of its linear head.
+    """
+
+    module: Any
+    prefix: str
+    head: str
+
+
+def token_classifier(base: Base, labels: Sequence[str]) -> TokenClassifier:
+    """The token classifier that fits a base.
+
+    Raises:
+        ModelError: transformers has none for the family.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    config = copy.deepcopy(base.module.config)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.dtype = torch.float32
+    try:
+        with torch.device("meta"):
+            module = AutoModelForTokenClassification.from_config(config)  # type: ignore[no-untyped-call]
+    except ValueError:
+        raise ModelError(
+            f"transformers has no token classifier for the family {base.family!r}, so its head cannot be exported; "
+            "predict with fedpeft, or use a model of another family"
+        ) from None
+    found = [name for name, child in module.named_children() if name in HEADS and isinstance(child, nn.Linear)]
+    if len(found) != 1:
+        raise ModelError(f"the token classifier of the family {base.family!r} has no linear head; use another family")
+    return TokenClassifier(module, module.base_model_prefix, found[0])
+
+
+def check_labels(model: HFModel, params: Params, labels: Sequence[str] | None) -> list[str]:
+    """The names of the classes (LABEL_0, ... where none are given), after a check of the params.
+
+    Raises:
+        ModelError: params that are not this model's, without a head, or with another number of classes.
+    """
+    try:
+        model.check_params(params)
+    except FitError as error:
+        raise ModelError(str(error)) from None
+    if head.WEIGHT not in params:
+        raise ModelError(f"there is no {head.WEIGHT!r} among the params; give the head with the adapter")
+    classes = params[head.WEIGHT].shape[0]
+    names = [f"LABEL_{i}" for i in range(classes)] if labels is None else [str(label) for label in labels]
+    if len(names) != classes or len(set(names)) != classes:
+        raise ModelError(f"there are {len(set(names))} different labels for a head of {classes} classes: {names[:20]}")
+    return names
+
+
+def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -> Any:
+    """A new token classifier of transformers, float32, in eval mode; the base keeps its bits.
+
+    Args:
+        model: whose adapter `params` are.
+        params: adapter, base delta and head.
+        labels: names of the classes for its configuration.
+
+    Raises:
+        ModelError: params that do not fit, or a family without a token classifier.
+    """
+    names = check_labels(model, params, labels)
+    shell = token_classifier(model.base, names)
+    body = model.base.copy_module(torch.float32)
+    with torch.no_grad():
+        for name, slot in model.places.items():
+            change = _change(params, name, model.scale)
+            if change is not None:
+                _fold(body.get_submodule(slot.path), slot, change)
+    merged = shell.module
+    setattr(merged, shell.prefix, body)
+    linear = nn.Linear(model.width, len(names), device=model.device)
+    linear.load_state_dict({"weight": params[head.WEIGHT], "bias": params[head.BIAS]})
+    setattr(merged, shell.head, linear.requires_grad_(False))
+    return merged.eval()
+
+
+def _change(params: Params, slot: str, scale: float) -> Tensor | None:
+    """(d_out, d_in) what the adapter and the base delta add to a projection, in float64; None: nothing."""
+    parts = []
+    if f"{slot}.A" in params:
+        parts.append(scale * (params[f"{slot}.B"].double() @ params[f"{slot}.A"].double()))
+    name = f"{delta.PREFIX}{slot}"
+    if f"{name}.left" in params:
+        parts.append(params[f"{name}.left"].double() @ params[f"{name}.right"].double())
+    if f"{name}.dense" in params:
+        parts.append(params[f"{name}.dense"].double())
+    return torch.stack(parts).sum(dim=0) if parts else None
+
+
+def _fold(projection: nn.Module, slot: Slot, change: Tensor) -> None:
+    """Add the change, in float64, to the slot's part of a projection's weight."""
+    weight = projection.get_parameter("weight")
+    rows = weight if isinstance(projection, nn.Linear) else weight.T  # Conv1D keeps (d_in, d_out)
+    own = rows[slot.offset : slot.offset + slot.d_out]
+    own.copy_(own.cpu().double() + change.cpu())  # on the CPU: not every device knows float64

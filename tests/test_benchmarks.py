@@ -1,0 +1,86 @@
+"""Every benchmark runs from end to end with tiny arguments, and measures two ways of doing the same thing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = "--model tiny --data random --length 8 --clients 3 --batch 2 --steps 2"
+RUNS = {
+    "imports": "--repeats 1",
+    "null_client": "--clients 3 --rounds 2 --starts 1",
+    "memory": "--model tiny --clients 2 3 --rows 2 --cohort-batching 2",
+    "overhead": f"{TINY} --repeats 2",
+    "cohort": f"{TINY} --repeats 2 --matrix 32 --profile 3",
+}
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def measured(name: str, folder: Path) -> dict[str, Any]:
+    """The result of one benchmark, after its record was found complete on disk."""
+    options = [*RUNS[name].split(), "--threads", "1", "--results", str(folder), "--note", "a test"]
+    kept = importlib.import_module(f"benchmarks.{name}").main(options)
+    (on_disk,) = json.loads((folder / f"{name}.json").read_text())
+    assert on_disk == kept
+    assert on_disk["benchmark"] == name and on_disk["note"] == "a test" and on_disk["machine"]["threads"] == 1
+    result: dict[str, Any] = on_disk["result"]
+    return result
+
+
+def test_cohort_gives_the_same_parameters_as_sequential_training(tmp_path, capsys):
+    result = measured("cohort", tmp_path)
+    assert result["largest_relative_difference"] < 1e-4
+    assert result["tokens"] == 3 * 2 * 2 * 8  # clients, steps, rows, tokens
+    seconds = result["seconds"]
+    assert result["tokens_per_s"]["cohort"] == pytest.approx(result["tokens"] / seconds["cohort"])
+    assert result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
+    assert "aten::" in capsys.readouterr().out  # the profile
+
+
+def test_overhead_compares_equal_work(tmp_path):
+    result = measured("overhead", tmp_path)
+    assert result["relative_difference"] < 1e-4
+    assert result["seconds"]["engine"] > 0 and result["seconds"]["plain"] > 0
+
+
+def test_null_client_moves_one_megabyte_each_way(tmp_path):
+    result = measured("null_client", tmp_path)
+    for direction in ("down", "up"):
+        assert 1_000_000 < result["bytes"][direction] < 1_010_000
+    assert result["ms_per_client"]["median"] > 0 and result["start_s"]["median"] > 0
+
+
+def test_memory_compares_processes_of_their_own(tmp_path):
+    result = measured("memory", tmp_path)
+    assert result["2"]["over_first"] == 0
+    for each in result.values():
+        assert 50e6 < each["before"] <= each["peak"] < 2e9
+
+
+def test_imports_are_slower_than_an_empty_interpreter(tmp_path):
+    result = measured("imports", tmp_path)
+    assert result["python"]["median"] < result["fedpeft --help"]["median"]
+
+
+def test_records_are_appended_not_replaced(tmp_path):
+    module = importlib.import_module("benchmarks.imports")
+    for _ in range(2):
+        module.main(["--repeats", "1", "--results", str(tmp_path)])
+    assert len(json.loads((tmp_path / "imports.json").read_text())) == 2
+
+
+def test_every_benchmark_is_tested_and_part_of_make_bench():
+    shared = {"__init__", "record", "timing", "workload"}
+    modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - shared
+    assert modules == RUNS.keys()
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"-m benchmarks.{name}" in makefile for name in modules)
