@@ -192,7 +192,7 @@ def test_compare_makes_one_table_and_keeps_finished_cells(place: Path) -> None:
     [
         ({"task__train": "nothing.csv"}, "task.train: there is no"),
         ({"task__text": "words"}, "has no column 'words' (task.text); it has: text, label"),
-        ({"task__labels": ["cooking", "fishing"]}, "sailing"),
+        ({"task__labels": ["cooking", "fishing"]}, "is not one of the 2 labels that the task has: cooking, fishing"),
         ({"task__test": "odd.csv"}, "row 1 of data file"),
         ({"task__train": "empty.csv"}, "is empty"),
         ({"partition__clients": 61}, "there are only 60 training rows"),

@@ -321,6 +321,7 @@ def _label_indices(keys: Sequence[str], names: Sequence[str], by_name: bool, sou
     known = {name if by_name else str(i): i for i, name in enumerate(names)}
     indices = np.fromiter((known.get(key, -1) for key in keys), dtype=np.int64, count=len(keys))
     if (bad := np.flatnonzero(indices < 0)).size:
+        bad = np.array([i for i in bad if keys[i] not in names] or bad)  # where names and indices are mixed
         key = keys[int(bad[0])]
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         if not by_name and _is_index(key):

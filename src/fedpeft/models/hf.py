@@ -177,7 +177,8 @@ class HFModel:
             shares = [1 / len(rows[client]) for client, _, _ in part]
             weights = torch.tensor(shares, dtype=logits.dtype, device=self.device)
             terms = F.cross_entropy(logits, labels, reduction="none") * weights
-            terms.sum().backward()  # type: ignore[no-untyped-call]
+            if terms.requires_grad:  # not where nothing of this part's clients trains
+                terms.sum().backward()  # type: ignore[no-untyped-call]
             index = torch.tensor([client for client, _, _ in part], device=self.device)
             losses.index_add_(0, index, terms.detach().to(losses.dtype))
         return losses

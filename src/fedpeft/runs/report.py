@@ -77,7 +77,7 @@ def _subtitle(groups: Sequence[Group]) -> str:
     seeds = sorted({r.seed for g in groups for r in g.runs})
     adapter = config.get("adapter") or {}
     facts = [
-        f"model {(config.get('model') or {}).get('name', '?')}",
+        f"model {Path(str((config.get('model') or {}).get('name', '?'))).name}",
         f"adapter {adapter.get('kind', '?')}" + (f" of rank {adapter['rank']}" if "rank" in adapter else ""),
         f"{len(run.clients) or '?'} clients, {(config.get('partition') or {}).get('kind', '?')} partition",
         f"{(config.get('run') or {}).get('rounds', '?')} rounds",
