@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from fedpeft.config import RunConfig, adapter_spec, build_method
 from fedpeft.core import tree, wire
-from fedpeft.core.errors import DataError, ModelError
+from fedpeft.core.errors import DataError, ModelError, RecordError
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import Call, ClientId, Method, ServerEnv, Transport
@@ -145,8 +146,20 @@ def batching(config: RunConfig) -> int:
     return setting if isinstance(setting, int) else 1
 
 
+@contextmanager
+def computing(config: RunConfig) -> Iterator[None]:
+    """Compute with the configuration's number of threads; afterwards the process has its own number again."""
+    before = torch.get_num_threads()
+    if isinstance(config.run.threads, int):
+        torch.set_num_threads(config.run.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federation:
-    """The federation that a configuration describes.
+    """The federation that a configuration describes; `threads: auto` means those that the process has at this moment.
 
     Args:
         saved: the partition of an earlier part of the same run; None makes it anew.
@@ -154,8 +167,6 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     Raises:
         RequestError: whatever cannot be met, with what to change.
     """
-    if isinstance(config.run.threads, int):
-        torch.set_num_threads(config.run.threads)
     method = build_method(config)
     task = load_task(task_spec(config))
     base = load_base(config.model.name, config.model.dtype, config.model.device)
@@ -164,7 +175,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
         raise ModelError(refusal)
     model = HFModel(base, spec, len(task.labels), config.run.token_budget)
     if config.run.init_from is not None:
-        model.warm_start(warm_params(Path(config.run.init_from), model))
+        _warm_start(model, Path(config.run.init_from))
     shares = Partition.from_json(json.dumps(saved)) if saved else partition(_partition_spec(config), task)
     shares.check_task(task)
     data = _client_data(config, task, base, shares)
@@ -176,14 +187,19 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     return Federation(_resolved(config, model, len(data)), method, task, base, model, shares, data, devices)
 
 
-def warm_params(folder: Path, model: HFModel) -> Params:
-    """The best-validated adapter of another run, for the same kind of adapter on the same kind of base."""
+def _warm_start(model: HFModel, folder: Path) -> None:
+    """Let the model start from the best-validated adapter of another run, or from an adapter's own folder."""
     from fedpeft.models.export import import_adapter
 
-    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    if not adapter.is_dir():
+    ran, adapter = (folder / "config.yaml").is_file(), folder / "adapter"
+    if ran and not adapter.is_dir():
+        raise ModelError(f"run.init_from: the run {folder} has no adapter yet; let it finish: fedpeft resume {folder}")
+    if not folder.is_dir():
         raise ModelError(f"run.init_from {str(folder)!r} is not a folder; give a run folder or a PEFT adapter's folder")
-    return import_adapter(adapter, model)
+    try:
+        model.warm_start(import_adapter(adapter if ran else folder, model))
+    except (ModelError, RecordError) as error:
+        raise ModelError(f"run.init_from {folder} does not fit this run's adapter and labels: {error}") from error
 
 
 def _resolved(config: RunConfig, model: HFModel, clients: int) -> RunConfig:
@@ -209,6 +225,7 @@ def _check_cohort(method: Method, clients: list[ClientId]) -> None:
 
 
 def task_spec(config: RunConfig) -> TaskSpec:
+    """The task that the configuration describes."""
     values = config.task.model_dump()
     values["name"] = values["name"] or "demo"
     return TaskSpec(**values)
@@ -219,9 +236,9 @@ def _partition_spec(config: RunConfig) -> PartitionSpec:
 
 
 def _client_data(config: RunConfig, task: Task, base: Base, shares: Partition) -> dict[ClientId, dict[str, Examples]]:
-    longest = getattr(base.module.config, "max_position_embeddings", None)
-    if longest and config.task.max_length > longest:
-        raise ModelError(f"task.max_length is {config.task.max_length}; the model reads at most {longest} tokens")
+    longest = _longest(base)
+    if longest is not None and config.task.max_length > longest:
+        raise ModelError(f"task.max_length is {config.task.max_length}; lower it, the model reads {longest} tokens")
     tables = {split: shares.table(task, split) for split in SPLITS}
     tokens: dict[int, Examples] = {}
     for table in tables.values():
@@ -235,6 +252,14 @@ def _client_data(config: RunConfig, task: Task, base: Base, shares: Partition) -
         }
         for client in shares.clients
     }
+
+
+def _longest(base: Base) -> int | None:
+    """How many tokens the model reads, None where its positions have no end."""
+    longest = getattr(base.module.config, "max_position_embeddings", None)
+    if longest is not None and shape_of(base.config).family == "roberta":
+        longest -= int(base.module.config.pad_token_id) + 1  # RoBERTa counts positions from the padding's id on
+    return longest
 
 
 def _joined(parts: list[Examples]) -> Examples:

@@ -11,7 +11,7 @@ from fedpeft.core.tree import Params
 from fedpeft.runs.clock import slowest
 from fedpeft.runs.stopping import Limits, Standing, look
 
-TOTALS = ("bytes_down", "bytes_up", "seconds", "simulated_seconds", "evaluation_bytes")
+COSTS = ("bytes_down", "bytes_up", "seconds", "simulated_seconds")  # what a line of metrics.jsonl gives a share of
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Ledger:
 
     Attributes:
         round: the newest finished round; -1 before the set-up.
+        answered, lost: of the round that is going on.
         marks: totals when the newest finished round ended, to get a round's own share.
         best: the best-validated parameters; not part of `plain`, the checkpoint stores them apart.
     """
@@ -51,10 +52,14 @@ class Ledger:
 
     def totals(self) -> dict[str, Any]:
         """The manifest's totals."""
-        return {name: getattr(self, name) for name in TOTALS}
+        return {name: getattr(self, name) for name in (*COSTS, "evaluation_bytes")}
 
     def count(self, done: Done, seconds: float) -> None:
-        """Add one exchange."""
+        """Add one exchange.
+
+        Args:
+            seconds: of the whole run by now.
+        """
         self.bytes_down += sum(r.bytes_down for r in done.receipts)
         self.bytes_up += sum(r.bytes_up for r in done.receipts)
         self.simulated_seconds += slowest(done.receipts)
@@ -62,21 +67,36 @@ class Ledger:
         self.answered += len(done.answered)
         self.lost += sum(r.lost is not None for r in done.receipts)
 
+    def spent(self, limits: Limits) -> str | None:
+        """Why the run is to end whatever it scores (None: its budget lasts)."""
+        return self._look(limits, None)[1]
+
     def judge(self, params: Params, value: float | None, round: int, limits: Limits, scores: Any = None) -> None:
-        """Keep the parameters if they are the best validated ones, and decide whether the run is to end."""
+        """Keep the parameters if they are the best validated ones, and decide whether the run is to end.
+
+        Args:
+            value: the validation score that selects; None where the round was not evaluated.
+            scores: all validation metrics of the round.
+        """
         if value is not None and (self.best_value is None or value > self.best_value):
             self.best_value, self.best_round, self.best, self.best_scores = value, round, params, scores
-        traffic = self.bytes_down + self.bytes_up
-        standing, self.stopped = look(
-            limits, Standing.of(self.standing), score=value, bytes=traffic, seconds=self.seconds
-        )
+        standing, self.stopped = self._look(limits, value)
         self.standing = standing.plain()
 
+    def _look(self, limits: Limits, value: float | None) -> tuple[Standing, str | None]:
+        traffic = self.bytes_down + self.bytes_up
+        return look(limits, Standing.of(self.standing), score=value, bytes=traffic, seconds=self.seconds)
+
     def line(self, round: int, loss: float | None, seconds: float) -> dict[str, Any]:
-        """The round's line of metrics.jsonl; the next round starts from these totals."""
+        """The round's line of metrics.jsonl; the next round starts from these totals.
+
+        Args:
+            loss: mean training loss of the round.
+            seconds: of the whole run by now.
+        """
         self.seconds = seconds
-        own = {name: getattr(self, name) - self.marks.get(name, 0) for name in TOTALS[:4]}
+        own = {name: getattr(self, name) - self.marks.get(name, 0) for name in COSTS}
         line = {"round": round, "train_loss": loss, **own, "clients": self.answered, "lost_clients": self.lost}
-        self.marks = {name: getattr(self, name) for name in TOTALS[:4]}
+        self.marks = {name: getattr(self, name) for name in COSTS}
         self.round, self.answered, self.lost = round, 0, 0
         return line

@@ -138,6 +138,7 @@ class HFModel:
             if len(want) != t.dim() or any(w is not None and w != n for w, n in zip(want, t.shape, strict=True)):
                 shown = tuple("any" if w is None else w for w in want)
                 raise FitError(f"parameter {name!r} has shape {tuple(t.shape)}; this model needs {shown}")
+        for name, t in params.items():
             stem, _, side = name.rpartition(".")
             other, dim, partner_dim = _PARTNERS.get(side, ("", 0, 0))
             partner = f"{stem}.{other}"
