@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
 import yaml
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+import tiny
 from fedpeft.core import tree
 from fedpeft.core.adapter import HeadOnly, Lora
 from fedpeft.core.errors import ModelError, RequestError, StoreError
@@ -124,7 +123,7 @@ def test_what_is_written_is_what_peft_writes(tmp_path: Path) -> None:
     params = tiny.params(model, tiny.place())
     ours = export_adapter(model, params, tmp_path / "out", labels=LABELS, card={})
     loaded = with_peft("bert", tiny.saved("bert", tmp_path / "base", "float32"), ours)
-    loaded.save_pretrained(tmp_path / "theirs")
+    loaded.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)  # which would look at the hub
     theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     assert tree.sha256(theirs) == tree.sha256(load_file(ours / "adapter_model.safetensors"))
     config, known = (json.loads((f / "adapter_config.json").read_text()) for f in (ours, tmp_path / "theirs"))
@@ -144,6 +143,7 @@ from fedpeft.models.export import export_adapter, export_merged, import_adapter
 model = tiny.model("gpt2", dtype="float32")
 params = tiny.params(model, tiny.place())
 import_adapter(export_adapter(model, params, {str(tmp_path / "a")!r}, labels=list("abc"), card={{}}), model)
+export_merged(model, params, {str(tmp_path / "m")!r}, labels=list("abc"), card={{}})
 assert "peft" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -339,13 +339,11 @@ def test_a_merged_model_is_plain_and_has_equal_logits(family: str, tmp_path: Pat
     assert loaded.num_parameters() <= plain + 3 * 33, "as many numbers as the base and the head: the base's speed"
 
 
-def test_a_merged_bfloat16_base_is_float32(tmp_path: Path) -> None:
+def test_a_merged_bfloat16_base_is_float32() -> None:
     model = tiny.model("llama", Lora(rank=4, alpha=6.0), dtype="bfloat16")
     params = {n: t.float() for n, t in tiny.params(model, tiny.place()).items()}
     merged = merge(model, params)
     assert {w.dtype for w in merged.parameters()} == {torch.float32}
-    exact = tiny.model("llama", Lora(rank=4, alpha=6.0), dtype="float32")
-    exact.base.at("float32")
     weight = merged.model.layers[0].self_attn.q_proj.weight
     rounded = model.base.module.layers[0].self_attn.q_proj.weight.double()
     change = 1.5 * params["block.0.query.B"].double() @ params["block.0.query.A"].double()
@@ -442,7 +440,7 @@ class RenameOnce:
         self.calls += 1
         if self.calls == 2:
             raise OSError(5, "Input/output error")
-        shutil.move(source, target)
+        os.replace(source, target)
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -450,7 +448,7 @@ class RenameOnce:
 
 def word_tokenizer(pad: str | None) -> Any:
     """Whole words, the way each family's tokenizer is saved and loaded."""
-    words = ["<unk>", "<pad>", "<eos>", *"one text another a longer . , One Another".split()]
+    words = ["<unk>", "<pad>", "<eos>", "one", "text", "another", "a", "longer", ".", ",", "One", "Another"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
@@ -494,7 +492,8 @@ def test_the_cards_text(tmp_path: Path) -> None:
     model = lora_model("bert")
     params = tiny.params(model, tiny.place())
     card = (
-        export_adapter(model, params, tmp_path / "out", labels=LABELS, card=CARD | {"base_model": "hub/name"}) / "README.md"
+        export_adapter(model, params, tmp_path / "out", labels=LABELS, card=CARD | {"base_model": "hub/name"})
+        / "README.md"
     ).read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -510,20 +509,3 @@ def test_the_cards_text(tmp_path: Path) -> None:
     merged = (export_merged(model, params, tmp_path / "merged", labels=LABELS, card={}) / "README.md").read_text()
     assert yaml.safe_load(merged.split("---\n", 2)[1])["library_name"] == "transformers"
     assert "peft" not in code_of(merged)
-
-
-def test_a_merged_model_is_as_fast_as_its_base(tmp_path: Path) -> None:
-    """Medians of interleaved passes; the bound is wide, because tests run on busy machines."""
-    model = lora_model("bert", Lora(rank=4, targets=tiny.everything("bert")))
-    merged = merge(model, tiny.params(model, tiny.place()))
-    plain = tiny.token_classifier(tiny.saved("bert", tmp_path, "float32"), 3, "float32")
-    batch = tiny.padded(data_for(model), 0)
-    times: dict[str, list[float]] = {"merged": [], "plain": []}
-    with torch.no_grad():
-        for _ in range(31):
-            for name, classifier in (("merged", merged), ("plain", plain)):
-                start = time.perf_counter()
-                classifier(**batch)
-                times[name].append(time.perf_counter() - start)
-    medians = {name: sorted(own)[15] for name, own in times.items()}
-    assert medians["merged"] < 1.5 * medians["plain"]

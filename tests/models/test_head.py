@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from fedpeft.core.adapter import HeadOnly
 from fedpeft.models.adapters import Rows, head
 

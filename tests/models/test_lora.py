@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from fedpeft.core.adapter import Lora
 from fedpeft.core.fit import AdamW, Fit
 from fedpeft.models.adapters import Rows, lora

@@ -75,7 +75,8 @@ class FullDisk:
 def test_create_takes_a_new_or_an_empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "deep/er/new"):
-        RunFolder.create(tmp_path / name).close()
+        with RunFolder.create(tmp_path / name) as run:
+            run.save_config({"run": {}})
     with pytest.raises(StoreError, match=r"empty exists and is not an empty folder; .*--out.*fedpeft resume"):
         RunFolder.create(tmp_path / "empty")
     (tmp_path / "file").write_text("x")
@@ -83,6 +84,18 @@ def test_create_takes_a_new_or_an_empty_folder(tmp_path):
         RunFolder.create(tmp_path / "file")
     with pytest.raises(StoreError, match=r"cannot write .*file/run: .* Check the path"):
         RunFolder.create(tmp_path / "file" / "run")
+
+
+def test_create_begins_anew_what_was_killed_before_it_was_a_run(tmp_path):
+    with RunFolder.create(tmp_path / "run") as run:
+        run.update_manifest(label="old")
+        run.save_partition({"labels": ["a"]})
+    with RunFolder.create(tmp_path / "run") as run:
+        assert (run.manifest(), run.partition()) == ({}, {})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "manifest.json").write_text("{}")  # of somebody else
+    with pytest.raises(StoreError, match="not an empty folder"):
+        RunFolder.create(tmp_path / "own")
 
 
 def test_open_needs_a_run(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 from fedpeft.app.facts import peak_memory_bytes
 from fedpeft.app.federation import Federation
 from fedpeft.app.ledger import Ledger
-from fedpeft.app.scoring import PERSONALIZED, Scored, evaluate
+from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
 from fedpeft.core.adapter import HeadOnly
 from fedpeft.core.errors import ModelError
@@ -108,7 +108,7 @@ class Journal:
 
     # --- scores ---
 
-    def _evaluate(self, params: tree.Params, split: str, done: Done) -> Scored | None:
+    def _evaluate(self, params: tree.Params, split: str, done: Done, personal: bool = True) -> Scored | None:
         scored = evaluate(
             self.fed,
             params,
@@ -117,6 +117,7 @@ class Journal:
             versions=done.versions,
             number=done.number,
             round=done.round,
+            personal=personal,
         )
         if scored is not None:
             self.ledger.evaluation_bytes += scored.bytes_down + scored.bytes_up
@@ -134,9 +135,9 @@ class Journal:
         best: dict[str, Any] = {"round": done.round, **final}
         if ledger.best is not None and ledger.best_round != done.round:
             best = {"round": ledger.best_round, "validation": ledger.best_scores}
-            earlier = self._evaluate(ledger.best, "test", done)
+            earlier = self._evaluate(ledger.best, "test", done, personal=False)
             if earlier is not None:
-                best["test"] = {who: values for who, values in earlier.metrics.items() if who != PERSONALIZED}
+                best["test"] = earlier.metrics
         self.folder.update_manifest(metrics={"final": final, "best": best})
         self._save_clients(tested or scored)
         return found
@@ -175,8 +176,9 @@ class Journal:
         """Write `adapter/`; PEFT cannot hold a head alone, so that is written as a whole model."""
         model = self.fed.model
         write = export_merged if isinstance(model.spec, HeadOnly) else export_adapter
-        metrics = self.folder.manifest().get("metrics", {}).get("best", {})
-        card = card_facts(self.fed, self.ledger.best_round, metrics)
+        summary = self.folder.manifest().get("metrics", {}).get("best", {})
+        scores = {split: values for split, values in summary.items() if split != "round"}
+        card = card_facts(self.fed, summary.get("round"), scores)
         try:
             write(model, best, self.folder.adapter, labels=self.fed.task.labels, card=card, replace=True)
         except ModelError as error:  # a family that PEFT or transformers has no classifier for: the run is right
@@ -208,6 +210,7 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         "method": fed.config.method.name,
         "rounds": rounds,
         "clients": len(fed.clients),
+        "max_length": fed.config.task.max_length,
         "metrics": metrics,
     }
 

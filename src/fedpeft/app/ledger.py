@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fedpeft.core.federate import Done
@@ -22,6 +22,7 @@ class Ledger:
         round: the newest finished round; -1 before the set-up.
         answered, lost: of the round that is going on.
         marks: totals when the newest finished round ended, to get a round's own share.
+        stopped: why the run ended before its last round, under these `limits`.
         best: the best-validated parameters; not part of `plain`, the checkpoint stores them apart.
     """
 
@@ -39,6 +40,7 @@ class Ledger:
     best_scores: dict[str, Any] | None = None
     standing: dict[str, Any] = field(default_factory=dict)
     stopped: str | None = None
+    limits: dict[str, Any] = field(default_factory=dict)
     best: Params | None = None
 
     @classmethod
@@ -81,7 +83,12 @@ class Ledger:
         if value is not None and (self.best_value is None or value > self.best_value):
             self.best_value, self.best_round, self.best, self.best_scores = value, round, params, scores
         standing, self.stopped = self._look(limits, value)
-        self.standing = standing.plain()
+        self.standing, self.limits = standing.plain(), asdict(limits)
+
+    def reopen(self, limits: Limits) -> None:
+        """Let a stopped run go on if other limits hold by now; the next round is judged by these."""
+        if self.limits != asdict(limits):
+            self.stopped = None
 
     def _look(self, limits: Limits, value: float | None) -> tuple[Standing, str | None]:
         traffic = self.bytes_down + self.bytes_up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from fedpeft.core.exchange import ClientId
 from fedpeft.core.memories import Memories
 from fedpeft.core.tree import Params
 from fedpeft.models.hf import classification_sums
+from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED
 from fedpeft.runs.metrics import Score, label_prior, majority, metrics_of, pool
 
-GLOBAL, PERSONALIZED, MAJORITY, LABEL_PRIOR = "global", "personalized", "majority", "label_prior"
+log = logging.getLogger("fedpeft")
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,28 @@ def evaluate(
     versions: Mapping[ClientId, int],
     number: int,
     round: int,
+    personal: bool = True,
 ) -> Scored | None:
     """Score the split; None where it has no rows.
 
     Args:
         params: the global model.
         memories, versions: every client's committed memory, for the personal models.
+        number, round: how far the run is.
+        personal: whether to score the personal models, where the method makes them.
     """
     if not len(fed.whole(split)):
         return None
     by_client: dict[str, dict[ClientId, Any]] = {GLOBAL: score_global(fed, params, split)}
     down = up = 0
-    if personalises(fed.method):
+    if personal and personalises(fed.method):
         call = fed.evaluation(number, round, versions)
         holders = [c for c in fed.clients if len(fed.data[c][split])]
         answers = fed.bare_engine(memories).exchange(call, {c: Question(params, split) for c in holders})
-        by_client[PERSONALIZED] = {c: answers.ups[c].personal for c in answers.ups}
+        for receipt in answers.receipts:
+            if receipt.lost is not None:
+                log.warning("round %d: client %s has no %s score: %s", round, receipt.client, split, receipt.lost)
+        by_client[PERSONALIZED] = {c: answers.ups[c].personal for c in holders if c in answers.ups}
         down, up = (sum(getattr(r, key) for r in answers.receipts) for key in ("bytes_down", "bytes_up"))
     train, labels, classes = fed.labels("train"), fed.labels(split), len(fed.task.labels)
     metrics = {who: metrics_of(pool(sums.values()), fed.metric) for who, sums in by_client.items()}

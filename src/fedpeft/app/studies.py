@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedpeft.app.running import Run, resume, run
-from fedpeft.app.scoring import GLOBAL, MAJORITY, PERSONALIZED
 from fedpeft.config import Cell, StudyConfig, cells, free_folder, load_study, resolved, slug
-from fedpeft.core.errors import RequestError, RunError
+from fedpeft.core.client import reason
+from fedpeft.core.errors import RequestError
 from fedpeft.progress import Listener, Progress
-from fedpeft.runs.files import write_file
-from fedpeft.runs.history import History, read_history, spread
+from fedpeft.runs.files import plain, write_file
+from fedpeft.runs.history import GLOBAL, MAJORITY, PERSONALIZED, History, read_history, spread
 from fedpeft.runs.report import write_report
 from fedpeft.runs.store import RunFolder
-
-log = logging.getLogger("fedpeft")
 
 RESOLVED = ("cohort_batching", "threads")  # keys of `run` that a run folder holds as numbers
 
@@ -48,11 +45,17 @@ DEMO: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished study."""
+    """A finished study.
+
+    Attributes:
+        table: one row per task and method; see `tabulate`.
+        failures: for each cell that failed, its name and why.
+    """
 
     folder: Path
     table: list[dict[str, Any]]
     report: Path
+    failures: tuple[str, ...] = ()
 
 
 def compare(
@@ -68,31 +71,32 @@ def compare(
 
     Raises:
         ConfigError: everything that is wrong in any cell, before the first one starts.
-        RunError: no cell came to its end.
+        RequestError: the folder holds a cell with another configuration.
+        FedpeftError: no cell came to its end; the error of the first one.
     """
     wanted = load_study(study)
     plan = cells(wanted)
     name = "study" if isinstance(study, Mapping) else slug(Path(study).stem)
     folder = Path(out) if out is not None else free_folder(name)
-    tell = progress or (lambda _: None)
+    for cell in plan:
+        _check_cell(cell, folder / cell.name)
+    work = _Work(folder, progress or (lambda _: None))
     rows: list[tuple[Cell, Run]] = []
-    failures: list[str] = []
-    for (task, label), group in itertools.groupby(plan, key=lambda cell: (cell.task, cell.label)):
+    for _, group in itertools.groupby(plan, key=lambda cell: (cell.task, cell.label)):
         members = list(group)
-        first = [cell for cell in members if cell.seed == wanted.seeds[0]]
-        done = _run_cells(first, folder, tell, failures, f"{task} {label}")
+        done = work.run([cell for cell in members if cell.seed == wanted.seeds[0]])
         if not done:
             continue
         chosen, _ = max(done, key=lambda pair: _validated(pair[1]))
-        kept = [pair for pair in done if pair[0].point == chosen.point]
-        others = [cell for cell in members if cell.point == chosen.point and cell.seed != wanted.seeds[0]]
-        rows += kept + _run_cells(others, folder, tell, failures, f"{task} {label}")
+        rows += [pair for pair in done if pair[0].point == chosen.point]
+        rows += work.run([c for c in members if c.point == chosen.point and c.seed != wanted.seeds[0]])
     if not rows:
-        raise RunError(f"no cell of the study came to its end; the first failure: {failures[0]}")
+        raise work.errors[0]
     table = tabulate(wanted, rows)
-    write_file(folder / "table.json", json.dumps({"table": table, "failures": failures}, indent=2).encode() + b"\n")
+    figures = {"table": table, "failures": work.failures}
+    write_file(folder / "table.json", json.dumps(plain(figures), indent=2, ensure_ascii=False).encode() + b"\n")
     report = write_report([found.folder for _, found in rows], folder / "report.html", None)
-    return Comparison(folder, table, report)
+    return Comparison(folder, table, report, tuple(work.failures))
 
 
 def demo(*, out: Path | str | None = None, progress: Listener | None = None) -> Comparison:
@@ -100,34 +104,60 @@ def demo(*, out: Path | str | None = None, progress: Listener | None = None) -> 
     return compare(DEMO, out=out if out is not None else free_folder("demo"), progress=progress)
 
 
-def _run_cells(
-    plan: Iterable[Cell], folder: Path, tell: Listener, failures: list[str], title: str
-) -> list[tuple[Cell, Run]]:
-    done = []
-    for cell in plan:
-        tell(Progress(0, cell.config.run.rounds, message=f"{title}  {_point(cell)}seed {cell.seed}"))
-        try:
-            done.append((cell, _run_cell(cell, folder / cell.name, tell)))
-        except RunError as error:
-            failures.append(f"{cell.name}: {error}")
-            tell(Progress(0, cell.config.run.rounds, message=f"failed: {cell.name}: {error}"))
-    return done
+@dataclass
+class _Work:
+    """The cells of one study being run; those that fail are told and left out."""
+
+    folder: Path
+    tell: Listener
+    failures: list[str] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+
+    def run(self, plan: Iterable[Cell]) -> list[tuple[Cell, Run]]:
+        """The cells that came to their end."""
+        done = []
+        for cell in plan:
+            self._say(cell, f"{cell.task} {cell.label}  {_point(cell)}seed {cell.seed}")
+            try:
+                done.append((cell, _run_cell(cell, self.folder / cell.name, self.tell)))
+            except Exception as error:  # also one that nobody thought of: the other cells may have run for hours
+                self.errors.append(error)
+                self.failures.append(f"{cell.name}: {reason(error)}")
+                self._say(cell, f"failed: {self.failures[-1]}")
+        return done
+
+    def _say(self, cell: Cell, message: str) -> None:
+        self.tell(Progress(0, cell.config.run.rounds, message=message))
 
 
 def _point(cell: Cell) -> str:
     return "".join(f"{key.rpartition('.')[2]}={value}  " for key, value in cell.point)
 
 
+def _check_cell(cell: Cell, folder: Path) -> None:
+    """Raise RequestError where the cell's folder holds a run with another configuration."""
+    if not (folder / "config.yaml").is_file():
+        return
+    here, wanted = (_comparable(config) for config in (RunFolder.open(folder).load_config(), resolved(cell.config)))
+    if here == wanted:
+        return
+    apart = [
+        f"{section}.{key}"
+        for section, values in wanted.items()
+        for key in values
+        if (here.get(section) or {}).get(key) != values[key]
+    ]
+    what = f"; {apart[0]} differs" if apart else ""
+    raise RequestError(
+        f"{folder} holds a run with another configuration{what}; choose a new --out, or remove the folder"
+    )
+
+
 def _run_cell(cell: Cell, folder: Path, tell: Listener) -> Run:
     """The finished cell: as it lies there, resumed, or run from its start."""
-    if not (folder / "config.yaml").is_file():
-        return run(cell.config, out=folder, progress=tell, label=cell.label)
-    opened = RunFolder.open(folder)
-    if _comparable(opened.load_config()) != _comparable(resolved(cell.config)):
-        raise RequestError(f"{folder} holds a run with another configuration; choose a new --out, or remove the folder")
-    if opened.manifest().get("status") == "finished":
-        return Run(folder, opened.manifest())
-    return resume(folder, progress=tell)
+    if (folder / "config.yaml").is_file():
+        return resume(folder, progress=tell)
+    return run(cell.config, out=folder, progress=tell, label=cell.label)
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

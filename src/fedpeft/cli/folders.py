@@ -16,7 +16,9 @@ def run_folder(path: Path) -> Path:
 
 
 def new_folder(path: Path, go_on: str) -> Path:
-    """The path, if nothing is there yet or an empty folder. Raises RequestError, naming `go_on`, where there is."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """The path, if a run may begin there. Raises RequestError, naming `go_on`, where there is something already."""
+    from fedpeft.runs.store import unused
+
+    if not unused(path):
         raise RequestError(f"--out {path}: there is something already; choose a new folder, or go on with it: {go_on}")
     return path

@@ -39,7 +39,7 @@ class Target(s.Section):
     """The common score to which bytes and simulated time are compared."""
 
     share_of: str
-    """Label of the method whose mean test score is the measure."""
+    """Label of the method whose best validation score, averaged over seeds, is the measure."""
 
     share: s.Share = 0.95
     """The part of that score that has to be reached."""

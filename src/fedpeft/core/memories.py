@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fedpeft.core import records
+from fedpeft.core.errors import StoreError
 from fedpeft.core.exchange import ClientId, Record
 
 
@@ -28,7 +29,10 @@ class InMemory:
 
     def load(self, client: ClientId, version: int, cls: type[Record]) -> Record:
         """See `Memories.load`."""
-        return records.decode(self._versions[client][version], cls)
+        data = self._versions.get(client, {}).get(version)
+        if data is None:
+            raise StoreError(f"the memory of client {client!r}, version {version}, is missing; start the run again")
+        return records.decode(data, cls)
 
     def stage(self, client: ClientId, version: int, record: Record, keep: int | None) -> None:
         """See `Memories.stage`."""

@@ -227,7 +227,7 @@ class _Sweep:
         if mask is not None:
             gradients.mul_(mask)
         if any(fit.clip is not None for fit in fits):
-            bounds = torch.tensor([math.inf if f.clip is None else f.clip for f in fits]).to(values)
+            bounds = values.new_tensor([math.inf if f.clip is None else f.clip for f in fits])
             norms = torch.linalg.vector_norm(gradients, dim=1)
             gradients.mul_((bounds / (norms + 1e-6)).clamp_(max=1.0)[:, None])
         if self.drift is not None:
@@ -281,7 +281,7 @@ class _Sweep:
         bad = next((t for t, loss in enumerate(curve) if not math.isfinite(loss)), None)
         if bad is not None or not bool(torch.isfinite(self.values[i]).all()):
             where = "the parameters are not finite" if bad is None else f"the loss is {curve[bad]} at step {bad + 1}"
-            return DivergedError(f"training diverged: {where} of {fit.steps}; lower method.lr or set method.clip")
+            return DivergedError(f"training of {fit.steps} steps diverged: {where}; lower method.lr or set method.clip")
         params = {name: t.detach().clone().cpu() for name, t in fit.params.items()}
         for name in fit.trained:
             params[name] = self._cut(self.values[i], name, fit.params[name].shape).to(fit.params[name].dtype)
@@ -345,7 +345,7 @@ def _column(values: Sequence[float], like: Tensor) -> Number:
     """One float where all clients agree, else a column (clients, 1)."""
     if all(v == values[0] for v in values):
         return values[0]
-    return torch.tensor(values, dtype=torch.float64).to(like.device, like.dtype)[:, None]
+    return like.new_tensor(values)[:, None]
 
 
 def _is_zero(number: Number) -> bool:

@@ -9,7 +9,7 @@ from typing import cast
 
 from fedpeft.core import records
 from fedpeft.core.client import Job, Metered, protocol, reason, run_jobs
-from fedpeft.core.errors import FedpeftError
+from fedpeft.core.errors import FedpeftError, RecordError
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.exchange import (
     Answers,
@@ -105,10 +105,15 @@ class _Turn:
             call.round, call.exchange.name, call.attempt, engine.resources.get(client), self.meter,
         )  # fmt: skip
         self.committed = call.versions.get(client)
-        if self.committed is None:
-            self.memory = method.init_client(env)
-        else:
+        self.memory_type = method.memory
+        if self.committed is not None:
             self.memory = engine.memories.load(client, self.committed, method.memory)
+        else:
+            try:
+                self.memory = method.init_client(env)
+            except Exception as error:  # the client's own work: it loses this client alone
+                self.lost = reason(error)
+                return
         self.job = Job(self.exchange, self.down, self.memory, env)
 
     def _own_exchange(self, method: Method) -> Exchange:
@@ -122,16 +127,11 @@ class _Turn:
             return receipt
         if self.job.error is not None:
             return replace(receipt, lost=reason(self.job.error))
-        assert self.job.result is not None
+        assert self.job.result is not None, "a job without an error has a result"
         up, memory = self.job.result
-        try:
-            data: bytes | None = records.encode(up)
-        except FedpeftError as error:
-            return replace(receipt, lost=f"refused: {reason(error)}")
-        if self.engine.carry is not None and data is not None:
-            data = self.engine.carry(self.client, self.call, data)
+        data, why = self._answer(up, memory)
         if data is None:
-            return replace(receipt, lost="no answer")
+            return replace(receipt, lost=why)
         receipt = replace(receipt, bytes_up=len(data))
         if self.engine.clock is not None:
             receipt = replace(receipt, simulated_seconds=self.engine.clock(receipt))
@@ -142,10 +142,26 @@ class _Turn:
             got = records.decode(data, self.call.exchange.up)
             records.check_finite(got)
             self.call.exchange.accept(self.down, got)
-        except FedpeftError as error:
+        except Exception as error:  # whatever an answer from afar makes a check do
             return replace(receipt, lost=f"refused: {reason(error)}")
+        if memory is not self.memory and not isinstance(memory, Nothing):
+            try:
+                self.engine.memories.stage(self.client, self.call.version, memory, self.committed)
+            except RecordError as error:
+                return replace(receipt, lost=f"its memory cannot be kept: {reason(error)}")
+            receipt = replace(receipt, staged=True)
         answers.add(self.client, got, data)
-        if memory is self.memory or isinstance(memory, Nothing):
-            return receipt
-        self.engine.memories.stage(self.client, self.call.version, memory, self.committed)
-        return replace(receipt, staged=True)
+        return receipt
+
+    def _answer(self, up: Record, memory: Record) -> tuple[bytes | None, str | None]:
+        """The bytes that come back, or why none do."""
+        if not isinstance(memory, self.memory_type):
+            was, wanted = type(memory).__name__, self.memory_type.__name__
+            return None, f"the work left a {was} where a memory {wanted} was expected"
+        try:
+            data = records.encode(up)
+        except FedpeftError as error:
+            return None, f"refused: {reason(error)}"
+        if self.engine.carry is None:
+            return data, None
+        return self.engine.carry(self.client, self.call, data), "no answer"

@@ -187,6 +187,8 @@ def _load(source: str, dtype: str, device: str) -> Base:
             f"model {source!r} cannot be loaded: {reason} Give demo, minilm, a folder in Hugging Face format with "
             "safetensors weights, or a hub name that this machine can reach."
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where files are missing
+        raise ModelError(f"model {source!r} has a tokenizer without words; add its tokenizer.json")
     lacking = sorted(name for name in found["missing_keys"] if "pooler" not in name)  # a pooler is never used
     if lacking:
         raise ModelError(

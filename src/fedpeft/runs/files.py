@@ -19,6 +19,7 @@ from fedpeft.core.errors import StoreError
 FILE_MODE = 0o600  # what a run writes is readable by its owner alone
 FOLDER_MODE = 0o700
 TEMPORARY = ".tmp"  # suffix of what is not complete
+LOCK = ".lock"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -127,7 +128,7 @@ class Lock:
     """The right to write a folder, held by one process until `close`, garbage collection or its end."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
+        path = folder / LOCK
         with storing(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
         self._release = weakref.finalize(self, os.close, fd)

@@ -29,6 +29,7 @@ from fedpeft.core.exchange import ClientId, Record, Weights
 from fedpeft.core.federate import Start
 from fedpeft.core.tree import Params
 from fedpeft.runs.files import (
+    LOCK,
     TEMPORARY,
     Lock,
     append_file,
@@ -44,7 +45,9 @@ from fedpeft.runs.files import (
 )
 from fedpeft.runs.memories import MemoryStore
 
-__all__ = ["Checkpoint", "MemoryStore", "RunFolder"]
+__all__ = ["Checkpoint", "MemoryStore", "RunFolder", "unused"]
+
+_STARTING = ("run.log", "manifest.json", "partition.json", f"config.yaml{TEMPORARY}")  # written before config.yaml
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,18 @@ class Checkpoint:
         return Start(self.number, self.state, self.versions)
 
 
+def unused(path: Path) -> bool:
+    """Whether a run may begin there: nothing, an empty folder, or what a run left that was killed in its first moment.
+
+    A run writes its `config.yaml` after everything else that it begins with; a folder without one holds no run.
+    """
+    if not path.is_dir():
+        return not path.exists()
+    names = {entry.name for entry in path.iterdir()}
+    begun = {LOCK, *_STARTING, *(name + TEMPORARY for name in _STARTING)}
+    return not names or (LOCK in names and names <= begun)
+
+
 class RunFolder:
     """One run on disk. Anybody may read it at any time; the first write takes the lock that one process can hold.
 
@@ -81,20 +96,23 @@ class RunFolder:
         """A new run folder, locked for this process.
 
         Args:
-            out: does not exist yet, or is an empty folder.
+            out: does not exist yet, or is `unused`.
 
         Raises:
             StoreError: it holds something, cannot be made, or is in use.
         """
         run = cls(out)
         with storing(run.path, "use"):
-            if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            if not unused(run.path):
                 raise StoreError(
                     f"{out} exists and is not an empty folder; choose a new folder with --out, or go on with the run "
                     f"in it: fedpeft resume {out}"
                 )
         make_folder(run.path)
         run.lock()
+        with storing(run.path, "clean up"):
+            for name in _STARTING:
+                (run.path / name).unlink(missing_ok=True)
         append_file(run.log, b"")
         return run
 

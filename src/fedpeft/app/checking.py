@@ -1,0 +1,125 @@
+"""What can be known of a configuration without training: who holds what, and what the run would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.app.federation import FLAT_COPIES, Federation, batching, build, computing
+from fedpeft.config import load_config
+from fedpeft.config.load import Source
+from fedpeft.core import records, tree, wire
+from fedpeft.core.exchange import Weights
+from fedpeft.planner.cost import Shape, train_flops
+
+HIDDEN_COPIES = 8  # tensors of hidden width that a block keeps for its backward pass; measured on BERT and Llama
+
+
+def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that can be known without training: the partition's statistics, and an estimate of the costs.
+
+    Bytes are those of the first round's records, encoded, and as many back; time is that of a client's device for a
+    mean client, whose work is counted in operations. Both are estimates: a method may send other records later, and
+    the slowest client decides.
+
+    Raises:
+        RequestError: whatever cannot be met, with what to change.
+    """
+    wanted = load_config(config, overrides)
+    with computing(wanted):
+        fed = build(wanted)
+    sizes = [len(fed.data[c]["train"]) for c in fed.clients]
+    shares = [_top_share(fed.data[c]["train"].labels) for c in fed.clients]
+    train = fed.whole("train")
+    return {
+        "task": {
+            "name": fed.config.task.name,
+            "labels": list(fed.task.labels),
+            "metric": fed.metric,
+            "rows": {split: len(fed.whole(split)) for split in ("train", "validation", "test")},
+            "majority": _top_share(train.labels),
+            "tokens_per_row": float(train.lengths.mean()),
+        },
+        "partition": {
+            "clients": len(sizes),
+            "rows_smallest": min(sizes),
+            "rows_mean": sum(sizes) / len(sizes),
+            "rows_largest": max(sizes),
+            "top_label_share_mean": sum(shares) / len(shares),
+            "sha256": fed.partition.sha256,
+        },
+        "model": {
+            "name": fed.config.model.name,
+            "parameters": sum(p.numel() for p in fed.base.module.parameters()),
+            "trainable_parameters": tree.count(fed.initial),
+            "device": str(fed.base.device),
+        },
+        "estimate": _estimate(fed),
+    }
+
+
+def _estimate(fed: Federation) -> dict[str, Any]:
+    rounds, train, clients = fed.config.run.rounds, fed.whole("train"), len(fed.clients)
+    cohort = min(int(getattr(fed.method, "cohort", 0)) or clients, clients)
+    passes = rows_per_client(fed) / len(train)  # a client's rows of one round, as a share of all rows
+    tokens, pairs = (int(passes * int((train.lengths**power).sum())) for power in (1, 2))
+    flops = train_flops(fed.shape, tokens, pairs, fed.model.lowest_block(fed.initial))
+    sent = bytes_down(fed)
+    device = next(iter(fed.resources.values()))
+    seconds = device.latency_s + sent / device.down_bytes_per_s + sent / device.up_bytes_per_s
+    return {
+        "clients_trained_together": batching(fed.config),
+        "rows_per_client_and_round": rows_per_client(fed),
+        "bytes_per_client_and_round": 2 * sent,
+        "bytes": 2 * sent * cohort * rounds,
+        "flops_per_client_and_round": flops,
+        "simulated_seconds": rounds * (seconds + flops / device.flops_per_s),
+        "memory_bytes": memory_bytes(fed, min(cohort, batching(fed.config))),
+    }
+
+
+def rows_per_client(fed: Federation) -> float:
+    """Rows that a mean client trains on in one round, repeats counted, as the method's usual fields say."""
+    method: Any = fed.method
+    mean = len(fed.whole("train")) / len(fed.clients)
+    if (steps := getattr(method, "steps", None)) is not None:
+        return float(steps * min(method.batch_size, mean))
+    return float(mean * getattr(method, "epochs", 1) * getattr(method, "share", 1.0))
+
+
+def bytes_down(fed: Federation) -> int:
+    """Encoded bytes that a client gets in the first round; those of the adapter where a set-up comes before it."""
+    method, name = fed.method, fed.config.run.wire
+    if method.setup():
+        sent: list[Any] = [Weights(fed.initial)]
+    else:
+        state, client = fed.start().state, fed.clients[0]
+        sent = [exchange.send(state, client) for exchange in method.round()]
+    packed = sent if name == "float32" else [wire.pack(record, name) for record in sent]
+    return sum(len(records.encode(record)) for record in packed)
+
+
+def memory_bytes(fed: Federation, together: int) -> int:
+    """The base, the trained parameters of `together` clients with their optimizers, and one part of a step."""
+    base = sum(int(p.numel() * p.element_size()) for p in fed.base.module.parameters())
+    own = tree.count(fed.initial) * 4 * FLAT_COPIES
+    longest = int(fed.whole("train").lengths.max())
+    tokens = min(fed.config.run.token_budget, together * int(getattr(fed.method, "batch_size", 1)) * longest)
+    width = int(next(fed.base.module.parameters()).element_size())
+    blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
+    return base + own * together + width * kept_numbers(fed.shape, blocks) * max(tokens, longest)
+
+
+def kept_numbers(shape: Shape, blocks: int) -> int:
+    """Numbers per token that the backward pass through the upper `blocks` blocks keeps.
+
+    Frozen matrices keep nothing; norms, attention and adapters keep tensors of hidden width, activations their input.
+    """
+    return blocks * (HIDDEN_COPIES * shape.hidden + (shape.mlp_matrices - 1) * shape.intermediate)
+
+
+def _top_share(labels: NDArray[np.int64]) -> float:
+    return float(np.bincount(labels).max() / len(labels)) if len(labels) else 0.0
