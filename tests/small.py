@@ -24,11 +24,11 @@ from fedpeft.runs import files
 from fedpeft.runs.store import Checkpoint, RunFolder
 
 WORDS = {
-    "cooking": "boil soup salt butter pot oven".split(),
-    "sailing": "hoist sail steer boat wind anchor".split(),
-    "weaving": "loom thread warp weft yarn cloth".split(),
+    "cooking": ["boil", "soup", "salt", "butter", "pot", "oven"],
+    "sailing": ["hoist", "sail", "steer", "boat", "wind", "anchor"],
+    "weaving": ["loom", "thread", "warp", "weft", "yarn", "cloth"],
 }
-FILLER = "the a of and with into slowly".split()
+FILLER = ["the", "a", "of", "and", "with", "into", "slowly"]
 LABELS = tuple(WORDS)
 TIMES = ("seconds",)  # measured, so never equal twice
 
@@ -84,6 +84,7 @@ def write_model(folder: Path) -> Path:
 
 def make_place(folder: Path) -> Path:
     """A folder with the model `tiny`, single texts (train, test) and pairs (pairs, pairs_test)."""
+    folder.mkdir(exist_ok=True)
     write_model(folder / "tiny")
     write_rows(folder / "train.jsonl", rows(120, "train"))
     write_rows(folder / "test.jsonl", rows(42, "test"))
@@ -169,9 +170,9 @@ def killed(action: Callable[[], object], at: int) -> bool:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks
         child = os.fork()
     if child == 0:
-        with contextlib.suppress(BaseException):
-            with on_write(lambda number: number == at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-                action()
+        kill = on_write(lambda number: number == at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        with contextlib.suppress(BaseException), kill:
+            action()
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 

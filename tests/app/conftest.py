@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import small
 
+import small
 from fedpeft import app
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small
 import torch
 import transformers
 import yaml
 
+import small
 from fedpeft import app
 from fedpeft.app.federation import build
+from fedpeft.app.scoring import Scored
 from fedpeft.config import load_config
 from fedpeft.core import records, tree
 from fedpeft.core.errors import ModelError, RequestError, StoreError
@@ -180,13 +181,15 @@ def test_local_models_beat_the_untrained_global_one(place: Path, tmp_path: Path)
     assert {"global", "personalized"} <= entry.keys()
 
 
-def test_personal_scores_of_the_best_round_are_not_made_up(place: Path, tmp_path: Path) -> None:
+def test_personal_scores_of_the_best_round_are_not_made_up(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The memories of an earlier round are gone, so its test scores have no personal part."""
-    config = small.config(place, method__name="local", method__lr=5.0, run__rounds=5)
-    done = app.run(config, out=tmp_path / "run")
+    values = iter([0.1, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(Scored, "selected", lambda self, metric: next(values))
+    done = app.run(small.config(place, method__name="local"), out=tmp_path / "run")
     best = done.metrics["best"]
-    assert best["round"] < 5
-    assert "personalized" in best["validation"] and "personalized" not in best["test"]
+    assert best["round"] == 1
+    assert "personalized" in best["validation"] and best["test"].keys() == {"global", "majority", "label_prior"}
+    assert "personalized" in done.metrics["final"]["test"]
 
 
 def test_head_alone_is_saved_as_a_whole_model(place: Path, tmp_path: Path) -> None:
@@ -317,7 +320,7 @@ def test_listener_hears_rounds_losses_bytes_and_scores(place: Path, tmp_path: Pa
     scored = [p for p in told if p.metrics]
     assert [p.round for p in scored] == [0, 2, 3]
     assert "test" in scored[-1].metrics  # type: ignore[operator]
-    assert [p.loss for p in told if p.round == 3][0] is not None
+    assert next(p.loss for p in told if p.round == 3) is not None
     lines = RunFolder.open(done.folder).metrics()
     assert ["metrics" in line for line in lines] == [True, False, True, True]
 

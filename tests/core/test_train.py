@@ -260,7 +260,7 @@ def test_a_client_that_diverges_leaves_the_others_bits_alone() -> None:
         for result, expected in zip(got[1:], healthy[1:], strict=True):
             assert isinstance(result, Fitted) and isinstance(expected, Fitted)
             assert tree.sha256(result.params) == tree.sha256(expected.params)
-    with pytest.raises(DivergedError, match="training of 5 steps diverged: the loss is inf at step 2; lower method.lr"):
+    with pytest.raises(DivergedError, match=r"training of 5 steps diverged: the loss is inf at step 2; lower"):
         toy.ToyModel().fit(fit(SGD(1e200)))
     with pytest.raises(DivergedError, match="of 1 steps diverged: the parameters are not finite; lower"):
         toy.ToyModel().fit(fit(SGD(1e308), batches=BATCHES[:1]))

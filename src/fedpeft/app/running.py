@@ -117,6 +117,8 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
         config = load_config(opened.path / "config.yaml", overrides)
         manifest = opened.manifest()
         if manifest.get("status") == "finished" and config == before:
+            if not _reported(opened):
+                _report(opened)
             return Run(opened.path, manifest)
         opened.lock()
         with computing(config), _logging_to(opened.log):
@@ -196,6 +198,12 @@ def _record_end(folder: RunFolder, error: BaseException) -> None:
         folder.update_manifest(**figures)
     except StoreError as further:
         log.error("the manifest cannot say so: %s", further)
+
+
+def _reported(folder: RunFolder) -> bool:
+    """Whether the page is newer than what it tells of; it is the last thing that a run writes."""
+    manifest = folder.path / "manifest.json"
+    return folder.report.is_file() and folder.report.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
 
 
 def _report(folder: RunFolder) -> None:

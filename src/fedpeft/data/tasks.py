@@ -320,15 +320,15 @@ def _label_indices(keys: Sequence[str], names: Sequence[str], by_name: bool, sou
     """Class index per row; labels are read as names if all of the training rows' are names, else as indices."""
     known = {name if by_name else str(i): i for i, name in enumerate(names)}
     indices = np.fromiter((known.get(key, -1) for key in keys), dtype=np.int64, count=len(keys))
-    if (bad := np.flatnonzero(indices < 0)).size:
-        bad = np.array([i for i in bad if keys[i] not in names] or bad)  # where names and indices are mixed
-        key = keys[int(bad[0])]
+    if bad := np.flatnonzero(indices < 0).tolist():
+        bad = [i for i in bad if keys[i] not in names] or bad  # where names and indices are mixed
+        key = keys[bad[0]]
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         if not by_name and _is_index(key):
             problem = f"label {key} is out of range: 0 to {len(names) - 1} stand for {shown}"
         else:
             problem = f"label {key!r} is not one of the {len(names)} labels that the task has: {shown}"
-        raise DataError(f"{source.row(int(bad[0]))}: {problem}. Correct task.labels or the {bad.size} such rows")
+        raise DataError(f"{source.row(bad[0])}: {problem}. Correct task.labels or the {len(bad)} such rows")
     return indices
 
 

@@ -18,6 +18,10 @@ last = batch["attention_mask"].sum(dim=1) - 1
 scores = logits[torch.arange(len(last)), last]  # (texts, labels): those of the last real token
 """,
 }
+_TITLES = {
+    "adapter": ("LoRA adapter for", "A LoRA adapter"),
+    "merged": ("Text classifier on", "A model with its adapter folded in"),
+}
 _LOADING = {
     "adapter": """\
 import torch
@@ -59,16 +63,16 @@ def model_card(
         "tags": ["text-classification", "federated-learning", "fedpeft"],
         "labels": list(labels),
     }
-    what = "A LoRA adapter" if form == "adapter" else "A model with its adapter folded in"
+    title, what = _TITLES[form]
     lines = [
         "---",
         *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),  # JSON is YAML
         "---",
         "",
-        f"# {what} for {_cell(name)}",
+        f"# {title} {_cell(name)}",
         "",
-        f"{what} that sorts texts into {len(labels)} classes, trained with fedpeft. Its head scores every token; the",
-        f"scores of a text are {'the mean over its tokens' if pooling == 'mean' else 'those of its last token'}.",
+        f"{what} that sorts texts into {len(labels)} classes, trained with fedpeft. Its head scores every token;",
+        f"the scores of a text are {'the mean over its tokens' if pooling == 'mean' else 'those of its last token'}.",
         "",
         "```python",
         _code(form, base, labels, pooling, tokenizer, facts) + "```",

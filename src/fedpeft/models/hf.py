@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Lora
-from fedpeft.core.errors import FitError, ModelError
+from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.rng import Rng, rng_for
@@ -106,7 +106,10 @@ class HFModel:
             FitError: they are not an adapter of this model.
         """
         self.check_params(params)
-        tree.same_layout(self.init(rng_for(0, "adapter")), params)
+        try:
+            tree.same_layout(self.init(rng_for(0, "adapter")), params)
+        except RecordError as error:
+            raise FitError(f"the parameters to start from are not those of this model's adapter: {error}") from None
         self._warm = params
 
     def _known_shapes(self) -> dict[str, tuple[int | None, ...]]:
