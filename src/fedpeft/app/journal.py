@@ -82,6 +82,7 @@ class Journal:
         """Evaluate where it is due, decide whether to stop, and write the round's line."""
         run, ledger = self.fed.config.run, self.ledger
         params = self.fed.method.result(done.state)
+        ledger.seconds = self.watch.seconds()
         ending = done.round == run.rounds or ledger.spent(self.limits) is not None
         due = ending or done.round % run.evaluate_every == 0
         scored = self._evaluate(params, "validation", done) if due else None

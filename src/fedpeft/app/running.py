@@ -228,6 +228,8 @@ def _train(folder: RunFolder, fed: Federation, tell: Listener) -> None:
             journal.save(done)
         if ledger.stopped is None:
             _exchanges(journal, start)
+        if ledger.stopped is not None:
+            journal.say(ledger.stopped)
         journal.finish_run()
     finally:
         for tracker in journal.trackers:
@@ -252,7 +254,6 @@ def _exchanges(journal: Journal, start: Start) -> None:
             journal.finish_round(done)
         journal.save(done)
         if journal.ledger.stopped is not None:
-            journal.say(journal.ledger.stopped)
             break
 
 

@@ -72,8 +72,9 @@ class InProcess:
         asked = list(downs)
         answers = Spool(call.exchange.up)
         receipts: list[Receipt] = []
+        encode = _Encoder()
         for i in range(0, len(asked), self.batch):
-            group = [_Turn(self, call, client, downs[client]) for client in asked[i : i + self.batch]]
+            group = [_Turn(self, call, client, downs[client], encode) for client in asked[i : i + self.batch]]
             start = time.perf_counter()
             run_jobs([turn.job for turn in group if turn.job is not None], self.model)
             seconds = time.perf_counter() - start
@@ -84,10 +85,27 @@ class InProcess:
         return Answers(answers, tuple(receipts))
 
 
+class _Encoder:
+    """Encodes records, and remembers the newest: a cohort is mostly sent the same values in records of their own."""
+
+    def __init__(self) -> None:
+        self._values: tuple[object, ...] = ()
+        self._sent = b""
+
+    def __call__(self, record: Record) -> bytes:
+        values = (type(record), *vars(record).values())
+        same = len(values) == len(self._values) and all(a is b for a, b in zip(values, self._values, strict=True))
+        if not same:
+            self._sent, self._values = records.encode(record), values
+        return self._sent
+
+
 class _Turn:
     """One client's part of one exchange."""
 
-    def __init__(self, engine: InProcess, call: Call, client: ClientId, down: Record) -> None:
+    def __init__(
+        self, engine: InProcess, call: Call, client: ClientId, down: Record, encode: Callable[[Record], bytes]
+    ) -> None:
         self.engine, self.call, self.client = engine, call, client
         self.meter = Meter()
         self.job: Job | None = None
@@ -95,7 +113,7 @@ class _Turn:
         self.bytes_down = 0
         if self.lost is not None:
             return
-        sent = records.encode(down)
+        sent = encode(down)
         self.bytes_down = len(sent)
         method = engine.make()
         self.exchange = self._own_exchange(method)
