@@ -1,16 +1,18 @@
 """The text that the demo model is trained on. None of it belongs to the demo task, whose modules are left out whole.
 
 Code text: comments and docstrings of the standard library's other modules (its test suite, tkinter, idlelib, distutils
-and the like) and the language reference in `pydoc_data`. Prose: public-domain books. A passage that shares ten
-successive words with an example of the task is dropped.
+and the like) and the language reference in `pydoc_data`. Code words: the names and words in the code of those modules.
+Prose: public-domain books. A passage or line that shares ten successive words with an example of the task is dropped.
 """
 
 import ast
 import gzip
 import json
+import keyword
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.data.demo import TOPICS, build_rows, standard_library
@@ -19,20 +21,34 @@ SHINGLE_WORDS = 10
 _TASK_MODULES = frozenset(name for names in TOPICS.values() for name in names)
 _COMMENT = re.compile(rb"^\s*#+[ \t]?(.*)$")
 _WORD = re.compile(r"[a-z0-9]+")
+_NAME = re.compile(r"[A-Za-z][A-Za-z]+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_EVERYWHERE = frozenset({*keyword.kwlist, "self", "cls", "assert", "equal", "test"})
+WORDS_PER_FILE = 20_000
 
 
-def read_code_documents(source: Path | None = None) -> list[str]:
-    """One text per file outside the task (comment blocks and docstrings in order of line), and one per pydoc topic."""
+@dataclass(frozen=True)
+class Code:
+    """Two texts per file: comments with docstrings, and the words of the code; short ones are left out."""
+
+    documents: list[str]
+    words: list[str]
+
+
+def read_code(source: Path | None = None) -> Code:
+    """The text of every file outside the task, in order of path; `documents` ends with the pydoc topics."""
     source = source or standard_library()
     taken = {shingle for row in build_rows(source) for shingle in _shingles(row["text"])}
     seen: set[str] = set()
-    documents = []
+    seen_lines: set[str] = set()
+    documents, words = [], []
     for path in sorted(source.rglob("*.py")):
         if _is_foreign(path.relative_to(source).parts):
             documents.append(_keep_new(_passages(path), taken, seen))
+            words.append(_code_words(path, taken, seen_lines))
     for topic in _pydoc_topics(source):
         documents.append(_keep_new(topic.split("\n\n"), taken, seen))
-    return [document for document in documents if len(document) >= 200]
+    return Code([text for text in documents if len(text) >= 200], [text for text in words if len(text) >= 200])
 
 
 def read_books(data: Path) -> list[str]:
@@ -78,6 +94,19 @@ def _passages(path: Path) -> Iterator[str]:
             block = []
     for _, text in sorted(found, key=lambda item: item[0]):
         yield " ".join(text.split())
+
+
+def _code_words(path: Path, taken: set[str], seen: set[str]) -> str:
+    """The words of the lines of code that no earlier file had; names are split at underscores and capitals."""
+    words: list[str] = []
+    for line in map(str.strip, path.read_text("utf-8", "replace").splitlines()):
+        if not line or line.startswith("#") or line in seen or len(words) > WORDS_PER_FILE:
+            continue
+        seen.add(line)
+        found = [word for word in _NAME.findall(_CAMEL.sub(" ", line).lower()) if word not in _EVERYWHERE]
+        if len(found) < SHINGLE_WORDS or taken.isdisjoint(_shingles(" ".join(found))):
+            words.extend(found)
+    return " ".join(words)
 
 
 def _pydoc_topics(source: Path) -> Iterator[str]:

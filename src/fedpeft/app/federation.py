@@ -15,7 +15,7 @@ import torch
 
 from fedpeft.config import RunConfig, adapter_spec, build_method
 from fedpeft.core import tree, wire
-from fedpeft.core.errors import DataError, ModelError, RecordError
+from fedpeft.core.errors import DataError, FitError, ModelError
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import Call, ClientId, Method, ServerEnv, Transport
@@ -198,7 +198,7 @@ def _warm_start(model: HFModel, folder: Path) -> None:
         raise ModelError(f"run.init_from {str(folder)!r} is not a folder; give a run folder or a PEFT adapter's folder")
     try:
         model.warm_start(import_adapter(adapter if ran else folder, model))
-    except (ModelError, RecordError) as error:
+    except (ModelError, FitError) as error:
         raise ModelError(f"run.init_from {folder} does not fit this run's adapter and labels: {error}") from error
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from fedpeft.core.errors import RecordError
 
 HEADER_LIMIT = 1 << 24  # bytes; parsed JSON takes ten times as much memory
+ALIGNMENT = 64  # bytes
 MAX_DIMS = 32
 
 # code in the header, numpy's dtype of the same numbers (bfloat16: its bit pattern)
@@ -118,7 +119,7 @@ def parse(data: bytes, *, max_bytes: int | None = None) -> tuple[dict[str, Tenso
         begin = span[3]
     if start + begin != len(data):
         raise RecordError(f"the header describes {start + begin} bytes, but {len(data)} came")
-    return {name: _tensor(name, data, start, span) for name, span in spans.items()}, metadata
+    return _tensors(data, start, spans), metadata
 
 
 def _header(data: bytes) -> tuple[int, dict[str, Any]]:
@@ -162,13 +163,24 @@ def _span(name: str, entry: Any) -> Span:
     return code, shape, begin, end
 
 
-def _tensor(name: str, data: bytes, start: int, span: Span) -> Tensor:
-    code, shape, begin, end = span
-    dtype, kind = _CODES[code]
-    t = torch.empty(shape, dtype=dtype)
-    if begin < end:
-        numbers = np.frombuffer(data, kind, (end - begin) // kind.itemsize, start + begin)
-        if dtype is torch.bool and numbers.max() > 1:
+def _tensors(data: bytes, start: int, spans: Mapping[str, Span]) -> dict[str, Tensor]:
+    """Copies of the tensors, together in one new block of memory, each at a multiple of 64 bytes.
+
+    A matrix product may round differently where its operands lie differently; here they always lie alike.
+    """
+    places: dict[str, int] = {}
+    size = 0
+    for name, (_, _, begin, end) in spans.items():
+        places[name] = size
+        size += -(-(end - begin) // ALIGNMENT) * ALIGNMENT
+    block = torch.empty(size, dtype=torch.uint8)
+    target, source = block.numpy(), np.frombuffer(data, np.uint8)
+    found: dict[str, Tensor] = {}
+    for name, (code, shape, begin, end) in spans.items():
+        place = places[name]
+        numbers = source[start + begin : start + end]
+        if code == "BOOL" and numbers.size and numbers.max() > 1:
             raise RecordError(f"tensor {name!r} is said to be BOOL but holds the byte {numbers.max()}")
-        _bits(t).numpy()[...] = numbers.reshape(shape)
-    return t
+        target[place : place + end - begin] = numbers
+        found[name] = block[place : place + end - begin].view(_CODES[code][0]).view(shape)
+    return found

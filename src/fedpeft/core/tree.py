@@ -42,7 +42,7 @@ def mean(parts: Iterable[tuple[Params, float]]) -> dict[str, Tensor]:
             total = {name: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for name, t in params.items()}
         same_layout(total, params)
         for name, t in params.items():
-            total[name].add_(t.to(torch.float64), alpha=weight)
+            total[name].add_(t, alpha=weight)
         weights += weight
     if not weights > 0:
         raise RecordError(f"a mean needs at least one part with a positive weight; the weights sum to {weights}")

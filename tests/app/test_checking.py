@@ -1,0 +1,133 @@
+"""What `check` says, against the run that it speaks of and against what a real step keeps in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import small
+import tiny
+from fedpeft import app
+from fedpeft.app.checking import kept_numbers
+from fedpeft.core.adapter import Lora
+from fedpeft.core.errors import ConfigError, DataError
+from fedpeft.core.examples import Examples
+from fedpeft.core.fit import AdamW, Fit
+from fedpeft.models.hf import HFModel
+from fedpeft.models.load import Base, load_base
+from fedpeft.planner.cost import shape_of
+from fedpeft.runs.store import RunFolder
+
+
+def test_statistics_are_those_of_the_data_and_the_partition(place: Path, finished: app.Run) -> None:
+    found = app.check(small.config(place))
+    partition = RunFolder.open(finished.folder).partition()
+    sizes = [len(entry["train"]) for entry in partition["clients"].values()]
+    counts = [entry["label_counts"]["train"] for entry in partition["clients"].values()]
+    assert found["partition"] == {
+        "clients": 6,
+        "rows_smallest": min(sizes),
+        "rows_mean": pytest.approx(np.mean(sizes)),
+        "rows_largest": max(sizes),
+        "top_label_share_mean": pytest.approx(np.mean([max(c) / sum(c) for c in counts])),
+        "sha256": partition["sha256"],
+    }
+    assert found["task"]["rows"] == {"train": sum(sizes), "validation": 120 - sum(sizes), "test": 42}
+    assert found["task"]["majority"] == pytest.approx(max(np.sum(counts, axis=0)) / sum(sizes))
+    assert found["task"]["labels"] == list(small.LABELS) and found["task"]["tokens_per_row"] == 7.0
+    assert found["model"]["trainable_parameters"] == finished.manifest["trainable_parameters"]
+    assert found["estimate"]["clients_trained_together"] == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("fedavg", {}),
+        ("fedavg", {"run__wire": "int8"}),
+        ("fedavg", {"method__steps": 3}),
+        ("scaffold", {}),
+        ("local", {}),
+        ("centralized", {}),
+    ],
+)
+def test_estimates_are_near_what_a_run_costs(place: Path, tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
+    """Bytes to 3 % (a mean loss has more or fewer digits), time to a factor of two (the slowest client decides)."""
+    config = small.config(place, method__name=method, **changes)
+    estimate = app.check(config)["estimate"]
+    done = app.run(config, out=tmp_path / "run").manifest
+    sent = done["bytes_down"] + done["bytes_up"]
+    assert sent == pytest.approx(estimate["bytes"], rel=0.5 if method == "local" else 0.03)
+    assert estimate["simulated_seconds"] / 2 < done["simulated_seconds"] < 2 * estimate["simulated_seconds"]
+    lines = RunFolder.open(tmp_path / "run").exchanges()
+    examples = np.mean([line["examples"] for line in lines])
+    assert estimate["rows_per_client_and_round"] == pytest.approx(examples, rel=0.2)
+
+
+def test_nothing_is_trained_or_written(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HFModel, "fit_many", None)
+    monkeypatch.setattr(HFModel, "logits", None)
+    app.check(small.config(place))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_that_is_wrong_with_the_keys_is_told_at_once(place: Path) -> None:
+    config = small.config(place, method__lr=-1, run__rounds=0, task__text="words")
+    config["run"]["roundss"] = 3
+    with pytest.raises(ConfigError) as caught:
+        app.check(config)
+    assert len(caught.value.problems) == 3
+    with pytest.raises(DataError, match="has no column 'words'"):
+        app.check(small.config(place, task__text="words"))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def kept_bytes(base: Base, spec: Lora, rows: int, length: int) -> int:
+    """What autograd really keeps of one step with LoRA: the storages of all saved tensors but the weights."""
+    model = HFModel(base, spec, 3, rows * length)
+    tokens = tuple(tiny.place(i).integers(5, 50, size=length).astype(np.int32) for i in range(rows))
+    data = Examples(tokens, np.zeros(rows, dtype=np.int64))
+    weights = {p.untyped_storage().data_ptr() for p in base.module.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        (fitted,) = model.fit_many([Fit(model.init(tiny.place()), data, [list(range(rows))], AdamW(1e-3))])
+    assert not isinstance(fitted, Exception)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("blocks", [None, (2,)])
+def test_memory_of_a_step_is_estimated_within_a_factor_of_two(family: str, blocks: tuple[int, ...] | None) -> None:
+    base = tiny.base(family, "float32")
+    spec = Lora(rank=8) if blocks is None else Lora(rank=8, blocks=blocks)
+    real = kept_bytes(base, spec, 16, 48)
+    shape = shape_of(base.config)
+    estimate = 4 * 16 * 48 * kept_numbers(shape, shape.layers if blocks is None else 1)
+    assert estimate / 2 < real < 2 * estimate
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_of_minilm(tmp_path: Path) -> None:
+    base = load_base("minilm", device="cpu")
+    real = kept_bytes(base, Lora(), 64, 32)
+    assert real == pytest.approx(4 * 64 * 32 * kept_numbers(shape_of(base.config), 6), rel=0.15)
+
+
+def test_memory_grows_with_the_clients_that_train_together(place: Path) -> None:
+    alone, together = (
+        app.check(small.config(place, run__cohort_batching=n))["estimate"]["memory_bytes"] for n in (1, 4)
+    )
+    base = sum(p.numel() * 4 for p in load_base(str(place / "tiny"), device="cpu").module.parameters())
+    assert base < alone < together < 10 * alone
