@@ -39,13 +39,16 @@ def train(folder: Path, data: Path, recipe: pretraining.Recipe) -> None:
     print(pretraining.describe(recipe))
     with warnings.catch_warnings():  # of the parsed files: old escapes in strings
         warnings.simplefilter("ignore")
-        code, books = corpus.read_code_documents(), corpus.read_books(data)
-    tokenizer = wordpieces.train_tokenizer(code, recipe.vocabulary)
-    code_ids, book_ids = pretraining.encode(tokenizer, code), pretraining.encode(tokenizer, books)
-    print(f"{sum(map(len, code_ids)):,} tokens of code text, {sum(map(len, book_ids)):,} of books", flush=True)
-    vectors = pretraining.ppmi_vectors([*code_ids, *(ids[: recipe.ppmi_book_tokens] for ids in book_ids)], recipe)
+        code, books = corpus.read_code(), corpus.read_books(data)
+    tokenizer = wordpieces.train_tokenizer(code.documents, recipe.vocabulary)
+    encoded = [pretraining.encode(tokenizer, texts) for texts in (code.documents, code.words, books)]
+    for name, texts in zip(("comments and docstrings", "code words", "books"), encoded, strict=True):
+        print(f"{sum(map(len, texts)):,} tokens of {name}", flush=True)
+    documents, words, prose = encoded
+    vectors = pretraining.ppmi_vectors([*documents, *words, *(ids[: recipe.ppmi_book_tokens] for ids in prose)], recipe)
     model = pretraining.start_model(vectors, recipe)
-    seconds = pretraining.pretrain(model, code_ids, book_ids, recipe)
+    seconds = pretraining.pretrain(model, [*documents, *words], prose, recipe)
+    pretraining.scale_output(model, recipe.output_scale)
     pretraining.save_model(model, tokenizer, folder, recipe)
     print(f"trained in {seconds:.0f} s, saved in {folder}")
 

@@ -6,6 +6,7 @@ Two runs of that trainer give different vocabularies; this one depends on the te
 import heapq
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from tokenizers import BertWordPieceTokenizer
 
@@ -40,7 +41,7 @@ def merge_pieces(counts: Counter[str], size: int) -> list[str]:
     totals: Counter[Pair] = Counter()
     places: dict[Pair, set[int]] = {}
     for index, pieces in enumerate(spelled):
-        for pair in zip(pieces, pieces[1:], strict=False):
+        for pair in pairwise(pieces):
             totals[pair] += words[index][1]
             places.setdefault(pair, set()).add(index)
     heap = [(-total, pair) for pair, total in totals.items()]
@@ -54,7 +55,7 @@ def merge_pieces(counts: Counter[str], size: int) -> list[str]:
         for index in places.pop(best):
             before, spelled[index] = spelled[index], _join(spelled[index], best)
             for pieces, sign in ((before, -1), (spelled[index], 1)):
-                for pair in zip(pieces, pieces[1:], strict=False):
+                for pair in pairwise(pieces):
                     totals[pair] += sign * words[index][1]
                     changed.add(pair)
                     if sign > 0:

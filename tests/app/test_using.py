@@ -21,7 +21,6 @@ from fedpeft.core.errors import DataError, ModelError, RequestError, StoreError
 from fedpeft.data import tasks
 from fedpeft.data.load import HubRows
 from fedpeft.models.export import import_adapter
-from fedpeft.runs.store import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +97,23 @@ def test_pairs_are_evaluated_and_predicted(place: Path, tmp_path: Path) -> None:
     pairs = small.rows(30, "pairs_test", pairs=True)
     predicted = app.predict(done.folder, place / "pairs_test.jsonl")
     assert accuracy(predicted, [row["label"] for row in pairs]) == found["data"]["global"]["accuracy"]
-    lone = small.write_rows(tmp_path / "lone.jsonl", [{"sentence1": "boil the soup"}])
     turned = [{"sentence1": row["sentence2"], "sentence2": row["sentence1"]} for row in pairs]
     swapped = app.predict(done.folder, small.write_rows(tmp_path / "turned.jsonl", turned))
     assert [row["probabilities"] for row in swapped] != [row["probabilities"] for row in predicted]
-    with pytest.raises(DataError):
-        app.predict(done.folder, small.write_rows(tmp_path / "texts.jsonl", [{"text": "boil"}]))
-    assert len(app.predict(done.folder, lone)) == 1
+
+
+def test_file_without_the_columns_of_the_task_is_never_read_as_something_else(
+    place: Path, tmp_path: Path, finished: app.Run
+) -> None:
+    config = small.config(place, task__train=str(place / "pairs.jsonl"), task__test=None, run__rounds=1)
+    pairs = app.run(config, out=tmp_path / "run")
+    for run, rows, column in (
+        (pairs, [{"text": "boil the soup"}], "sentence1"),
+        (pairs, [{"sentence1": "boil the soup"}], "sentence2"),
+        (finished, small.rows(2, "any", pairs=True), "text"),
+    ):
+        with pytest.raises(DataError, match=f"has no column '{column}', which the task's texts are in; it has: "):
+            app.predict(run.folder, small.write_rows(tmp_path / "rows.jsonl", rows))
 
 
 # --- predict ----------------------------------------------------------------------------------------------------
@@ -220,5 +229,4 @@ def test_uses_leave_the_run_as_it_is(place: Path, tmp_path: Path, finished: app.
     app.evaluate(finished.folder)
     app.predict(finished.folder, place / "test.jsonl")
     app.export(finished.folder, tmp_path / "out")
-    RunFolder.open(finished.folder).lock()  # nobody holds it
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert before == {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}

@@ -16,7 +16,7 @@ SENT = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
 
 
 def test_an_answer_with_the_layout_of_the_question_is_accepted() -> None:
-    matching(Weights(SENT), Update({name: t + 1 for name, t in SENT.items()}, 0, 0.0))
+    matching(Weights(SENT), Update({name: t + 1 for name, t in SENT.items()}, 1, 0.0))
     matching(Nothing(), Update(SENT, 1, 0.0))
     matching(Weights(SENT), Nothing())
 
@@ -71,3 +71,19 @@ def test_the_loss_of_a_fit_is_the_mean_over_its_steps() -> None:
 
 
 ANY: Any = None
+
+
+@pytest.mark.parametrize(
+    ("up", "message"),
+    [
+        (Update({"w": torch.zeros(3, dtype=torch.int64)}, 1, 0.0), "is torch.int64 where torch.float32"),
+        (Update({"w": torch.zeros(3)}, 0, 0.0), "counts 0 examples"),
+        (Update({"w": torch.zeros(3)}, 2**60, 0.0), "lies between 1 and 2.53"),
+        (Update({"w": torch.zeros(3)}, 1, 1e308), "loss is 1e.308"),
+    ],
+)
+def test_an_answer_that_would_spoil_the_fold_is_refused(up: Update, message: str) -> None:
+    down = Weights({"w": torch.zeros(3)})
+    matching(down, Update({"w": torch.ones(3)}, 5, 0.5))
+    with pytest.raises(RecordError, match=message):
+        matching(down, up)

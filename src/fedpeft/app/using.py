@@ -79,7 +79,7 @@ def predict(
         RequestError: the run has no state yet, there is no such client, or the file lacks the task's columns.
     """
     opened, fed = _opened(folder)
-    table = read_texts(task_spec(fed.config), data)
+    table = read_texts(fed.task, data)
     rows = tokenise(table, fed.base.tokenizer, fed.config.task.max_length)
     with computing(fed.config):
         shares = torch.softmax(fed.model.logits(_params(opened, fed, client), rows), dim=1)

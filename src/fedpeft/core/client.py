@@ -17,8 +17,17 @@ Protocol = Mapping[str, Exchange]
 
 
 def protocol(method: Method, *further: Exchange) -> dict[str, Exchange]:
-    """A client's own view of the exchanges: what it can be asked to do, by name. No code is named on the wire."""
-    return {e.name: e for e in (*method.setup(), *method.round(), *further)}
+    """A client's own view of the exchanges: what it can be asked to do, by name. No code is named on the wire.
+
+    Raises:
+        ValueError: two exchanges have one name, so that a client could not tell them apart.
+    """
+    every = (*method.setup(), *method.round(), *further)
+    found = {e.name: e for e in every}
+    if len(found) < len(every):
+        twice = next(name for name in found if sum(e.name == name for e in every) > 1)
+        raise ValueError(f"{type(method).__name__} has two exchanges named {twice!r}; give each a name of its own")
+    return found
 
 
 class Job:

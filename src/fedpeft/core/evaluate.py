@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedpeft.core import tree
 from fedpeft.core.cohort import everyone
-from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Method, Record, ServerEnv, anything
+from fedpeft.core.errors import RecordError
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Method, Record, ServerEnv
 from fedpeft.core.method import Defaults
 from fedpeft.core.tree import Params
 
@@ -29,6 +31,19 @@ class Scores:
     personal: Mapping[str, Tensor]
 
 
+def countable(down: Question, up: Scores) -> None:
+    """Raise RecordError unless the scores can be added to those of others: equal names and shapes, nothing negative."""
+    for sums in (up.shared, up.personal):
+        for name, value in sums.items():
+            if bool((value < 0).any()):
+                raise RecordError(f"a score's {name!r} is negative")
+        confusion = sums.get("confusion")
+        if confusion is not None and not (confusion.dim() == 2 and confusion.shape[0] == confusion.shape[1]):
+            raise RecordError(f"a confusion matrix has the shape {tuple(confusion.shape)}; it must be square")
+    if up.shared and up.personal:
+        tree.same_layout(up.shared, up.personal)
+
+
 def personalises(method: Method) -> bool:
     """Whether a client's own model can differ from the global one."""
     return getattr(type(method), "personal", None) is not Defaults.personal
@@ -42,7 +57,7 @@ class Evaluate:
 
     def exchange(self) -> Exchange:
         """The exchange; its fold gives the answers by client."""
-        return Exchange("evaluate", Question, Scores, everyone, self.send, self.work, self.collect, anything)
+        return Exchange("evaluate", Question, Scores, everyone, self.send, self.work, self.collect, countable)
 
     def send(self, state: Question, client: ClientId) -> Question:
         """The same question for everybody: here the state is the question."""

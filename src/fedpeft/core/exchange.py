@@ -159,15 +159,28 @@ class ClientEnv:
         return self.model.init(rng_for(self.seed, "adapter"))
 
 
+MOST_EXAMPLES = 2**53  # the largest count that a float64 holds exactly
+LARGEST_LOSS = 1e30  # far above any cross-entropy; sums of such losses stay finite
+
+
 def matching(down: Record, up: Record) -> None:
-    """The usual check of an answer: params must have the layout of the params of the same field that were sent."""
-    for name, sent in vars(down).items():
-        got = vars(up).get(name)
+    """The usual check of an answer, raising RecordError where it does not fit.
+
+    Params must have the names, shapes and dtypes of the params of the same field that were sent; an answer with params
+    counts at least one example, and its loss is a number that can be averaged.
+    """
+    weighty = False
+    for name, got in vars(up).items():
+        sent = vars(down).get(name)
         if isinstance(sent, Mapping) and isinstance(got, Mapping):
             tree.same_layout(sent, got)
-    examples = getattr(up, "examples", 1)
-    if examples < 0:
-        raise RecordError(f"an answer counts {examples} examples; the count cannot be negative")
+            tree.same_dtypes(sent, got)
+            weighty = weighty or bool(got)
+    examples, loss = getattr(up, "examples", 1), getattr(up, "loss", 0.0)
+    if not (1 if weighty else 0) <= examples <= MOST_EXAMPLES:
+        raise RecordError(f"an answer counts {examples} examples; a count lies between {int(weighty)} and 2^53")
+    if isinstance(loss, float | int) and not abs(loss) <= LARGEST_LOSS:
+        raise RecordError(f"an answer's loss is {loss}; it must be finite and below {LARGEST_LOSS:g}")
 
 
 def anything(down: Record, up: Record) -> None:

@@ -121,6 +121,9 @@ class Ordered(Mapping[ClientId, Record]):
     def __getitem__(self, client: ClientId) -> Record:
         return self._values[client]
 
+    def __contains__(self, client: object) -> bool:
+        return client in self._order
+
     def __iter__(self) -> Iterator[ClientId]:
         return iter(self._order)
 

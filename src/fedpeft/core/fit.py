@@ -78,6 +78,9 @@ class Fit:
 
     Order within a step: loss, penalty and prox gradients, then mask, then clip, then drift, then optimizer and decay,
     then mask of the update.
+
+    Clients train together where their penalties are equal: give a frozen dataclass with `__call__`, or a function of a
+    module, not a closure or a method, of which every client would have its own.
     """
 
     params: Params  # where training starts; all of them are applied in the forward pass
@@ -91,7 +94,7 @@ class Fit:
     mask: Params | None = None  # 1 where a number may change, 0 where neither gradient nor update reaches it
     drift: Params | None = None  # added to the clipped gradient at every step
     prox: Prox | None = None
-    penalty: Penalty | None = None  # stacked params, each (clients, ...) -> (clients,), added to the loss
+    penalty: Penalty | None = None  # stacked params, each (clients, ...) -> (clients,), added to the loss; see below
     moments: Moments | None = None  # optimizer state to start from; None: zeros
     rates: Mapping[str, float] = field(default_factory=dict)  # learning rate by name prefix, instead of the optimizer's
     seed: int = 0  # of the dropout noise

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fedpeft.core import layout
-from fedpeft.core.errors import RecordError, StoreError
+from fedpeft.core.errors import RecordError
 from fedpeft.core.exchange import Record
 from fedpeft.core.kinds import Json, Shelf, record_kind
 
@@ -86,9 +82,11 @@ def dump_json(value: Json) -> str:
 
 
 def check_finite(record: Record) -> None:
-    """Raise RecordError, naming the first field or tensor, if a number in the record is NaN or infinite."""
+    """Raise RecordError, naming the field or tensor, if a number is NaN, infinite, or an int of more than 64 bits."""
     tensors, value = flatten(record)
-    for path, number in _floats(value, ""):
+    for path, number in _numbers(value, ""):
+        if isinstance(number, int) and abs(number) >= 1 << 63:
+            raise RecordError(f"{path} of {type(record).__name__} is a whole number of {number.bit_length()} bits")
         if not math.isfinite(number):
             raise RecordError(f"{path} of {type(record).__name__} is {number}, which is not finite")
     for path, t in tensors.items():
@@ -107,73 +105,9 @@ def finite(t: Tensor) -> bool:
     return math.isfinite(float(t.sum())) or bool(torch.isfinite(t).all())
 
 
-def _floats(value: Json, path: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
+def _numbers(value: Json, path: str) -> Iterator[tuple[str, float | int]]:
+    if isinstance(value, float | int):
         yield path, value
     elif isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _floats(inner, f"{path}/{key}" if path else str(key))
-
-
-def write(path: str | os.PathLike[str], record: Record, *, durable: bool = True) -> int:
-    """Write the record's file atomically, readable by its owner only; returns its length in bytes.
-
-    A reader finds the old file or the new one, never a part, also after a kill at any moment.
-
-    Args:
-        path: the file; its folder must exist.
-        record: what to write.
-        durable: also wait until the disk has it, so that it survives a loss of power.
-
-    Raises:
-        RecordError: the record cannot be encoded; nothing is written.
-        StoreError: the file cannot be written (no space, no folder, no permission).
-    """
-    path = Path(path)
-    data = encode(record)
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)  # mode 0600
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if durable:
-            _sync_folder(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
-        raise
-    return len(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read(path: str | os.PathLike[str], cls: type[R]) -> R:
-    """The record of class `cls` that `write` put into the file.
-
-    Raises:
-        RecordError: the file holds anything else.
-        StoreError: the file cannot be read.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        return decode(data, cls)
-    except RecordError as error:
-        raise RecordError(f"{path}: {error}") from error
+            yield from _numbers(inner, f"{path}/{key}" if path else str(key))

@@ -94,7 +94,10 @@ def train_many(fits: Sequence[Fit], objective: Objective, check: Callable[[Fit],
 
 
 def _train_group(fits: Sequence[Fit], objective: Objective) -> list[Fitted | Exception]:
-    """One sweep for all; where it breaks (out of memory, say), one by one, so that only the culprit is lost."""
+    """One sweep for all; where it breaks (out of memory, say), one by one, so that only the culprit is lost.
+
+    The others are then trained alone: equal to rounding, not to the bit.
+    """
     try:
         return list(_Sweep(fits, objective).run())
     except Exception as error:

@@ -42,6 +42,8 @@ def mean(parts: Iterable[tuple[Params, float]]) -> dict[str, Tensor]:
             total = {name: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for name, t in params.items()}
         same_layout(total, params)
         for name, t in params.items():
+            if t.dtype != dtypes[name]:
+                raise RecordError(f"{name!r} is {t.dtype} where the other parts of the mean have {dtypes[name]}")
             total[name].add_(t, alpha=weight)
         weights += weight
     if not weights > 0:
@@ -57,6 +59,13 @@ def same_layout(a: Params, b: Params) -> None:
     for name, t in a.items():
         if t.shape != b[name].shape:
             raise RecordError(f"{name!r} has shape {tuple(b[name].shape)} where {tuple(t.shape)} was expected")
+
+
+def same_dtypes(a: Params, b: Params) -> None:
+    """Raise RecordError, naming the first difference, unless tensors of equal name have equal dtypes."""
+    for name, t in a.items():
+        if name in b and b[name].dtype != t.dtype:
+            raise RecordError(f"{name!r} is {b[name].dtype} where {t.dtype} was expected")
 
 
 def map2(f: Callable[[Tensor, Tensor], Tensor], a: Params, b: Params) -> dict[str, Tensor]:

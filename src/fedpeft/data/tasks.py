@@ -106,6 +106,7 @@ class Task:
         train, validation, test: the splits; None where there is none (validation: it is carved from train).
         sha256: over label names, texts and labels of all splits, in hex.
         files: ids of all clients where train is one file per client, else empty.
+        text, text_pair: the columns that the texts are from.
     """
 
     name: str
@@ -116,6 +117,8 @@ class Task:
     test: Table | None
     sha256: str
     files: tuple[str, ...] = ()
+    text: str = "text"
+    text_pair: str | None = None
 
     def split(self, name: str) -> Table | None:
         """The table of `train`, `validation` or `test`."""
@@ -158,7 +161,7 @@ def load_task(spec: TaskSpec) -> Task:
     name = spec.name or _folder(spec).name or "task"
     splits = [tables.get(split) for split in SPLITS]
     files = tuple(client_files(spec.train) or ()) if spec.train else ()
-    return Task(name, kept, metric, tables["train"], splits[1], splits[2], _sha256(kept, splits), files)
+    return Task(name, kept, metric, tables["train"], splits[1], splits[2], _sha256(kept, splits), files, text, pair)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
@@ -382,12 +385,17 @@ def _sha256(labels: Sequence[str], splits: Sequence[Table | None]) -> str:
 __all__ = ["FORMATS", "METRICS", "SPLITS", "Table", "Task", "TaskSpec", "load_task", "tokenise"]
 
 
-def read_texts(spec: TaskSpec, source: str | Path) -> Table:
+def read_texts(task: Task, source: str | Path) -> Table:
     """The texts of a file in the task's columns, for predictions: it needs no label, and all labels are 0.
 
     Raises:
         DataError: the file or a column is not there.
     """
     found = _from_files(str(source))
-    text, pair = _text_columns(spec, found)
-    return _make_table(found, np.zeros(len(found.rows), dtype=np.int64), text, pair)
+    for column in (task.text, task.text_pair):
+        if column is not None and column not in found.columns:
+            raise DataError(
+                f"{found.where} has no column {column!r}, which the task's texts are in; it has: "
+                f"{', '.join(found.columns)}"
+            )
+    return _make_table(found, np.zeros(len(found.rows), dtype=np.int64), task.text, task.text_pair)
