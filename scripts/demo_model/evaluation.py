@@ -30,7 +30,8 @@ class Protocol:
     alpha: float = 16.0
     batch: int = 16
     lr: float = 5e-3
-    epochs: int = 6  # centralised
+    weight_decay: float = 0.01
+    epochs: int = 3  # centralised
     clients: int = 24
     cohort: int = 8
     rounds: int = 10
@@ -133,13 +134,14 @@ def _parts(data: Encoded, size: int = 256) -> list[Encoded]:
 
 
 def train_batches(
-    model: Classifier, data: Encoded, batches: Sequence[np.ndarray], lr: float, decay: bool = False
+    model: Classifier, data: Encoded, batches: Sequence[np.ndarray], protocol: Protocol, decay: bool = False
 ) -> None:
     """AdamW over the given batches of row numbers; `decay` lowers the rate linearly to zero."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=protocol.lr, weight_decay=protocol.weight_decay)
     for step, rows in enumerate(batches):
         if decay:
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
+            optimizer.param_groups[0]["lr"] = protocol.lr * (1 - step / len(batches))
         part = data.take(rows)
         F.cross_entropy(model(part), part.labels).backward()
         optimizer.step()
@@ -152,7 +154,7 @@ def run_centralised(encoder: nn.Module, train: Encoded, seed: int, protocol: Pro
     rng = np.random.default_rng(seed)
     model = Classifier(copy.deepcopy(encoder), protocol)
     order = np.concatenate([rng.permutation(len(train.labels)) for _ in range(protocol.epochs)])
-    train_batches(model, train, np.array_split(order, len(order) // protocol.batch), protocol.lr, decay=True)
+    train_batches(model, train, np.array_split(order, len(order) // protocol.batch), protocol, decay=True)
     return model
 
 
@@ -170,7 +172,7 @@ def run_federated(encoder: nn.Module, train: Encoded, seed: int, protocol: Proto
             model.set_adapter(weights)
             n_wanted = protocol.local_steps * protocol.batch
             order = np.concatenate([rng.permutation(rows) for _ in range(n_wanted // len(rows) + 1)])[:n_wanted]
-            train_batches(model, train, order.reshape(protocol.local_steps, protocol.batch), protocol.lr)
+            train_batches(model, train, order.reshape(protocol.local_steps, protocol.batch), protocol)
             answers.append((model.adapter(), len(rows)))
         total = sum(n for _, n in answers)
         weights = {name: sum((w[name] * (n / total) for w, n in answers), torch.zeros(())) for name in weights}

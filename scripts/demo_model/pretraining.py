@@ -33,7 +33,7 @@ class Recipe:
     ppmi_book_tokens: int = 10_000  # of each book that are counted, so that prose does not drown code text
     word_scale: float = 0.3  # standard deviation of a word embedding's entries
     position_scale: float = 0.2
-    steps: int = 1500
+    steps: int = 2000
     pairs: int = 96  # windows and their neighbours per step
     shortest: int = 6  # windows have between `shortest` and `longest` tokens, [CLS] and [SEP] not counted
     longest: int = 30

@@ -22,7 +22,9 @@ def test_costs_add_up_and_a_line_has_its_rounds_share() -> None:
     """Two exchanges in round 1: the slowest client that answered makes the time, everybody's bytes count."""
     ledger = Ledger()
     ledger.count(done(Receipt("a", 10, 5, 0.0, 2.0), Receipt("b", 10, 6, 0.0, 3.0), answered=("a", "b")), 1.0)
-    ledger.count(done(Receipt("a", 20, 7, 0.0, 9.0, lost="late"), Receipt("b", 1, 1, 0.0, 0.5), answered=("b",)), 1.5)
+    ledger.count(
+        done(Receipt("a", 20, 7, 0.0, 9.0, lost="no answer"), Receipt("b", 1, 1, 0.0, 0.5), answered=("b",)), 1.5
+    )
     first = ledger.line(1, 0.25, 2.0)
     assert first == {
         "round": 1,

@@ -274,6 +274,20 @@ def test_changed_data_model_or_start_is_refused(place: Path, tmp_path: Path, fin
         app.resume(tmp_path / "run")
 
 
+def test_other_versions_and_machines_are_noted(place: Path, tmp_path: Path) -> None:
+    """The same bits are promised on the same machine type, threads and versions; elsewhere the log says so."""
+    with pytest.raises(KeyboardInterrupt):
+        app.run(small.config(place), out=tmp_path / "run", progress=stop_at(1, KeyboardInterrupt()))
+    with RunFolder.open(tmp_path / "run") as opened:
+        versions = opened.manifest()["versions"]
+        opened.update_manifest(versions={**versions, "torch": "1.0"})
+    app.resume(tmp_path / "run")
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "the versions changed since the run began" in log and "'torch': '1.0'" in log
+    assert "the machine changed" not in log
+    assert RunFolder.open(tmp_path / "run").manifest()["versions"] == versions
+
+
 def test_partition_is_the_saved_one(place: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         app.run(small.config(place), out=tmp_path / "run", progress=stop_at(1, KeyboardInterrupt()))

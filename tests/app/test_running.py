@@ -101,8 +101,8 @@ def test_one_line_per_exchange_and_client_with_the_lengths_of_the_codec(
     monkeypatch.undo()
     lines = RunFolder.open(tmp_path / "run").exchanges()
     keys = {
-        "number", "round", "exchange", "client", "bytes_down", "bytes_up", "steps", "examples", "tokens", "seconds",
-        "simulated_seconds", "lost",
+        "number", "round", "exchange", "attempt", "client", "bytes_down", "bytes_up", "steps", "examples", "tokens",
+        "seconds", "simulated_seconds", "lost",
     }  # fmt: skip
     assert all(line.keys() == keys for line in lines)
     assert [line["bytes_up"] for line in lines] == answers
@@ -296,7 +296,7 @@ def test_threads_of_the_process_are_given_back(place: Path, tmp_path: Path) -> N
     before = torch.get_num_threads()
     seen: list[int] = []
     app.run(
-        small.config(place, run__threads=2, run__rounds=1),
+        small.config(place, run__threads=2, run__rounds=1, method__cohort=1, method__steps=1),
         out=tmp_path / "run",
         progress=lambda _: seen.append(torch.get_num_threads()),
     )

@@ -193,8 +193,8 @@ def test_unchanged_memory_is_not_stored() -> None:
         made.memories.load("c0", call().version, Turns)
 
 
-def test_memory_that_the_disk_refuses_or_has_lost_stops_everything() -> None:
-    """It is the run's own store that failed, and no client."""
+def test_a_full_disk_stops_everything_and_a_lost_memory_its_client() -> None:
+    """The first is the run's own store that failed; the second leaves the others as they are."""
 
     class Full(InMemory):
         def stage(self, *arguments: Any) -> None:
@@ -202,8 +202,9 @@ def test_memory_that_the_disk_refuses_or_has_lost_stops_everything() -> None:
 
     with pytest.raises(StoreError, match="no space left"):
         engine(memories=Full()).exchange(call(), downs())
-    with pytest.raises(StoreError, match="the memory of client 'c0', version 5, is missing"):
-        engine().exchange(call(1, {"c0": 5}), downs())
+    answers = engine().exchange(call(1, {"c0": 5}), downs())
+    lost = {receipt.client: receipt.lost for receipt in answers.receipts if receipt.lost}
+    assert list(lost) == ["c0"] and "version 5, is missing" in lost["c0"] and len(answers.ups) == len(downs()) - 1
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------
@@ -255,7 +256,8 @@ def test_late_answer_is_lost_with_its_memory() -> None:
     answers = made.exchange(call(), downs("c0", "c1"))
     late, good = answers.receipts
     assert late.lost == "late: 10 s, deadline 3 s" and not late.staged and late.bytes_up > 0
-    assert good.lost is None and [r.simulated_seconds for r in answers.receipts] == [10.0, 3.0]
+    assert good.lost is None
+    assert [r.simulated_seconds for r in answers.receipts] == [3.0, 3.0]  # nobody waits longer than the deadline
     with pytest.raises(StoreError):
         made.memories.load("c0", call().version, Turns)
 
@@ -295,13 +297,12 @@ def test_narrow_wire_is_what_both_ends_see() -> None:
     exact = InProcess(Counting, ToyModel(width=width), data, 0).exchange(call(), {"c0": Weights(start)})
     gap = (answers.ups["c0"].params[BODY] - exact.ups["c0"].params[BODY]).abs().max()
     assert 0 < gap <= 2 / 254 + 1e-6
-    assert answers.receipts[0].bytes_down < 0.6 * exact.receipts[0].bytes_down
+    assert answers.receipts[0].bytes_down < 0.7 * exact.receipts[0].bytes_down
     assert inner.memories.load("c0", call().version, Turns) == Turns(1)
 
 
 def test_large_cohort_waits_on_disk_and_folds_to_the_same(monkeypatch: Any) -> None:
     whole = engine().exchange(call(), downs())
-    monkeypatch.setattr("fedpeft.core.spool.IN_MEMORY_BYTES", 1)
     monkeypatch.setattr("fedpeft.core.spool.Spool.__init__.__defaults__", (1,))
     spooled = engine().exchange(call(), downs())
     fold = Counting().exchange().fold

@@ -5,7 +5,7 @@ import pytest
 from fedpeft.core.exchange import Meter, Receipt
 from fedpeft.planner.cost import shape_of
 from fedpeft.planner.device import DEFAULT, Profile
-from fedpeft.runs.clock import Clock, slowest, total
+from fedpeft.runs.clock import Clock, slowest
 
 SHAPE = shape_of({"hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 6, "vocab_size": 9,
                   "num_hidden_layers": 2})  # fmt: skip
@@ -31,12 +31,10 @@ def test_a_client_without_profile_has_the_default():
 
 
 def test_round_and_run():
-    """The slowest answer counts, a lost client does not, and exchanges follow one another."""
-    clock = Clock(SHAPE, {"a": SLOW, "b": SLOW})
-    setup = clock.stamp([Receipt("a", bytes_down=20), Receipt("b", bytes_down=10)])
-    assert [r.simulated_seconds for r in setup] == [1.5, 1.0]
-    train = clock.stamp([Receipt("a", bytes_up=5), Receipt("b", bytes_up=500, lost="no answer")])
-    assert slowest(setup) == 1.5
-    assert slowest(train) == 1.0
-    assert slowest(clock.stamp([Receipt("a", lost="no answer")])) == 0.0
-    assert total([setup, train]) == 2.5
+    """The slowest answer counts, a lost client does not, a late one costs the deadline, attempts add up."""
+    answered, silent = Receipt("a", simulated_seconds=1.5), Receipt("b", simulated_seconds=9.0, lost="no answer")
+    assert slowest([answered, Receipt("c", simulated_seconds=1.0)]) == 1.5
+    assert slowest([answered, silent]) == 1.5 and slowest([silent]) == slowest([]) == 0.0
+    late = Receipt("d", simulated_seconds=4.0, lost="late: 7 s, deadline 4 s")
+    assert slowest([answered, late]) == 4.0
+    assert slowest([answered, late, Receipt("a", simulated_seconds=2.0, attempt=1)]) == 6.0

@@ -182,7 +182,9 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     if getattr(method, "pooled", False):
         data = {POOLED: {split: _joined([own[split] for own in data.values()]) for split in SPLITS}}
     _check_cohort(method, list(data))
-    resources = load_devices(Path(config.run.devices), list(data), config.run.seed) if config.run.devices else {}
+    resources: Mapping[ClientId, Profile] = {}
+    if config.run.devices is not None and POOLED not in data:  # everybody's rows in one place: no client's device
+        resources = load_devices(Path(config.run.devices), list(data), config.run.seed)
     devices = {c: resources.get(c, DEFAULT) for c in data}
     return Federation(_resolved(config, model, len(data)), method, task, base, model, shares, data, devices)
 
@@ -211,9 +213,9 @@ def _resolved(config: RunConfig, model: HFModel, clients: int) -> RunConfig:
     elif setting == "off":
         setting = 1
     threads = torch.get_num_threads() if config.run.threads == "auto" else config.run.threads
-    return config.model_copy(
-        update={"run": config.run.model_copy(update={"cohort_batching": setting, "threads": threads})}
-    )
+    run = config.run.model_copy(update={"cohort_batching": setting, "threads": threads})
+    where = config.model.model_copy(update={"device": str(model.device)})
+    return config.model_copy(update={"run": run, "model": where})
 
 
 def _check_cohort(method: Method, clients: list[ClientId]) -> None:

@@ -223,6 +223,7 @@ def exchange_lines(done: Done) -> Iterator[dict[str, Any]]:
             "number": done.number,
             "round": done.round,
             "exchange": done.exchange,
+            "attempt": receipt.attempt,
             "client": receipt.client,
             "bytes_down": receipt.bytes_down,
             "bytes_up": receipt.bytes_up,

@@ -25,7 +25,8 @@ from fedpeft.runs.report import write_report
 from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.trackers import Tracker, open_trackers
 
-CHANGEABLE = ("run.rounds", "run.stop", "run.evaluate_every", "run.quorum", "run.trackers")  # when a run is resumed
+# What may change when a run is resumed; everything else would make it another run.
+CHANGEABLE = ("run.rounds", "run.stop", "run.evaluate_every", "run.quorum", "run.deadline_s", "run.trackers")
 FIXED = {"data_sha256": "data", "model_sha256": "base model", "initial_sha256": "adapter that it started from"}
 OPEN = {"status": "running", "error": None, "stopped": None, "params_sha256": None, "finished": None}
 

@@ -19,7 +19,7 @@ from fedpeft.runs.history import GLOBAL, MAJORITY, PERSONALIZED, History, read_h
 from fedpeft.runs.report import write_report
 from fedpeft.runs.store import RunFolder
 
-RESOLVED = ("cohort_batching", "threads")  # keys of `run` that a run folder holds as numbers
+RESOLVED = {"run": ("cohort_batching", "threads"), "model": ("device",)}  # keys that a run folder holds resolved
 
 DEMO: dict[str, Any] = {
     "base": {
@@ -161,8 +161,10 @@ def _run_cell(cell: Cell, folder: Path, tell: Listener) -> Run:
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    run_section = {key: value for key, value in config["run"].items() if key not in RESOLVED}
-    return {**config, "run": run_section}
+    return {
+        name: {key: value for key, value in section.items() if key not in RESOLVED.get(name, ())}
+        for name, section in config.items()
+    }
 
 
 # --- the table --------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
 from fedpeft.config import load_config
 from fedpeft.core.errors import RequestError
+from fedpeft.core.evaluate import personalises
 from fedpeft.core.exchange import ClientEnv, Meter
 from fedpeft.core.tree import Params
+from fedpeft.core.turn import initial_memory
 from fedpeft.data.tasks import Table, load_task, read_texts
 from fedpeft.data.tokens import tokenise
 from fedpeft.models.export import export_adapter, export_merged
@@ -47,19 +49,22 @@ def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, An
             rows = tokenise(_labelled(fed, data), fed.base.tokenizer, fed.config.task.max_length)
             return {"data": {GLOBAL: metrics_of(fed.model.score(params, rows), fed.metric)}}
         checkpoint = newest(fed, opened)
-        found = {}
+        state: dict[str, Any] = {
+            "memories": opened.memories(),
+            "versions": checkpoint.versions,
+            "number": checkpoint.number,
+            "round": max(checkpoint.round, 0),
+        }
+        found: dict[str, Any] = {}
         for split in ("validation", "test"):
-            scored = score_split(
-                fed,
-                params,
-                split,
-                memories=opened.memories(),
-                versions=checkpoint.versions,
-                number=checkpoint.number,
-                round=max(checkpoint.round, 0),
-            )
-            if scored is not None:
-                found[split] = scored.metrics
+            best = score_split(fed, params, split, personal=False, **state)
+            if best is None:
+                continue
+            found[split] = best.metrics
+            if personalises(fed.method):  # own models stand on the newest global one
+                current = score_split(fed, fed.method.result(checkpoint.state), split, **state)
+                assert current is not None, "a split with rows has a score"
+                found[split] = current.metrics | {GLOBAL: best.metrics[GLOBAL]}
         return found
 
 
@@ -145,7 +150,7 @@ def _params(opened: RunFolder, fed: Federation, client: str | None) -> Params:
     if version is None:
         run = fed.config.run
         env = ClientEnv(client, fed.model, fed.data[client], run.seed, run.rounds, meter=Meter())
-        memory = fed.method.init_client(env)
+        memory = initial_memory(fed.method, env)
     else:
         memory = opened.memories().load(client, version, fed.method.memory)
     return fed.method.personal(fed.method.result(checkpoint.state), memory)

@@ -272,10 +272,11 @@ class Receipt:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0  # measured here
-    simulated_seconds: float = 0.0  # on the client's device profile
+    simulated_seconds: float = 0.0  # on the client's device profile; for a late client the deadline
     meter: Meter = field(default_factory=Meter)
     lost: str | None = None
     staged: bool = False  # a new memory waits under the call's version
+    attempt: int = 0  # of the call; attempts of one exchange follow one another
 
 
 @dataclass(frozen=True)

@@ -5,28 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 from fedpeft.core import records
-from fedpeft.core.client import Job, Metered, protocol, reason, run_jobs
-from fedpeft.core.errors import FedpeftError, RecordError
-from fedpeft.core.evaluate import Evaluate
-from fedpeft.core.exchange import (
-    Answers,
-    Call,
-    ClientEnv,
-    ClientId,
-    Exchange,
-    Meter,
-    Method,
-    Model,
-    Nothing,
-    Receipt,
-    Record,
-)
+from fedpeft.core.client import reason, run_jobs
+from fedpeft.core.errors import ClientError
+from fedpeft.core.exchange import Answers, Call, ClientId, Exchange, Meter, Method, Model, Receipt, Record
 from fedpeft.core.fit import Data
 from fedpeft.core.memories import InMemory, Memories
 from fedpeft.core.spool import Spool
+from fedpeft.core.turn import Site, Turn, TurnTask, receive
 
 Carry = Callable[[ClientId, Call, bytes], "bytes | None"]
 
@@ -67,6 +54,11 @@ class InProcess:
         """All clients that have data, sorted."""
         return sorted(self.data)
 
+    def site(self, client: ClientId) -> Site:
+        """What this client brings to its turns."""
+        own = self.data[client], self.memories, self.seed, self.resources.get(client), self.wire
+        return Site(client, self.make, self.model, *own)
+
     def exchange(self, call: Call, downs: Mapping[ClientId, Record]) -> Answers:
         """Let every client that was sent a record work on it, `batch` of them at a time."""
         asked = list(downs)
@@ -74,14 +66,14 @@ class InProcess:
         receipts: list[Receipt] = []
         encode = _Encoder()
         for i in range(0, len(asked), self.batch):
-            group = [_Turn(self, call, client, downs[client], encode) for client in asked[i : i + self.batch]]
+            group = [_Visit(self, call, client, downs[client], encode) for client in asked[i : i + self.batch]]
             start = time.perf_counter()
-            run_jobs([turn.job for turn in group if turn.job is not None], self.model)
+            run_jobs([visit.turn.job for visit in group if visit.turn and visit.turn.job], self.model)
             seconds = time.perf_counter() - start
-            total = sum(turn.meter.trained_tokens for turn in group)
-            for turn in group:
-                share = turn.meter.trained_tokens / total if total else 1 / len(group)
-                receipts.append(turn.finish(answers, seconds * share))
+            total = sum(visit.meter.trained_tokens for visit in group)
+            for visit in group:
+                share = visit.meter.trained_tokens / total if total else 1 / len(group)
+                receipts.append(visit.end(answers, seconds * share))
         return Answers(answers, tuple(receipts))
 
 
@@ -100,86 +92,51 @@ class _Encoder:
         return self._sent
 
 
-class _Turn:
-    """One client's part of one exchange."""
+class _Visit:
+    """What the engine does around one client's turn: availability, bytes, clock, deadline, checks."""
 
     def __init__(
         self, engine: InProcess, call: Call, client: ClientId, down: Record, encode: Callable[[Record], bytes]
     ) -> None:
-        self.engine, self.call, self.client = engine, call, client
+        self.engine, self.call, self.client, self.down = engine, call, client, down
+        self.turn: Turn | None = None
         self.meter = Meter()
-        self.job: Job | None = None
-        self.lost = engine.fault(client, call) if engine.fault else None
         self.bytes_down = 0
-        if self.lost is not None:
-            return
-        sent = encode(down)
-        self.bytes_down = len(sent)
-        method = engine.make()
-        self.exchange = self._own_exchange(method)
-        self.down = records.decode(sent, self.exchange.down)
-        env = ClientEnv(
-            client, cast(Model, Metered(engine.model, self.meter)), engine.data[client], engine.seed, call.rounds,
-            call.round, call.exchange.name, call.attempt, engine.resources.get(client), self.meter,
-        )  # fmt: skip
-        self.committed = call.versions.get(client)
-        self.memory_type = method.memory
-        if self.committed is not None:
-            self.memory = engine.memories.load(client, self.committed, method.memory)
-        else:
-            try:
-                self.memory = method.init_client(env)
-            except Exception as error:  # the client's own work: it loses this client alone
-                self.lost = reason(error)
-                return
-        self.job = Job(self.exchange, self.down, self.memory, env)
+        self.lost = engine.fault(client, call) if engine.fault else None
+        if self.lost is None:
+            sent = encode(down)
+            self.bytes_down = len(sent)
+            self.turn = Turn(engine.site(client), TurnTask.of(call, client), sent)
+            self.meter = self.turn.meter
 
-    def _own_exchange(self, method: Method) -> Exchange:
-        exchange = protocol(method, Evaluate(method).exchange())[self.call.exchange.name]
-        return self.engine.wire(exchange) if self.engine.wire else exchange
-
-    def finish(self, answers: Spool, seconds: float) -> Receipt:
+    def end(self, answers: Spool, seconds: float) -> Receipt:
         """Carry the answer back, check it as one from afar, and stage the memory that goes with it."""
-        receipt = Receipt(self.client, self.bytes_down, 0, seconds, 0.0, self.meter, self.lost)
-        if self.job is None:
+        engine, attempt = self.engine, self.call.attempt
+        receipt = Receipt(self.client, self.bytes_down, 0, seconds, 0.0, self.meter, self.lost, attempt=attempt)
+        if self.turn is None:
             return receipt
-        if self.job.error is not None:
-            return replace(receipt, lost=reason(self.job.error))
-        assert self.job.result is not None, "a job without an error has a result"
-        up, memory = self.job.result
-        data, why = self._answer(up, memory)
+        try:
+            data: bytes | None = self.turn.answer()
+        except Exception as error:
+            return replace(receipt, lost=reason(error))
+        if engine.carry is not None and data is not None:
+            data = engine.carry(self.client, self.call, data)
         if data is None:
-            return replace(receipt, lost=why)
+            return replace(receipt, lost="no answer")
         receipt = replace(receipt, bytes_up=len(data))
-        if self.engine.clock is not None:
-            receipt = replace(receipt, simulated_seconds=self.engine.clock(receipt))
-        late = self.engine.deadline_s
+        if engine.clock is not None:
+            receipt = replace(receipt, simulated_seconds=engine.clock(receipt))
+        late = engine.deadline_s
         if late is not None and receipt.simulated_seconds > late:
-            return replace(receipt, lost=f"late: {receipt.simulated_seconds:.3g} s, deadline {late:g} s")
+            why = f"late: {receipt.simulated_seconds:.3g} s, deadline {late:g} s"
+            return replace(receipt, simulated_seconds=late, lost=why)
         try:
-            got = records.decode(data, self.call.exchange.up)
-            records.check_finite(got)
-            self.call.exchange.accept(self.down, got)
-        except Exception as error:  # whatever an answer from afar makes a check do
+            up = receive(self.call.exchange, self.down, data)
+        except Exception as error:
             return replace(receipt, lost=f"refused: {reason(error)}")
-        if memory is not self.memory and not isinstance(memory, Nothing):
-            try:
-                self.engine.memories.stage(self.client, self.call.version, memory, self.committed)
-            except RecordError as error:
-                return replace(receipt, lost=f"its memory cannot be kept: {reason(error)}")
-            receipt = replace(receipt, staged=True)
-        answers.add(self.client, got, data)
-        return receipt
-
-    def _answer(self, up: Record, memory: Record) -> tuple[bytes | None, str | None]:
-        """The bytes that come back, or why none do."""
-        if not isinstance(memory, self.memory_type):
-            was, wanted = type(memory).__name__, self.memory_type.__name__
-            return None, f"the work left a {was} where a memory {wanted} was expected"
         try:
-            data = records.encode(up)
-        except FedpeftError as error:
-            return None, f"refused: {reason(error)}"
-        if self.engine.carry is None:
-            return data, None
-        return self.engine.carry(self.client, self.call, data), "no answer"
+            receipt = replace(receipt, staged=self.turn.stage())
+        except ClientError as error:
+            return replace(receipt, lost=reason(error))
+        answers.add(self.client, up, data)
+        return receipt

@@ -1,14 +1,14 @@
 """Simulated time: what a round would take on the clients' own devices, from counted bytes and operations.
 
 A client's part of an exchange takes latency + bytes down / bandwidth + operations / speed + bytes up / bandwidth. An
-exchange ends when its slowest answering client is done; the exchanges of a round, and the rounds, follow one another.
+exchange ends when its slowest answering client is done, or at the deadline where somebody was late; the exchanges of a
+round, and the rounds, follow one another.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from fedpeft.core.exchange import ClientId, Meter, Receipt
 from fedpeft.planner.cost import Shape, forward_flops, train_flops
@@ -46,16 +46,14 @@ class Clock:
             )
         )
 
-    def stamp(self, receipts: Iterable[Receipt]) -> tuple[Receipt, ...]:
-        """The receipts with their simulated seconds filled in."""
-        return tuple(replace(receipt, simulated_seconds=self(receipt)) for receipt in receipts)
-
 
 def slowest(receipts: Iterable[Receipt]) -> float:
-    """Simulated seconds of one exchange: its slowest answering client; 0 where nobody answered."""
-    return max((r.simulated_seconds for r in receipts if r.lost is None), default=0.0)
+    """Simulated seconds of one exchange: per attempt its slowest client, attempts one after another.
 
-
-def total(exchanges: Iterable[Iterable[Receipt]]) -> float:
-    """Simulated seconds of exchanges made one after another: a round, or with the set-up's a whole run."""
-    return math.fsum(slowest(receipts) for receipts in exchanges)
+    Who answered counts with its own time, who was late with the deadline that was waited for; others cost no time.
+    """
+    attempts: dict[int, float] = {}
+    for receipt in receipts:
+        waited = receipt.simulated_seconds if receipt.lost is None or receipt.lost.startswith("late") else 0.0
+        attempts[receipt.attempt] = max(attempts.get(receipt.attempt, 0.0), waited)
+    return math.fsum(attempts.values())
