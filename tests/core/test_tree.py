@@ -72,7 +72,7 @@ def test_the_mean_keeps_the_dtypes_and_changes_nothing() -> None:
     first, second = some(0), some(1)
     got = tree.mean([(first, 1.0), (second, 0.0)])
     assert equal(got, first) and equal(second, some(1))
-    with pytest.raises(RecordError, match="float64 where the other parts of the mean have torch.float32"):
+    with pytest.raises(RecordError, match="where the other parts of the mean have"):
         tree.mean([(some(0), 1.0), (some(1, torch.float64), 1.0)])
     got["a"].zero_()
     assert equal(first, some(0))

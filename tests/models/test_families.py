@@ -35,7 +35,7 @@ def test_sizes_follow_the_family() -> None:
 
 
 def test_decoders_are_known() -> None:
-    assert {family for family in FAMILIES if is_decoder(family)} == {"gpt2", "llama", "mistral", "qwen2", "gemma"}
+    assert {family for family in FAMILIES if is_decoder(family)} == {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma"}
     assert not is_decoder("distilbert")
     assert tiny.model("gpt2").pooling == "last" and tiny.model("roberta").pooling == "mean"
 

@@ -55,7 +55,11 @@ class Prox:
 
 @dataclass(frozen=True)
 class Moments:
-    """The state of an optimizer: AdamW fills all three, SGD with momentum `step` and `first`."""
+    """The state of an optimizer: AdamW fills all three, SGD with momentum `step` and `first`.
+
+    One step count holds for all names. A Fit returns the moments of the names that it trained, and those of other names
+    as they came; it refuses moments without a name that it trains, whose bias correction would be wrong.
+    """
 
     step: int = 0
     first: Params = field(default_factory=dict)
@@ -91,12 +95,14 @@ class Fit:
     also: tuple[Params, ...] = ()  # further adapters or base deltas, applied, frozen
     base: str = ""  # precision of the base; "" is the model's own
     clip: float | None = None  # bound on the gradient's norm, over all trained parameters of this client
-    mask: Params | None = None  # 1 where a number may change, 0 where neither gradient nor update reaches it
+    mask: Params | None = None  # 1 where a number may change, 0 where it stays (drift still enters its moments)
     drift: Params | None = None  # added to the clipped gradient at every step
     prox: Prox | None = None
     penalty: Penalty | None = None  # stacked params, each (clients, ...) -> (clients,), added to the loss; see below
     moments: Moments | None = None  # optimizer state to start from; None: zeros
-    rates: Mapping[str, float] = field(default_factory=dict)  # learning rate by name prefix, instead of the optimizer's
+    rates: Mapping[str, float] = field(
+        default_factory=dict
+    )  # learning rate by name prefix, instead of the optimizer's; end it with a dot
     seed: int = 0  # of the dropout noise
     dropout: float = 0.0  # probability; 0: the model is deterministic
 
@@ -145,6 +151,7 @@ def check_fit(fit: Fit) -> None:
         low, high = min(batch), max(batch)
         if low < 0 or high >= len(fit.data):
             raise FitError(f"a batch names row {low if low < 0 else high}; the data has rows 0 to {len(fit.data) - 1}")
+    _check_optimizer(fit.optimizer)
     _check_rates(fit)
     center = fit.prox.center if fit.prox else None
     if center is not None and (lacking := set(fit.trained) - center.keys()):
@@ -154,6 +161,12 @@ def check_fit(fit: Fit) -> None:
     if fit.moments is not None:
         _check_part("moments.first", fit.moments.first, fit)
         _check_part("moments.second", fit.moments.second, fit)
+        late = sorted(set(fit.trained) - fit.moments.first.keys()) if fit.moments.first else []
+        if fit.moments.step and late:
+            raise FitError(
+                f"Fit.moments has made {fit.moments.step} steps without {late[0]!r}, which is trained now; "
+                "start with fresh moments, or train the same names"
+            )
     if fit.clip is not None and not fit.clip > 0:
         raise FitError(f"Fit.clip is {fit.clip}; it must be positive, or None for no bound")
     if not 0 <= fit.dropout < 1:
@@ -161,6 +174,21 @@ def check_fit(fit: Fit) -> None:
     for name, t in fit.params.items():
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise FitError(f"{name!r} is not finite where training would start")
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    bounded = {"weight_decay": optimizer.weight_decay}
+    if isinstance(optimizer, AdamW):
+        shares = {"betas[0]": optimizer.betas[0], "betas[1]": optimizer.betas[1]}
+        bounded["eps"] = optimizer.eps
+    else:
+        shares = {"momentum": optimizer.momentum}
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise FitError(f"the optimizer's {name} is {value}; it must lie in [0, 1)")
+    for name, value in bounded.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise FitError(f"the optimizer's {name} is {value}; it must be finite and not negative")
 
 
 def _check_rates(fit: Fit) -> None:

@@ -267,13 +267,14 @@ class _Sweep:
             return
         second, adams = self.second[:k], [fit.optimizer for fit in fits if isinstance(fit.optimizer, AdamW)]
         counts = [step + 1 + (fit.moments.step if fit.moments else 0) for fit in fits]
-        beta1, beta2 = (_column([a.betas[i] for a in adams], values) for i in (0, 1))
+        beta2 = _column([a.betas[1] for a in adams], values)
+        rest1, rest2 = (_column([1 - a.betas[i] for a in adams], values) for i in (0, 1))
         bias1 = _column([1 - a.betas[0] ** t for a, t in zip(adams, counts, strict=True)], values)
         bias2 = _column([math.sqrt(1 - a.betas[1] ** t) for a, t in zip(adams, counts, strict=True)], values)
         if not _is_zero(decay):
             values.mul_(1 - lr * decay)
-        first.lerp_(gradients, 1 - beta1)
-        second.mul_(beta2).add_(gradients.square_().mul_(1 - beta2))
+        first.lerp_(gradients, rest1)
+        second.mul_(beta2).add_(gradients.square_().mul_(rest2))
         denominator = torch.sqrt(second, out=self.scratch[:k]).div_(bias2).add_(_column([a.eps for a in adams], values))
         values.sub_(torch.div(first, denominator, out=denominator).mul_(lr / bias1))
 
@@ -297,9 +298,12 @@ class _Sweep:
 
     def _moments(self, i: int, fit: Fit) -> Moments:
         cut = {name: fit.params[name].shape for name in fit.trained}
-        step = fit.steps + (fit.moments.step if fit.moments else 0)
-        second = {} if self.second is None else {n: self._cut(self.second[i], n, s) for n, s in cut.items()}
-        return Moments(step, {n: self._cut(self.first[i], n, s) for n, s in cut.items()}, second)
+        before = fit.moments or Moments()
+        first = dict(before.first) | {n: self._cut(self.first[i], n, s) for n, s in cut.items()}
+        second = dict(before.second)
+        if self.second is not None:
+            second |= {n: self._cut(self.second[i], n, s) for n, s in cut.items()}
+        return Moments(before.step + fit.steps, first, second)
 
 
 # --- stacking ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,13 @@
 | wire | how float32 and float64 travel | error of a number x |
 |---|---|---|
 | `float32` | every record travels as it is | none |
-| `bfloat16` | rounded to bfloat16 | at most 2^-8 |x| |
-| `int8` | in blocks of 64 numbers: s = max |x| / 127 as float32, and round(x / s) as int8 | at most s / 2 |
+| `bfloat16` | rounded to bfloat16 | at most 2^-8 |x|, for normal numbers below 3.38e38 |
+| `int8` | in blocks of 64 numbers: s = max |x| / 127 as float32, and round(x / s) as int8 | s / 2, to rounding |
+
+Numbers are rounded to the nearest, and parameters travel, not their changes: a change of less than half a step of the
+grid (bfloat16: 2^-9 to 2^-8 of |x|; int8: 1/254 of the block's largest) does not arrive, and such errors do not average
+out over rounds. With adapters and usual learning rates that was not seen to matter; with small rates and many rounds it
+will: use float32 then.
 
 Everything else travels as it is: integers, 16-bit floats, tensors with fewer than 64 numbers (sums of a score, biases),
 values that are no tensors. Every tensor comes back in the dtype it had. A number that is not finite comes back not

@@ -61,7 +61,7 @@ _GPT2 = {
 }
 FAMILIES: dict[str, tuple[str, Mapping[str, str]]] = {  # model_type: path of the blocks, kinds within one
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), ("encoder.layer", _BERT)),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), ("layers", _LLAMA)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), ("layers", _LLAMA)),
     "gpt2": ("h", _GPT2),
 }
 

@@ -195,6 +195,8 @@ def _load(source: str, dtype: str, device: str) -> Base:
             f"model {source!r} has no weights for {len(lacking)} parameters, first: {lacking[0]!r}; they would be "
             "random. Give a complete model."
         )
+    for weight in module.parameters():  # own memory: a file that changes under the process must not change the base
+        weight.data = weight.data.clone()
     return freeze(module, tokenizer, source, torch.device(device))
 
 

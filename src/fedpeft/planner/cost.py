@@ -20,6 +20,7 @@ FAMILIES = {
     "roberta": "roberta",
     "xlm-roberta": "roberta",
     "camembert": "roberta",
+    "electra": "bert",
     "gpt2": "gpt2",
     "llama": "llama",
     "mistral": "llama",

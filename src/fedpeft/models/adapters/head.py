@@ -28,7 +28,8 @@ def init(classes: int, width: int, rng: Rng) -> dict[str, Tensor]:
 
 
 def pool(hidden: Tensor, mask: Tensor, lengths: Tensor, last: bool) -> Tensor:
-    """(rows, d) from the last hidden state (rows, tokens, d)."""
+    """(rows, d) from the last hidden state (rows, tokens, d), in float32 or wider: 1 / length needs the digits."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if last:
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
     weights = mask.to(hidden.dtype) / lengths[:, None].to(hidden.dtype)

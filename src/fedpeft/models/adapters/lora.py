@@ -54,7 +54,7 @@ def apply(a: Tensor, b: Tensor, scale: float, slot: Slot, rows: Rows) -> Applied
     def applied(x: Tensor, y: Tensor) -> Tensor:
         # x (rows, tokens, d_in), y (rows, tokens, width)
         if rows.keys is not None and rows.drop is not None:
-            x = x * keep(rows.keys, slot.name, (x.shape[1], x.shape[2]), rows.drop).to(x.dtype)
+            x = (x * keep(rows.keys, slot.name, (x.shape[1], x.shape[2]), rows.drop)).to(x.dtype)
         low, high = own_a.to(x.dtype), own_b.to(x.dtype)
         if rows.client is None:
             return _add(y, F.linear(F.linear(x, low), high), scale, slot)
