@@ -44,7 +44,8 @@ def train(folder: Path, data: Path, recipe: pretraining.Recipe) -> None:
     encoded = [pretraining.encode(tokenizer, texts) for texts in (code.documents, code.words, books)]
     for name, texts in zip(("comments and docstrings", "code words", "books"), encoded, strict=True):
         print(f"{sum(map(len, texts)):,} tokens of {name}", flush=True)
-    documents, words, prose = encoded
+    documents, prose = encoded[0], encoded[2]
+    words = [ids[: recipe.word_tokens] for ids in encoded[1]]
     vectors = pretraining.ppmi_vectors([*documents, *words, *(ids[: recipe.ppmi_book_tokens] for ids in prose)], recipe)
     model = pretraining.start_model(vectors, recipe)
     seconds = pretraining.pretrain(model, [*documents, *words], prose, recipe)

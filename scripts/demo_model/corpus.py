@@ -103,7 +103,8 @@ def _code_words(path: Path, taken: set[str], seen: set[str]) -> str:
         if not line or line.startswith("#") or line in seen or len(words) > WORDS_PER_FILE:
             continue
         seen.add(line)
-        found = [word for word in _NAME.findall(_CAMEL.sub(" ", line).lower()) if word not in _EVERYWHERE]
+        names = [name.lower() for name in _NAME.findall(_CAMEL.sub(" ", line))]
+        found = [name for name in names if name not in _EVERYWHERE]
         if len(found) < SHINGLE_WORDS or taken.isdisjoint(_shingles(" ".join(found))):
             words.extend(found)
     return " ".join(words)

@@ -30,10 +30,11 @@ class Recipe:
     feed_forward: int = 512
     positions: int = 128
     ppmi_window: int = 16  # tokens on either side
+    word_tokens: int = 9_000  # of the code words of one file that are used
     ppmi_book_tokens: int = 10_000  # of each book that are counted, so that prose does not drown code text
     word_scale: float = 0.3  # standard deviation of a word embedding's entries
     position_scale: float = 0.2
-    steps: int = 2000
+    steps: int = 1500
     pairs: int = 96  # windows and their neighbours per step
     shortest: int = 6  # windows have between `shortest` and `longest` tokens, [CLS] and [SEP] not counted
     longest: int = 30
@@ -97,7 +98,7 @@ def start_model(vectors: Tensor, recipe: Recipe) -> BertForMaskedLM:
     model = BertForMaskedLM(config)
     embeddings = model.bert.embeddings
     with torch.no_grad():
-        embeddings.word_embeddings.weight.copy_(vectors * (recipe.word_scale / vectors.std()))
+        embeddings.word_embeddings.weight.copy_(vectors / vectors.std() * recipe.word_scale)
         embeddings.word_embeddings.weight[PAD] = 0
         embeddings.position_embeddings.weight.normal_(std=recipe.position_scale)
     return model

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -107,32 +108,62 @@ def parse(data: bytes, *, max_bytes: int | None = None) -> tuple[dict[str, Tenso
     """
     if max_bytes is not None and len(data) > max_bytes:
         raise RecordError(f"{len(data)} bytes came where at most {max_bytes} are allowed")
-    start, header = _header(data)
-    metadata = header.pop("__metadata__", {})
+    start, metadata, spans, size = _header(data)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise RecordError("the header's __metadata__ is not a mapping of texts")
-    spans = {name: _span(name, entry) for name, entry in header.items()}
-    begin = 0
-    for name, span in sorted(spans.items(), key=lambda item: item[1][2:]):
-        if span[2] != begin:
-            raise RecordError(f"tensor {name!r} begins at byte {span[2]} where {begin} was expected")
-        begin = span[3]
-    if start + begin != len(data):
-        raise RecordError(f"the header describes {start + begin} bytes, but {len(data)} came")
+    if start + size != len(data):
+        raise RecordError(f"the header describes {start + size} bytes, but {len(data)} came")
     return _tensors(data, start, spans), metadata
 
 
-def _header(data: bytes) -> tuple[int, dict[str, Any]]:
+def _header(data: bytes) -> tuple[int, Any, Mapping[str, Span], int]:
+    """Where the tensors begin, the metadata, where each tensor lies, and how many bytes they take together.
+
+    A cohort's records differ in their metadata and hardly in their tensors' names and shapes, which are the long part:
+    what that part says is worked out once.
+    """
     n = int.from_bytes(data[:8], "little")
     if len(data) < 8 or n > len(data) - 8 or n > HEADER_LIMIT:
         raise RecordError(
             f"{len(data)} bytes with a header of {n} bytes are not a record: truncated, or the header is above "
             f"{HEADER_LIMIT} bytes"
         )
-    header = parse_json(bytes(data[8 : 8 + n]))
+    try:
+        text = data[8 : 8 + n].decode()
+        if text.startswith(_METADATA_FIRST):
+            metadata, end = _DECODER.raw_decode(text, len(_METADATA_FIRST) - 1)
+            rest = text[end:].lstrip(" ")
+            if rest.startswith(","):
+                return 8 + n, metadata, *_spans("{" + rest[1:])
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"the header is not JSON: {error}") from error
+    header = parse_json(text)
     if not isinstance(header, dict):
         raise RecordError("the header is not a JSON object")
-    return 8 + n, header
+    return 8 + n, header.pop("__metadata__", {}), *_checked(header)
+
+
+_METADATA_FIRST = '{"__metadata__":{'  # as `dump` writes it
+_DECODER = json.JSONDecoder()
+
+
+@lru_cache(maxsize=32)
+def _spans(text: str) -> tuple[Mapping[str, Span], int]:
+    header = parse_json(text)
+    if not isinstance(header, dict) or "__metadata__" in header:
+        raise RecordError("the header is not a JSON object with one __metadata__")
+    return _checked(header)
+
+
+def _checked(header: Mapping[str, Any]) -> tuple[Mapping[str, Span], int]:
+    """The tensors' places, one behind the other without a gap, and the sum of their bytes."""
+    spans = {name: _span(name, entry) for name, entry in header.items()}
+    begin = 0
+    for name, span in sorted(spans.items(), key=lambda item: item[1][2:]):
+        if span[2] != begin:
+            raise RecordError(f"tensor {name!r} begins at byte {span[2]} where {begin} was expected")
+        begin = span[3]
+    return spans, begin
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -168,19 +199,24 @@ def _tensors(data: bytes, start: int, spans: Mapping[str, Span]) -> dict[str, Te
 
     A matrix product may round differently where its operands lie differently; here they always lie alike.
     """
-    places: dict[str, int] = {}
-    size = 0
-    for name, (_, _, begin, end) in spans.items():
-        places[name] = size
-        size += -(-(end - begin) // ALIGNMENT) * ALIGNMENT
-    block = torch.empty(size, dtype=torch.uint8)
+    places = [-(-(end - begin) // ALIGNMENT) * ALIGNMENT for _, _, begin, end in spans.values()]
+    block = torch.empty(sum(places), dtype=torch.uint8)
     target, source = block.numpy(), np.frombuffer(data, np.uint8)
-    found: dict[str, Tensor] = {}
-    for name, (code, shape, begin, end) in spans.items():
-        place = places[name]
+    place = 0
+    for (name, (code, _, begin, end)), width in zip(spans.items(), places, strict=True):
         numbers = source[start + begin : start + end]
         if code == "BOOL" and numbers.size and numbers.max() > 1:
             raise RecordError(f"tensor {name!r} is said to be BOOL but holds the byte {numbers.max()}")
         target[place : place + end - begin] = numbers
-        found[name] = block[place : place + end - begin].view(_CODES[code][0]).view(shape)
-    return found
+        place += width
+    codes = {span[0] for span in spans.values()}
+    if len(codes) == 1:  # the usual case, and a quick one: one view of the whole block, cut once
+        dtype, kind = _CODES[codes.pop()]
+        parts: Iterable[Tensor] = torch.split(block.view(dtype), [width // kind.itemsize for width in places])
+    else:
+        cuts = zip(torch.split(block, places), spans.values(), strict=True)
+        parts = (part.view(_CODES[span[0]][0]) for part, span in cuts)
+    return {
+        name: (part if part.numel() == (n := math.prod(shape)) else part[:n]).view(shape)
+        for (name, (_, shape, _, _)), part in zip(spans.items(), parts, strict=True)
+    }

@@ -48,7 +48,7 @@ def mean(parts: Iterable[tuple[Params, float]]) -> dict[str, Tensor]:
         weights += weight
     if not weights > 0:
         raise RecordError(f"a mean needs at least one part with a positive weight; the weights sum to {weights}")
-    return {name: (t / weights).to(dtypes[name]) for name, t in total.items()}
+    return {name: t.div_(weights).to(dtypes[name]) for name, t in total.items()}
 
 
 def same_layout(a: Params, b: Params) -> None:
