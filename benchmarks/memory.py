@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory --clients 10 100 1000
 
-All clients take part in the round; they train `--cohort-batching` at a time under the token budget. The first number
-of clients is the measure that the others are compared with. Beside the peak stands what the process held before the
+All clients take part in the round; they train `--cohort-batching` at a time under the token budget. The rows are the
+same number in all, so that every process trains as much: an allocator's heap grows with the number of passes, whoever
+they are for. The first number of clients is the measure that the others are compared with. Beside the peak stands what the process held before the
 round began, with the base model and all data loaded.
 """
 
@@ -26,7 +27,10 @@ def one(options: argparse.Namespace, clients: int) -> dict[str, int]:
     """Bytes before the round and at the peak, of a process that runs one round with so many clients."""
     command = [sys.executable, "-m", "benchmarks.memory", "--inside", "--clients", str(clients)]
     for name in ("model", "rows", "length", "rank", "token_budget", "cohort_batching", "threads"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        value = getattr(options, name)
+        if name == "rows":  # the same rows in all, dealt to fewer clients: so many steps cut up the heap alike
+            value = value * max(options.clients) // clients
+        command += [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=record.RESULTS.parents[1])
     measured: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return measured
@@ -76,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = record.arguments(__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--model", default="minilm", help="minilm, demo or tiny")
-    parser.add_argument("--rows", type=int, default=16, help="per client")
+    parser.add_argument("--rows", type=int, default=8, help="per client where there are most clients")
     parser.add_argument("--length", type=int, default=32, help=f"most tokens of a row; the least are {SHORTEST}")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--token-budget", type=int, default=2048)
-    parser.add_argument("--cohort-batching", type=int, default=32, help="what `auto` comes to at most")
+    parser.add_argument("--cohort-batching", type=int, default=16, help="what `auto` comes to at most")
     parser.add_argument("--inside", action="store_true", help="run one round in this process and print its bytes")
     options = parser.parse_args(arguments)
     if options.inside:

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from fedpeft.core.tree import Params
 
 POOLED = "pooled"  # the one client of a method that trains on everybody's rows
-AUTO_CLIENTS = 32  # most clients that `cohort_batching: auto` trains together
+AUTO_CLIENTS = 16  # most clients that `cohort_batching: auto` trains together
 AUTO_BYTES = 256 * 2**20  # what their parameters, gradients and optimizer states may take
-FLAT_COPIES = 6  # values, gradients, two moments, scratch, and the results
+FLAT_COPIES = 7  # values, gradients, two moments, and the results with theirs
 
 
 @dataclass(frozen=True)

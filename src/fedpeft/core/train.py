@@ -136,7 +136,6 @@ class _Sweep:
         self.first = self._flat([m.first for m in starts])
         self.second = self._flat([m.second for m in starts]) if isinstance(fits[0].optimizer, AdamW) else None
         self.rates = self._rates()
-        self.scratch = torch.empty_like(self.values)
         self.frozen = {
             name: _stacked([fit.params.get(name) for fit in fits], self.device)
             for name in sorted({n for fit in fits for n in fit.params} - set(trained))
@@ -263,7 +262,7 @@ class _Sweep:
             momentum = _column([fit.optimizer.momentum for fit in fits if not isinstance(fit.optimizer, AdamW)], values)
             if not _is_zero(momentum):
                 gradients = first.mul_(momentum).add_(gradients)
-            values.sub_(torch.mul(gradients, lr, out=self.scratch[:k]))
+            values.sub_(torch.mul(gradients, lr, out=self.gradients[:k]))
             return
         second, adams = self.second[:k], [fit.optimizer for fit in fits if isinstance(fit.optimizer, AdamW)]
         counts = [step + 1 + (fit.moments.step if fit.moments else 0) for fit in fits]
@@ -275,7 +274,7 @@ class _Sweep:
             values.mul_(1 - lr * decay)
         first.lerp_(gradients, rest1)
         second.mul_(beta2).add_(gradients.square_().mul_(rest2))
-        denominator = torch.sqrt(second, out=self.scratch[:k]).div_(bias2).add_(_column([a.eps for a in adams], values))
+        denominator = torch.sqrt(second, out=gradients).div_(bias2).add_(_column([a.eps for a in adams], values))
         values.sub_(torch.div(first, denominator, out=denominator).mul_(lr / bias1))
 
     # --- results ---
