@@ -19,7 +19,6 @@ from pathlib import Path
 
 Row = dict[str, str]
 
-RECIPE = 1  # raise it whenever rows or splits change: it is part of the name of the cache file
 MIN_CHARACTERS = 24
 MIN_EXAMPLES = 5_000
 N_BUNDLES = 24
@@ -108,9 +107,10 @@ def standard_library() -> Path:
 
 
 def cache_name(source: Path) -> str:
-    """The cache file's name: Python version, a hash of where the library lies (builds differ), recipe version."""
+    """The cache file's name: Python version, and a hash of where the library lies and of this recipe."""
     version = ".".join(map(str, sys.version_info[:3]))
-    return f"demo-py{version}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}-r{RECIPE}.jsonl"
+    recipe = hashlib.sha256(str(source).encode() + b"\0" + Path(__file__).read_bytes()).hexdigest()
+    return f"demo-py{version}-{recipe[:12]}.jsonl"
 
 
 def build_rows(source: Path) -> list[Row]:
