@@ -34,7 +34,7 @@ DEMO: dict[str, Any] = {
         {"label": "FedAvg", "name": "fedavg"},
         {"label": "FedProx", "name": "fedprox"},
         {"label": "FedOpt (Adam)", "name": "fedopt"},
-        {"label": "SCAFFOLD", "name": "scaffold", "lr": 1.0},
+        {"label": "SCAFFOLD", "name": "scaffold", "lr": 0.1},
         {"label": "Local", "name": "local"},
     ],
     "seeds": [0],

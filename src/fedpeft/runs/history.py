@@ -198,7 +198,7 @@ def _clients(folder: Path, partition: Mapping[str, Any], metric: str) -> tuple[C
         raise StoreError(f"{path} is damaged: {error}. Evaluate the run again, or remove the file.") from error
     held = partition.get("clients") or {}
     found = []
-    for client in sorted({*scored, *held}):
+    for client in sorted(held or scored):  # a method on pooled rows scores one client that the partition does not know
         entry, own = scored.get(client) or {}, held.get(client) or {}
         counts = entry.get("label_counts") or _at(own, "label_counts", "train") or ()
         scores = {who: _at(entry, who, metric) for who in (GLOBAL, PERSONALIZED)}

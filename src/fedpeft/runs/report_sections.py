@@ -118,8 +118,8 @@ def results_table(groups: Sequence[Group]) -> str:
             for g in members
         ]
         rows.append(["always the majority label", _first(members, MAJORITY), "", "", "", "", ""])
-        if any(g.final(PERSONALIZED) for g in members):
-            rows.append(["each client's own majority label", "", _first(members, LABEL_PRIOR), "", "", "", ""])
+        if own := [g for g in members if g.final(PERSONALIZED)]:
+            rows.append(["each client's own majority label", "", _first(own, LABEL_PRIOR), "", "", "", ""])
         metric = members[0].runs[0].metric.replace("_", " ")
         head = ["method", f"{split} {metric}", "personalised", "seeds", "traffic", "simulated time", "measured time"]
         title = f"<h3>{escape(task)}</h3>" if len(tasks) > 1 else ""
