@@ -4,8 +4,8 @@
 
 All clients take part in the round; they train `--cohort-batching` at a time under the token budget. The rows are the
 same number in all, so that every process trains as much: an allocator's heap grows with the number of passes, whoever
-they are for. The first number of clients is the measure that the others are compared with. Beside the peak stands what the process held before the
-round began, with the base model and all data loaded.
+they are for. The first number of clients is the measure that the others are compared with. Beside the peak stands what
+the process held before the round began, with the base model and all data loaded.
 """
 
 from __future__ import annotations

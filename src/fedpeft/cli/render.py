@@ -66,7 +66,7 @@ def _scores(metrics: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]
         name = f"{path} {key}".strip()
         if isinstance(value, Mapping):
             found += _scores(value, name)
-        elif isinstance(value, int | float) and key not in ("loss", "n"):
+        elif isinstance(value, int | float) and key not in ("loss", "n", "round"):
             found.append((name, score_text(float(value))))
     return found
 
