@@ -11,7 +11,7 @@ from fedpeft.core import records
 from fedpeft.core.errors import StoreError
 from fedpeft.core.exchange import ClientId, Record
 
-IN_MEMORY_BYTES = 64 * 2**20
+IN_MEMORY_BYTES = 128 * 2**20
 
 
 class Spool(Mapping[ClientId, Record]):
