@@ -95,6 +95,17 @@ class Journal:
         if metrics:
             line["metrics"] = metrics
         self.folder.append_metrics(line)
+        scores = "; ".join(
+            f"{split} {who} {v[self.fed.metric]:.4f}" for split, by in metrics.items() for who, v in by.items()
+        )
+        log.info(
+            "round %d of %d: %d answered, %d lost; %s",
+            done.round,
+            run.rounds,
+            line["clients"],
+            line["lost_clients"],
+            scores or "not evaluated",
+        )
         for tracker in self.trackers:
             tracker.log(done.round, line)
         self._progress(done.round, done.state, metrics or None)

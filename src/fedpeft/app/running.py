@@ -99,6 +99,7 @@ def run(
             folder.save_partition(json.loads(fed.partition.to_json()))
             folder.save_config(resolved(fed.config))  # last: a folder with a configuration is a run
             with _logging_to(folder.log):
+                log.info("run of %s on %s, seed %d", wanted.method.name, wanted.task.name, wanted.run.seed)
                 return _go(folder, fed, progress)
 
 
@@ -126,6 +127,7 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
             fed = build(config, opened.partition() or None)
             identity = _identity(fed)
             _check_same(manifest, identity, opened.path)
+            log.info("resumed")
             saved = opened.load_checkpoint(fed.method.state)
             if saved is not None and config.run.rounds < before.run.rounds and config.run.rounds <= saved.round:
                 raise RequestError(
