@@ -7,7 +7,7 @@ w - mean(x), a step of SGD moves w by lr (mean(x) - w), and a client's optimum i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from fedpeft.core.federate import Done, federate
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.rng import Rng, key_for, rng_for
 from fedpeft.core.train import Stack, train_many
-from fedpeft.core.tree import Params
+from fedpeft.core.tree import Params, block_of
 from fedpeft.engines.inprocess import InProcess
 
 BODY, HEAD = "block.0.w", "head.w"
@@ -91,6 +91,20 @@ class ToyModel:
     def init(self, rng: Rng) -> dict[str, Tensor]:
         numbers = rng.standard_normal(self.width) if self.start is None else self.start
         return params(*numbers, dtype=self.dtype)
+
+    @property
+    def blocks(self) -> int:
+        return 1
+
+    def lowest_block(self, names: Iterable[str]) -> int:
+        return min((block_of(name) for name in names if block_of(name) is not None), default=1)
+
+    def passes(self, params: Params | None, data: Points, rows: Sequence[int] | None = None) -> tuple[int, int]:
+        count = len(data) if rows is None else len(rows)
+        return 3 * count, 9 * count
+
+    def cost(self, fit: Fit) -> tuple[int, int]:
+        return self.passes(None, fit.data, [row for batch in fit.batches for row in batch])
 
     def check(self, fit: Fit) -> None:
         if fit.params.keys() != {BODY, HEAD}:

@@ -36,6 +36,19 @@ class Counting:
             return DivergedError("the loss is not finite")
         return Fitted({"w": f.params["w"] + 1}, (0.5, 1.5), 2, 7, Moments(2), tokens=30, pairs=90)
 
+    def lowest_block(self, names: Any) -> int:
+        return 1
+
+    def passes(self, params: Any, data: Examples, rows: Sequence[int] | None = None) -> tuple[int, int]:
+        lengths = data.lengths if rows is None else data.lengths[list(rows)]
+        return int(lengths.sum()), int((lengths**2).sum())
+
+    def hidden(self, params: Any, data: Examples, rows: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(1, len(rows), 2, 4)
+
+    def hessian(self, params: Any, data: Examples, rows: Sequence[int], names: Any = None) -> Any:
+        return lambda vector: vector
+
     def logits(self, params: Any, data: Examples, rows: Sequence[int] | None = None) -> torch.Tensor:
         return torch.zeros(len(data) if rows is None else len(rows), 2)
 
@@ -188,9 +201,19 @@ def test_the_meter_counts_fits_and_forward_passes() -> None:
 
     one = job(work)
     run_jobs([one], Counting())
-    assert one.env.meter == Meter(
-        steps=4, examples=14, trained_tokens=60, trained_pairs=180, forward_tokens=27, forward_pairs=105
-    )
+    assert one.env.meter == Meter(steps=4, examples=14, trained={1: (60, 180)}, forward_tokens=27, forward_pairs=105)
+
+
+def test_the_meter_counts_probes() -> None:
+    """Hidden states cost a forward pass, a product with the Hessian two gradients; making it costs nothing."""
+
+    def work(down: Weights, memory: Any, env: ClientEnv) -> Any:
+        env.model.hidden(None, env.data, [0, 2])
+        product = env.model.hessian(down.params, env.data, [1])
+        return Weights(product(product(down.params))), memory
+
+    one = job(work)
+    assert one.env.meter == Meter(trained={1: (2 * 2 * 3, 2 * 2 * 9)}, forward_tokens=7, forward_pairs=29)
 
 
 def test_a_failed_fit_costs_nothing() -> None:

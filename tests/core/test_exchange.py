@@ -61,8 +61,11 @@ def test_the_training_data_of_a_client() -> None:
 
 def test_a_meter_adds_what_fits_cost() -> None:
     meter = Meter(steps=1, forward_tokens=5)
-    meter.add(Fitted({}, (1.0, 2.0, 6.0), 3, 20, Moments(), tokens=100, pairs=900))
-    assert meter == Meter(4, 20, 100, 900, 5, 0)
+    meter.add(Fitted({}, (1.0, 2.0, 6.0), 3, 20, Moments(), tokens=100, pairs=900), lowest_block=2)
+    meter.train(1, 1, 2)
+    meter.train(7, 49, 0)
+    assert meter == Meter(4, 20, {2: (101, 901), 0: (7, 49)}, 5, 0)
+    assert (meter.trained_tokens, meter.trained_pairs) == (108, 950)
 
 
 def test_the_loss_of_a_fit_is_the_mean_over_its_steps() -> None:

@@ -136,6 +136,7 @@ def test_overlay_and_select() -> None:
     [
         ("block.3.query.A", 3), ("block.11.value.B", 11), ("delta.block.2.key", 2), ("a.b.block.0.w", 0),
         ("head.weight", None), ("blocks.1.w", None), ("block.x.w", None), ("block.1", None), ("myblock.1.w", None),
+        ("prefix.11", 11), ("prefix.1.w", None), ("prefix.x", None), ("late.6.down.weight", 6), ("late.6", None),
     ],
 )  # fmt: skip
 def test_the_block_of_a_name(name: str, block: int | None) -> None:

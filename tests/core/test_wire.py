@@ -188,7 +188,7 @@ def test_wired_work_sees_plain_records_and_its_own_memory(wire: str) -> None:
     down = end.send(None, "a")
     job = Job(end, down, Moments(4), ENV)
     assert job.fit is not None and same(Weights(job.fit.params), unpack(down, Weights, wire))
-    job.env = ClientEnv("a", ENV, {}, 0, 1)
+    job.env = ClientEnv("a", ToyModel(), {}, 0, 1)
     job.resume(FITTED)
     assert job.result is not None
     up, memory = job.result

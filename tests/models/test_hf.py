@@ -89,12 +89,12 @@ def test_what_ran_before_does_not_matter() -> None:
     query = model.base.module.get_submodule(model.slots["block.0.query"].path)
     with pytest.raises(RuntimeError, match="in the middle"):
         broken_off(model, fits[0])
-    model.base.active[query] = [lambda x, y: y * 100]
+    model.base.acting.outputs[query] = [lambda x, y: y * 100]
     assert torch.equal(model.logits(fits[0].params, data), logits)
-    model.base.active[query] = [lambda x, y: y * 100]
+    model.base.acting.outputs[query] = [lambda x, y: y * 100]
     for got, wanted in zip(together(model, fits), expected, strict=True):
         assert_same_bits(got, wanted)
-    assert not model.base.active
+    assert not model.base.acting.outputs
 
 
 def broken_off(model: HFModel, fit: Fit) -> None:

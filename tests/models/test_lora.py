@@ -103,15 +103,16 @@ def test_gradients_and_training_equal_a_plain_loop_over_pefts_model(family: str,
 
 
 def test_fresh_factors_leave_the_base_alone_and_have_pefts_distribution() -> None:
-    slot = Slot("block.0.query", "q", 400, 7)
-    params = lora.init(Lora(rank=50), {slot.name: slot}, tiny.place())
-    a, b = params["block.0.query.A"], params["block.0.query.B"]
-    assert a.shape == (50, 400) and b.shape == (7, 50)
-    assert not b.any()
-    bound = 1 / math.sqrt(400)
-    assert a.abs().max() <= bound
-    assert a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)  # of a uniform distribution
-    assert abs(a.mean().item()) < 4 * bound / math.sqrt(3 * a.numel())
+    model = tiny.model("bert", Lora(rank=200, targets=("query", "up")))
+    params = model.init(tiny.place())
+    for name, slot in model.slots.items():
+        a, b = params[f"{name}.A"], params[f"{name}.B"]
+        assert a.shape == (200, slot.d_in) and b.shape == (slot.d_out, 200) and a.dtype == torch.float32
+        assert not b.any()
+        bound = 1 / math.sqrt(slot.d_in)
+        assert a.abs().max() <= bound
+        assert a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.04)  # of a uniform distribution
+        assert abs(a.mean().item()) < 4 * bound / math.sqrt(3 * a.numel())
 
 
 def test_every_row_gets_its_own_clients_factors() -> None:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 import tiny
 from fedpeft.core.errors import FitError
-from fedpeft.core.examples import Examples
 from fedpeft.models.parts import PART_COST_TOKENS, collate, cut
 
 LENGTHS = st.lists(st.integers(1, 70), max_size=60)
@@ -73,22 +72,20 @@ def test_rows_of_equal_length_are_cut_where_the_budget_says() -> None:
 def test_a_batch_is_padded_on_the_right() -> None:
     tokens = (np.array([7, 8, 9], dtype=np.int32), np.array([5], dtype=np.int32))
     segments = (np.array([0, 1, 1], dtype=np.int32), np.array([1], dtype=np.int32))
-    examples = Examples(tokens, np.array([0, 1]), segments)
-    batch = collate([(examples, 1), (examples, 0)], pad=3, device=tiny.CPU, segments=True)
+    batch = collate([(tokens[1], segments[1]), (tokens[0], segments[0])], pad=3, device=tiny.CPU, segments=True)
     assert batch.inputs["input_ids"].tolist() == [[5, 3, 3], [7, 8, 9]]
     assert batch.inputs["token_type_ids"].tolist() == [[1, 0, 0], [0, 1, 1]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     assert batch.mask.tolist() == [[True, False, False], [True, True, True]]
     assert batch.lengths.tolist() == [1, 3]
-    without = collate([(Examples(tokens, np.array([0, 1])), 0)], pad=3, device=tiny.CPU, segments=True)
+    without = collate([(tokens[0], None)], pad=3, device=tiny.CPU, segments=True)
     assert without.inputs["token_type_ids"].tolist() == [[0, 0, 0]]
     assert "attention_mask" not in without.inputs, "nothing is padded, so the faster attention without a mask will do"
-    plain = collate([(examples, 0)], pad=3, device=tiny.CPU, segments=False)
+    plain = collate([(tokens[0], segments[0])], pad=3, device=tiny.CPU, segments=False)
     assert plain.inputs.keys() == {"input_ids"}
 
 
 def test_a_row_without_tokens_is_refused() -> None:
-    examples = Examples((np.zeros(0, dtype=np.int32),), np.array([0]))
     assert [part.tolist() for part in cut(np.array([0, 0, 3]), 2)]
     with pytest.raises(FitError, match="a row has no tokens; drop empty texts from the data"):
-        collate([(examples, 0)], pad=0, device=torch.device("cpu"), segments=False)
+        collate([(np.zeros(0, dtype=np.int32), None)], pad=0, device=torch.device("cpu"), segments=False)

@@ -17,11 +17,12 @@ def test_a_receipt_by_hand():
 
     0.5 s latency + 100 / 20 down + (5248 + 2656) / 1000 computing + 30 / 10 up = 0.5 + 5 + 7.904 + 3.
     """
-    meter = Meter(trained_tokens=5, trained_pairs=13, forward_tokens=5, forward_pairs=13)
+    meter = Meter(trained={0: (5, 13)}, forward_tokens=5, forward_pairs=13)
     clock = Clock(SHAPE, {"a": SLOW})
     assert clock(Receipt("a", bytes_down=100, bytes_up=30, meter=meter)) == pytest.approx(16.404, abs=1e-12)
-    # with the adapter in the upper block alone, training costs 3712
-    assert Clock(SHAPE, {"a": SLOW}, lowest_block=1).flops(meter) == 3712 + 2656
+    # with the adapter in the upper block alone, training costs 3712; both fits together cost the sum
+    assert clock.flops(Meter(trained={1: (5, 13)})) == 3712
+    assert clock.flops(Meter(trained={0: (5, 13), 1: (5, 13)})) == 5248 + 3712
 
 
 def test_a_client_without_profile_has_the_default():

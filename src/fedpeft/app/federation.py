@@ -95,7 +95,7 @@ class Federation:
     @property
     def clock(self) -> Clock:
         """Simulated seconds on the clients' devices."""
-        return Clock(self.shape, self.resources, self.model.lowest_block(self.initial))
+        return Clock(self.shape, self.resources)
 
     def start(self) -> Start:
         """Before the first exchange."""

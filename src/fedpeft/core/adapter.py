@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,71 @@ class HeadOnly:
     kind: ClassVar[str] = "head"
 
 
-AdapterSpec: TypeAlias = Lora | HeadOnly
+@dataclass(frozen=True)
+class Prefix:
+    """Trainable keys and values before those of a layer's own tokens (Li & Liang 2021, arXiv 2101.00190).
 
-ADAPTERS: dict[str, type[AdapterSpec]] = {spec.kind: spec for spec in (Lora, HeadOnly)}
+    In every layer it is P-tuning v2 (Liu et al. 2022, arXiv 2110.07602); no network in front of the parameters.
+    """
+
+    kind: ClassVar[str] = "prefix"
+    length: int = 20  # P: virtual tokens per layer
+    blocks: tuple[int, ...] | None = None  # transformer blocks that get a prefix; None: all
+    dropout: float = 0.1  # on the prefix's keys and values, in training
+    deviation: float = 0.02  # standard deviation of the start, mean 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Trainable embeddings before those of the text (Lester et al. 2021, arXiv 2104.08691)."""
+
+    kind: ClassVar[str] = "prompt"
+    length: int = 20  # P: virtual tokens
+    start: Literal["vocabulary", "normal"] = "vocabulary"  # rows of the vocabulary, drawn once; or N(0, 0.02^2)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """x + up(s(down(x))) after attention and after the feed-forward part (Houlsby et al. 2019, arXiv 1902.00751)."""
+
+    kind: ClassVar[str] = "bottleneck"
+    size: int = 64  # m: width of the bottleneck
+    activation: Literal["gelu", "relu"] = "gelu"  # s
+    norms: bool = True  # whether the blocks' own layer norms are trained too
+    blocks: tuple[int, ...] | None = None  # transformer blocks that get an adapter; None: all
+
+
+@dataclass(frozen=True)
+class InstancePrompt:
+    """A prompt that a network makes of the frozen sentence vector (IDPG, Wu et al. 2022, arXiv 2204.04497)."""
+
+    kind: ClassVar[str] = "idpg"
+    length: int = 5  # P: virtual tokens
+    size: int = 16  # m: width between the two layers
+
+
+@dataclass(frozen=True)
+class MixedPrompt:
+    """A target prompt and a mixture of frozen source prompts (ATTEMPT, Asai et al. 2022, arXiv 2205.11961)."""
+
+    kind: ClassVar[str] = "attempt"
+    length: int = 20  # P: virtual tokens; that of the sources
+    size: int = 100  # r: width of the attention network
+    sources: tuple[str, ...] = ()  # run folders whose prompts are the sources
+
+
+@dataclass(frozen=True)
+class LatePrompt:
+    """A prompt made of a middle layer's states and put in there (LPT, Liu et al. 2022b, arXiv 2210.11292)."""
+
+    kind: ClassVar[str] = "lpt"
+    length: int = 5  # P: virtual tokens
+    size: int = 256  # m: width of the generator
+    block: int | None = None  # the block that the prompt enters; None: the middle one
+
+
+AdapterSpec: TypeAlias = Lora | HeadOnly | Prefix | Prompt | Bottleneck | InstancePrompt | MixedPrompt | LatePrompt
+
+ADAPTERS: dict[str, type[AdapterSpec]] = {
+    spec.kind: spec for spec in (Lora, HeadOnly, Prefix, Prompt, Bottleneck, InstancePrompt, MixedPrompt, LatePrompt)
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +65,7 @@ class Job:
             self._advance(lambda: work.throw(error))
         else:
             given = fitted
-            self.env.meter.add(given)
+            self.env.meter.add(given, self.env.model.lowest_block(self.fit.trained))
             self._advance(lambda: work.send(given))
 
     def _advance(self, step: Callable[[], object]) -> None:
@@ -108,7 +108,7 @@ def reason(error: Exception) -> str:
 
 
 class Metered:
-    """A model that counts the forward passes which a client's work makes directly."""
+    """A model that counts the passes which a client's work makes directly."""
 
     def __init__(self, model: Model, meter: Meter) -> None:
         self._model = model
@@ -119,20 +119,37 @@ class Metered:
 
     def logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
         """See `Model.logits`."""
-        self._count(data, rows)
+        self._count(params, data, rows)
         return self._model.logits(params, data, rows)
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """See `Model.score`."""
-        self._count(data, None)
+        self._count(params, data, None)
         return self._model.score(params, data)
 
-    def _count(self, data: Data, rows: Sequence[int] | None) -> None:
-        lengths = getattr(data, "lengths", None)
-        if lengths is not None:
-            used = lengths if rows is None else [lengths[i] for i in rows]
-            self._meter.forward_tokens += int(sum(used))
-            self._meter.forward_pairs += int(sum(int(n) ** 2 for n in used))
+    def hidden(self, params: Params | None, data: Data, rows: Sequence[int]) -> Tensor:
+        """See `Model.hidden`."""
+        self._count(params, data, rows)
+        return self._model.hidden(params, data, rows)
+
+    def hessian(
+        self, params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
+    ) -> Callable[[Params], dict[str, Tensor]]:
+        """See `Model.hessian`; a product costs about what two gradients cost."""
+        tokens, pairs = self._model.passes(params, data, rows)
+        over = tuple(params if names is None else names)
+        multiply = self._model.hessian(params, data, rows, over)
+
+        def product(vector: Params) -> dict[str, Tensor]:
+            self._meter.train(2 * tokens, 2 * pairs, self._model.lowest_block(over))
+            return multiply(vector)
+
+        return product
+
+    def _count(self, params: Params | None, data: Data, rows: Sequence[int] | None) -> None:
+        tokens, pairs = self._model.passes(params, data, rows)
+        self._meter.forward_tokens += tokens
+        self._meter.forward_pairs += pairs
 
 
 def answer(work: Exchange, down: Record, memory: Record, env: ClientEnv) -> tuple[Record, Record]:

@@ -6,7 +6,7 @@ the answers into its state. State, memory and messages are frozen dataclasses (r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -83,24 +83,65 @@ class Model(Protocol):
         """Sums that pool over clients by addition and from which every metric follows (`confusion`, `loss`, `n`)."""
         ...
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks (layers) the base has."""
+        ...
+
+    def lowest_block(self, names: Iterable[str]) -> int:
+        """The lowest block that these parameters act in, `blocks` where they act above all of them."""
+        ...
+
+    def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
+        """Tokens, and pairs of tokens that see each other, of forward passes over the rows: what they cost."""
+        ...
+
+    def hidden(self, params: Params | None, data: Data, rows: Sequence[int]) -> Tensor:
+        """(blocks, rows, tokens, d) outputs of the blocks, zero at padding, without gradient; params None: the base."""
+        ...
+
+    def hessian(
+        self, params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
+    ) -> Callable[[Params], dict[str, Tensor]]:
+        """v -> H v: H of the mean loss of the rows over the named parameters (None: all), without dropout."""
+        ...
+
 
 @dataclass
 class Meter:
-    """What one client's work cost, counted while it ran."""
+    """What one client's work cost, counted while it ran.
+
+    Attributes:
+        trained: (tokens, pairs) that went forward and backward, by the lowest block that the backward pass entered;
+            pairs is the sum over rows of tokens times the keys that they attend to.
+    """
 
     steps: int = 0
     examples: int = 0
-    trained_tokens: int = 0  # forward and backward
-    trained_pairs: int = 0  # sum of squared lengths of the same rows
+    trained: dict[int, tuple[int, int]] = field(default_factory=dict)
     forward_tokens: int = 0  # forward alone
     forward_pairs: int = 0
 
-    def add(self, fitted: Fitted) -> None:
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that went forward and backward."""
+        return sum(tokens for tokens, _ in self.trained.values())
+
+    @property
+    def trained_pairs(self) -> int:
+        """Pairs of the same rows."""
+        return sum(pairs for _, pairs in self.trained.values())
+
+    def add(self, fitted: Fitted, lowest_block: int) -> None:
         """Count one finished Fit."""
         self.steps += fitted.steps
         self.examples += fitted.examples
-        self.trained_tokens += fitted.tokens
-        self.trained_pairs += fitted.pairs
+        self.train(fitted.tokens, fitted.pairs, lowest_block)
+
+    def train(self, tokens: int, pairs: int, lowest_block: int) -> None:
+        """Count passes forward, and backward down to a block."""
+        before = self.trained.get(lowest_block, (0, 0))
+        self.trained[lowest_block] = (before[0] + tokens, before[1] + pairs)
 
 
 @dataclass(frozen=True)

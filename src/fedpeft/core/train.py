@@ -39,12 +39,14 @@ class Stack:
         params: every name of every fit, (k, ...); trained ones are leaves with a gradient, the others are frozen.
         also: the further adapters, layer by layer, (k, ...), frozen.
         sizes: the shape that each client has under a name, None where it has none; the rest of its row is zeros.
+        also_sizes: the same of each further layer.
     """
 
     fits: Sequence[Fit]
     params: Mapping[str, Tensor]
     also: tuple[Mapping[str, Tensor], ...]
     sizes: Mapping[str, tuple[Shape | None, ...]]
+    also_sizes: tuple[Mapping[str, tuple[Shape | None, ...]], ...] = ()
 
 
 class Objective(Protocol):
@@ -66,6 +68,10 @@ class Objective(Protocol):
         Returns:
             (k,) the mean losses, detached.
         """
+        ...
+
+    def cost(self, fit: Fit) -> tuple[int, int]:
+        """Real tokens that go through the model in a fit, and the sum over rows of tokens times keys they attend to."""
         ...
 
 
@@ -213,7 +219,8 @@ class _Sweep:
             params[name] = self.values[:k, span].view(shape).detach().requires_grad_()
         fits = self.fits[:k]
         sizes = {name: tuple(_size(fit.params, name) for fit in fits) for name in params}
-        return Stack(fits, params, tuple(dict(_narrow(layer, k)) for layer in self.also), sizes)
+        also = tuple(dict(_narrow(layer, k)) for layer in self.also)
+        return Stack(fits, params, also, sizes, tuple(_layer_sizes(fits, i, layer) for i, layer in enumerate(also)))
 
     def _step(self, stack: Stack, rows: Sequence[Sequence[int]], step: int, k: int) -> Tensor:
         fits, values, gradients = stack.fits, self.values[:k], self.gradients[:k]
@@ -288,12 +295,8 @@ class _Sweep:
         params = {name: t.detach().clone().cpu() for name, t in fit.params.items()}
         for name in fit.trained:
             params[name] = self._cut(self.values[i], name, fit.params[name].shape).to(fit.params[name].dtype)
-        lengths = getattr(fit.data, "lengths", None)
-        used = [int(lengths[row]) for batch in fit.batches for row in batch] if lengths is not None else []
         examples = sum(len(batch) for batch in fit.batches)
-        return Fitted(
-            params, tuple(curve), fit.steps, examples, self._moments(i, fit), sum(used), sum(n * n for n in used)
-        )
+        return Fitted(params, tuple(curve), fit.steps, examples, self._moments(i, fit), *self.objective.cost(fit))
 
     def _moments(self, i: int, fit: Fit) -> Moments:
         cut = {name: fit.params[name].shape for name in fit.trained}
@@ -332,6 +335,11 @@ def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
 def _stacked_layer(layers: Sequence[tuple[Params, ...]], device: torch.device) -> dict[str, Tensor]:
     own = [layer[0] if layer else {} for layer in layers]
     return {name: _stacked([p.get(name) for p in own], device) for name in sorted({n for p in own for n in p})}
+
+
+def _layer_sizes(fits: Sequence[Fit], depth: int, layer: Mapping[str, Tensor]) -> dict[str, tuple[Shape | None, ...]]:
+    own = [fit.also[depth] if depth < len(fit.also) else {} for fit in fits]
+    return {name: tuple(_size(params, name) for params in own) for name in layer}
 
 
 def _narrow(layer: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Tensor]]:

@@ -15,13 +15,13 @@ from fedpeft.core.errors import RecordError
 
 Params: TypeAlias = Mapping[str, Tensor]
 
-_BLOCK = re.compile(r"^(?:\w+\.)*?block\.(\d+)\.")
+_BLOCK = re.compile(r"^(?:\w+\.)*?(?:(?:block|late)\.(\d+)\.|prefix\.(\d+)$)")
 
 
 def block_of(name: str) -> int | None:
-    """The transformer block that a parameter belongs to (`block.3.query.A` → 3), or None (`head.weight`)."""
+    """The transformer block that a parameter acts in (`block.3.query.A`, `prefix.3` → 3), or None (`head.weight`)."""
     found = _BLOCK.match(name)
-    return int(found.group(1)) if found else None
+    return int(found.group(1) or found.group(2)) if found else None
 
 
 def mean(parts: Iterable[tuple[Params, float]]) -> dict[str, Tensor]:

@@ -71,6 +71,14 @@ def is_decoder(model_type: str) -> bool:
     return model_type in FAMILIES and FAMILIES[model_type][1] is not _BERT
 
 
+def block_paths(base: nn.Module, model_type: str) -> list[str]:
+    """The module paths of a known family's blocks, lowest first; empty for a family that is not known."""
+    if model_type not in FAMILIES:
+        return []
+    stem = FAMILIES[model_type][0]
+    return [f"{stem}.{i}" for i in range(len(base.get_submodule(stem)))]  # type: ignore[arg-type]
+
+
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear layer (GPT-2's transposed one included), or None."""
     if isinstance(module, nn.Linear):

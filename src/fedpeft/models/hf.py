@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,60 +20,69 @@ from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
-from fedpeft.models.adapters import Rows, delta, head, lora
-from fedpeft.models.families import Slot, choose, is_decoder, slots
+from fedpeft.models import probes, virtual
+from fedpeft.models.adapters import Partner, Rows, Shape, delta
+from fedpeft.models.adapters.kinds import build_adapter
+from fedpeft.models.families import is_decoder, slots
 from fedpeft.models.load import Base
 from fedpeft.models.noise import row_keys
 from fedpeft.models.parts import Batch, collate, cut
+from fedpeft.models.readouts import Item, Readout, Seen
+from fedpeft.models.readouts.head import HeadReadout
 
 TOKEN_BUDGET = 2048  # padded tokens of one forward pass
-_PARTNERS = {  # side of a pair: the other side, and the dimensions that must agree
-    "A": ("B", 0, 1),
-    "B": ("A", 1, 0),
-    "left": ("right", 1, 0),
-    "right": ("left", 0, 1),
-    "weight": ("bias", 0, 0),
-    "bias": ("weight", 0, 0),
-}
+_HEAD_PARTNERS: Mapping[str, Partner] = {"weight": ("bias", 0, 0), "bias": ("weight", 0, 0)}
 
 
 class HFModel:
-    """A frozen transformer with one kind of adapter and a classification head.
+    """A frozen transformer with one kind of adapter and one task format.
 
     Several models may share one base: the base holds the hooks, a model only says what acts during its own passes.
 
     Args:
         base: from `load_base`.
-        spec: the adapter that `init` draws and whose scale applies.
+        spec: the adapter that `init` draws.
         classes: number of labels.
         token_budget: most padded tokens of one forward pass; bounds the memory of activations.
+        readout: the task format; None: a trained head on the pooled last hidden state.
 
     Raises:
         ModelError: a spec that does not fit the base.
     """
 
-    def __init__(self, base: Base, spec: AdapterSpec, classes: int, token_budget: int = TOKEN_BUDGET) -> None:
+    def __init__(
+        self,
+        base: Base,
+        spec: AdapterSpec,
+        classes: int,
+        token_budget: int = TOKEN_BUDGET,
+        readout: Readout | None = None,
+    ) -> None:
         if token_budget < 1:
             raise ModelError(f"run.token_budget is {token_budget}; it must be at least 1")
         self.base = base
         self.classes = classes
         self.token_budget = token_budget
         self.width = int(base.module.config.hidden_size)
+        self.blocks = int(base.module.config.num_hidden_layers)
         self._spec = spec
         self._warm: Params | None = None
-        self.slots: dict[str, Slot] = {}
-        if isinstance(spec, Lora):
-            if spec.rank < 1:
-                raise ModelError(f"adapter.rank is {spec.rank}; it must be at least 1")
-            self.slots = choose(base.module, base.family, spec.targets, spec.blocks)
-        self.places = slots(base.module, base.family) | self.slots
+        self.adapter = build_adapter(spec, base)
+        self.slots = dict(self.adapter.slots)
         self.scale = spec.alpha / spec.rank if isinstance(spec, Lora) else 1.0
-        self._shapes = self._known_shapes()
+        self.places = slots(base.module, base.family) | self.slots
         self._last = is_decoder(base.family)
+        self.readout: Readout = readout or HeadReadout(classes, self.width, self._last)
+        self._shapes: Mapping[str, Shape] = {
+            **self.adapter.shapes(),
+            **delta.shapes(self.places),
+            **self.readout.shapes(),
+        }
+        self._partners = {**_HEAD_PARTNERS, **delta.PARTNERS, **self.adapter.partners}
         self._segments = int(getattr(base.module.config, "type_vocab_size", 0) or 0) > 1
         self._pad = int(getattr(base.module.config, "pad_token_id", None) or 0)
         caches = "use_cache" in inspect.signature(base.module.forward).parameters
-        self._extra = {"use_cache": False} if caches else {}
+        self._extra: dict[str, Any] = {"use_cache": False} if caches else {}
 
     @property
     def spec(self) -> AdapterSpec:
@@ -93,11 +102,10 @@ class HFModel:
     # --- parameters ---
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
-        """Fresh adapter and head (with B = 0 the base's hidden states are unchanged), or those of `warm_start`."""
+        """Fresh adapter and readout, or those of `warm_start`."""
         if self._warm is not None:
             return {name: t.clone() for name, t in self._warm.items()}
-        params = lora.init(self._spec, self.slots, rng) if isinstance(self._spec, Lora) else {}
-        return params | head.init(self.classes, self.width, rng)
+        return self.adapter.init(rng) | self.readout.init(rng)
 
     def warm_start(self, params: Params) -> None:
         """Let `init` give these parameters from now on.
@@ -112,24 +120,16 @@ class HFModel:
             raise FitError(f"the parameters to start from are not those of this model's adapter: {error}") from None
         self._warm = params
 
-    def _known_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        adapter = lora.shapes(self._spec, self.places) if isinstance(self._spec, Lora) else {}
-        heads: dict[str, tuple[int | None, ...]] = {head.WEIGHT: (None, self.width), head.BIAS: (None,)}
-        return adapter | delta.shapes(self.places) | heads
-
     def check(self, fit: Fit) -> None:
         """Raise FitError unless every parameter is one that this model has, in the right shape, with its partner."""
         if not isinstance(fit.data, Examples):
             raise FitError(f"a Fit's data is a {type(fit.data).__name__}; this model needs tokenised Examples")
         for layer in (fit.params, *fit.also):
             self.check_params(layer)
-        if head.WEIGHT not in fit.params:
-            raise FitError(f"a Fit has no {head.WEIGHT!r}; send the head with the adapter")
-        if any(head.WEIGHT in layer for layer in fit.also):
-            raise FitError(f"Fit.also holds {head.WEIGHT!r}; a forward pass has one head, that of Fit.params")
-        classes, labels = fit.params[head.WEIGHT].shape[0], fit.data.labels
-        if len(labels) and not 0 <= (odd := int(labels.min() if labels.min() < 0 else labels.max())) < classes:
-            raise FitError(f"a label is {odd}; the head has classes 0 to {classes - 1}")
+        twice = [name for layer in fit.also for name in layer if name in self.readout.params]
+        if twice:
+            raise FitError(f"Fit.also holds {twice[0]!r}; a forward pass has one head, that of Fit.params")
+        self.readout.check(fit.params, fit.data)
         self.base.at(fit.base)
 
     def check_params(self, params: Params) -> None:
@@ -143,7 +143,7 @@ class HFModel:
                 raise FitError(f"parameter {name!r} has shape {tuple(t.shape)}; this model needs {shown}")
         for name, t in params.items():
             stem, _, side = name.rpartition(".")
-            other, dim, partner_dim = _PARTNERS.get(side, ("", 0, 0))
+            other, dim, partner_dim = self._partners.get(side, ("", 0, 0))
             partner = f"{stem}.{other}"
             if other and partner not in params:
                 raise FitError(f"parameter {name!r} came without its partner {partner}")
@@ -151,10 +151,13 @@ class HFModel:
                 both = f"{tuple(t.shape)} and {tuple(params[partner].shape)}"
                 raise FitError(f"parameters {name!r} and {partner!r} do not fit together: {both}")
 
-    def lowest_block(self, params: Params) -> int:
-        """The lowest block that has an adapter: no backward pass goes below it."""
-        blocks = [b for name in params if (b := block_of(name)) is not None]
-        return min(blocks, default=int(self.base.module.config.num_hidden_layers))
+    def lowest_block(self, names: Iterable[str]) -> int:
+        """The lowest block that these parameters act in: no backward pass goes below it.
+
+        The readout's parameters act above all blocks; those before the first block count as in block 0.
+        """
+        acting = [block_of(name) or 0 for name in names if name not in self.readout.params]
+        return min(acting, default=self.blocks)
 
     # --- training ---
 
@@ -170,73 +173,93 @@ class HFModel:
         return train_many(fits, self, self.check)
 
     def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
-        """See `train.Objective`: gradients of the mean cross-entropy of each client's own rows."""
-        base = self.base.at(stack.fits[0].base)
-        losses = torch.zeros(len(rows), dtype=stack.params[head.WEIGHT].dtype, device=self.device)
-        for part in self._parts(stack, rows):
-            with self._bound(base, stack, part, step) as whose:
-                batch = self._collate(part)
-                logits = self._forward(base, stack, batch, whose)
-            labels = torch.tensor([int(data.labels[row]) for _, data, row in part], device=self.device)
-            shares = [1 / len(rows[client]) for client, _, _ in part]
-            weights = torch.tensor(shares, dtype=logits.dtype, device=self.device)
-            terms = F.cross_entropy(logits, labels, reduction="none") * weights
+        """See `train.Objective`: gradients of the mean loss of each client's own rows."""
+        losses: Tensor | None = None
+        for items, terms in self.loss_terms(stack, rows, step):
+            shares = [1 / len(rows[item.client]) for item in items]
+            terms = terms * torch.tensor(shares, dtype=terms.dtype, device=self.device)
             if terms.requires_grad:  # not where nothing of this part's clients trains
                 terms.sum().backward()  # type: ignore[no-untyped-call]
-            index = torch.tensor([client for client, _, _ in part], device=self.device)
-            losses.index_add_(0, index, terms.detach().to(losses.dtype))
+            if losses is None:
+                losses = torch.zeros(len(rows), dtype=terms.dtype, device=self.device)
+            index = torch.tensor([item.client for item in items], device=self.device)
+            losses.index_add_(0, index, terms.detach())
+        assert losses is not None, "a step has rows"
         return losses
 
-    def _parts(self, stack: Stack, rows: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Examples, int]]]:
-        """The rows of all clients as (client, its examples, row), cut by length under the token budget."""
+    def loss_terms(
+        self, stack: Stack, rows: Sequence[Sequence[int]], step: int
+    ) -> Iterator[tuple[Sequence[Item], Tensor]]:
+        """Part by part, the items and each one's own loss, with a graph back to the trained leaves."""
+        base = self.base.at(stack.fits[0].base)
         every = [
-            (client, cast(Examples, fit.data), row)
+            self.readout.training(client, cast(Examples, fit.data), row)
             for client, (fit, own) in enumerate(zip(stack.fits, rows, strict=True))
             for row in own
         ]
-        lengths = np.fromiter((len(data.tokens[row]) for _, data, row in every), dtype=np.int64, count=len(every))
-        for part in cut(lengths, self.token_budget):
-            yield [every[i] for i in part]
+        for part in self.parts(every):
+            items = [every[i] for i in part]
+            with self.seen(base, stack, items, step) as seen:
+                yield items, self.readout.losses(seen)
 
-    def _collate(self, part: Sequence[tuple[int, Examples, int]]) -> Batch:
-        return collate([(data, row) for _, data, row in part], self._pad, self.device, self._segments)
+    def cost(self, fit: Fit) -> tuple[int, int]:
+        """See `train.Objective`: tokens and pairs of all rows that a fit uses, prompts included."""
+        data = cast(Examples, fit.data)
+        own = {row: self.readout.length(self.readout.training(0, data, row)) for batch in fit.batches for row in batch}
+        return self._work((own[row] for batch in fit.batches for row in batch), fit.params)
+
+    def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
+        """Tokens and pairs of forward passes that predict the labels of the rows."""
+        examples = cast(Examples, data)
+        index = range(len(examples)) if rows is None else rows
+        items = (item for row in index for item in self.readout.predicting(0, examples, row))
+        return self._work(map(self.readout.length, items), params or {})
+
+    def _work(self, lengths: Iterable[int], params: Params) -> tuple[int, int]:
+        tokens, keys = self.adapter.context(params)
+        whole = [n + tokens for n in lengths]
+        return round(sum(whole)), round(sum(n * (n + keys) for n in whole))
+
+    # --- passes ---
+
+    def parts(self, items: Sequence[Item]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+        """Indices of the items, cut by length under the token budget."""
+        if not items:
+            return []
+        return cut(np.fromiter(map(self.readout.length, items), dtype=np.int64, count=len(items)), self.token_budget)
 
     @contextmanager
-    def _bound(self, base: Base, stack: Stack, part: Sequence[tuple[int, Examples, int]], step: int) -> Iterator[Rows]:
-        """Put the adapters of all clients in place for one forward pass."""
-        clients = [client for client, _, _ in part]
-        index = None if min(clients) == max(clients) else torch.tensor(clients, device=self.device)
-        whose = Rows(index, clients[0])
-        if stack.fits and any(fit.dropout for fit in stack.fits):
-            seeds = [stack.fits[client].seed for client in clients]
-            drop = torch.tensor([stack.fits[client].dropout for client in clients], device=self.device)
-            whose = Rows(index, clients[0], row_keys(seeds, step, [row for _, _, row in part], self.device), drop)
-        base.active.clear()
+    def seen(self, base: Base, stack: Stack, items: Sequence[Item], step: int) -> Iterator[Seen]:
+        """One forward pass of the items, with the adapters of all clients in place while it is used."""
+        whose = self._rows(stack, items, step)
+        batch = collate([self.readout.sequence(item) for item in items], self._pad, self.device, self._segments)
+        base.acting.clear()
         try:
-            for layer in (stack.params, *stack.also):
-                self._apply(base, layer, whose)
-            yield whose
+            for layer, sizes in ((stack.params, stack.sizes), *zip(stack.also, stack.also_sizes, strict=True)):
+                self.adapter.bind(layer, sizes, whose, base)
+                delta.bind(layer, self.places, whose, base)
+            yield Seen(base, stack, items, batch, whose, self._hidden(base, batch))
         finally:
-            base.active.clear()
+            base.acting.clear()
 
-    def _apply(self, base: Base, layer: Mapping[str, Tensor], whose: Rows) -> None:
-        for name, slot in self.places.items():
-            module = base.module.get_submodule(slot.path) if _touches(layer, name) else None
-            if module is None:
-                continue
-            base.hook(module)
-            applied = base.active.setdefault(module, [])
-            if f"{name}.A" in layer:
-                applied.append(lora.apply(layer[f"{name}.A"], layer[f"{name}.B"], self.scale, slot, whose))
-            if any(f"{delta.PREFIX}{name}.{side}" in layer for side in ("left", "dense")):
-                applied.append(delta.apply(layer, slot, whose))
+    def _rows(self, stack: Stack, items: Sequence[Item], step: int) -> Rows:
+        clients = [item.client for item in items]
+        index = None if min(clients) == max(clients) else torch.tensor(clients, device=self.device)
+        if not any(fit.dropout for fit in stack.fits):
+            return Rows(index, clients[0])
+        seeds = [stack.fits[client].seed for client in clients]
+        drop = torch.tensor([stack.fits[client].dropout for client in clients], device=self.device)
+        return Rows(index, clients[0], row_keys(seeds, step, [item.row for item in items], self.device), drop)
 
-    def _forward(self, base: Base, stack: Stack, batch: Batch, whose: Rows) -> Tensor:
-        """(rows, classes) logits."""
-        hidden = base.module(**batch.inputs, **self._extra).last_hidden_state
-        pooled = head.pool(hidden, batch.mask, batch.lengths, self._last)
-        classes = [size[0] if size else 0 for size in stack.sizes[head.WEIGHT]]
-        return head.apply(stack.params, pooled, whose, classes)
+    def _hidden(self, base: Base, batch: Batch) -> Tensor:
+        """(rows, tokens, d) last hidden states of the text's own tokens."""
+        acting = base.acting
+        inputs: dict[str, Any] = {**batch.inputs, **self._extra}
+        if acting.prefixes:
+            inputs["prefixes"] = acting.prefixes
+        if acting.virtual is None:
+            return cast(Tensor, base.module(**inputs).last_hidden_state)
+        return virtual.run(base, batch, inputs, acting.virtual)
 
     # --- predictions ---
 
@@ -244,27 +267,41 @@ class HFModel:
         """(rows, classes) predictions before the softmax, without gradient, on the CPU.
 
         Raises:
-            ModelError: params without a head: the base alone gives no class.
+            ModelError: params without the readout's own, such as a head: the base alone gives no class.
         """
-        if params is None or head.WEIGHT not in params:
-            raise ModelError("predictions of a classification task need a head; give params with head.weight")
-        self.check_params(params)
+        own = params or {}
+        if lacking := sorted(self.readout.params - own.keys()):
+            raise ModelError(f"predictions of this task need a head; give params with {lacking[-1]}")
+        self.check_params(own)
         examples = cast(Examples, data)
-        index = list(range(len(examples))) if rows is None else [int(i) for i in rows]
-        out = torch.empty(len(index), params[head.WEIGHT].shape[0])
-        stack = stack_params([params], self.device)
-        lengths = examples.lengths[np.asarray(index, dtype=np.int64)] if index else np.zeros(0, dtype=np.int64)
+        index = range(len(examples)) if rows is None else [int(i) for i in rows]
+        items = [item for row in index for item in self.readout.predicting(0, examples, row)]
+        stack = stack_params([own], self.device)
+        found: Tensor | None = None
         with torch.no_grad():
-            for part in cut(lengths, self.token_budget) if index else ():
-                members = [(0, examples, index[i]) for i in part]
-                with self._bound(self.base, stack, members, 0) as whose:
-                    logits = self._forward(self.base, stack, self._collate(members), whose)
-                out[torch.from_numpy(part)] = logits.float().cpu()
-        return out
+            for part in self.parts(items):
+                with self.seen(self.base, stack, [items[i] for i in part], 0) as seen:
+                    logits = self.readout.logits(seen).float().cpu()
+                if found is None:
+                    found = torch.empty(len(items), logits.shape[1])
+                found[torch.from_numpy(part)] = logits
+        return torch.empty(0, self.classes) if found is None else found.view(len(index), -1)
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """Sums over the rows: `confusion` (true, predicted) int64, `loss` summed cross-entropy, `n` rows."""
         return classification_sums(self.logits(params, data), torch.from_numpy(cast(Examples, data).labels))
+
+    # --- probes ---
+
+    def hidden(self, params: Params | None, data: Data, rows: Sequence[int]) -> Tensor:
+        """See `probes.hidden`."""
+        return probes.hidden(self, params or {}, cast(Examples, data), rows)
+
+    def hessian(
+        self, params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
+    ) -> Callable[[Params], dict[str, Tensor]]:
+        """See `probes.hessian`."""
+        return probes.hessian(self, params, cast(Examples, data), rows, frozenset(params if names is None else names))
 
 
 def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -274,7 +311,3 @@ def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
     loss = F.cross_entropy(logits.double(), labels, reduction="sum") if len(labels) else torch.zeros(()).double()
     return {"confusion": confusion, "loss": loss, "n": torch.tensor(len(labels))}
-
-
-def _touches(layer: Mapping[str, Tensor], slot: str) -> bool:
-    return f"{slot}.A" in layer or any(f"{delta.PREFIX}{slot}.{side}" in layer for side in ("left", "dense"))

@@ -15,13 +15,10 @@ from torch import nn
 
 from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
+from fedpeft.models.adapters import Acting, Applied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
-
-    Applied = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -38,7 +35,7 @@ class Base:
         module: the transformer without any head, in eval mode, no parameter requires a gradient.
         tokenizer: a fast tokenizer of transformers.
         source: the folder or hub name that it came from.
-        active: what acts on the output of which module during the forward pass that is going on.
+        acting: what adapters do in the forward pass that is going on.
     """
 
     module: Any
@@ -46,7 +43,7 @@ class Base:
     source: str
     device: torch.device
     dtype: torch.dtype
-    active: dict[nn.Module, list[Applied]] = field(default_factory=dict)
+    acting: Acting = field(default_factory=Acting)
     _hooked: set[nn.Module] = field(default_factory=set)
     _copies: dict[str, Base] = field(default_factory=dict)
 
@@ -66,14 +63,16 @@ class Base:
         """The `model_type` of its configuration."""
         return str(self.module.config.model_type)
 
-    def hook(self, module: nn.Module) -> None:
-        """Let adapters act on a module's output; the first call registers, further ones change nothing."""
-        if module not in self._hooked:
+    def change_output(self, path: str, applied: Applied) -> None:
+        """Let a change act on the output of the module at this path, in the pass that is going on."""
+        module = self.module.get_submodule(path)
+        if module not in self._hooked:  # registered once, it reads what acts at the moment
             module.register_forward_hook(self._apply)
             self._hooked.add(module)
+        self.acting.outputs.setdefault(module, []).append(applied)
 
     def _apply(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for applied in self.active.get(module, ()):
+        for applied in self.acting.outputs.get(module, ()):
             output = applied(args[0], output)
         return output
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.core.errors import FitError
-from fedpeft.core.examples import Examples
 
 PART_COST_TOKENS = 48  # what the fixed cost of one more forward and backward pass is worth, in padded tokens
 
@@ -69,25 +68,26 @@ class Batch:
     lengths: Tensor  # (rows,)
 
 
-def collate(rows: Sequence[tuple[Examples, int]], pad: int, device: torch.device, segments: bool) -> Batch:
+def collate(
+    rows: Sequence[tuple[NDArray[np.int32], NDArray[np.int32] | None]], pad: int, device: torch.device, segments: bool
+) -> Batch:
     """Pad the given rows to the longest of them.
 
     Args:
-        rows: pairs of examples and row number.
+        rows: token ids and token types (None: all 0) of each row.
         pad: token id of padding.
         segments: whether the model takes token types.
     """
-    tokens = [examples.tokens[row] for examples, row in rows]
-    lengths = np.fromiter((len(t) for t in tokens), dtype=np.int64, count=len(tokens))
+    lengths = np.fromiter((len(tokens) for tokens, _ in rows), dtype=np.int64, count=len(rows))
     if not lengths.all():
         raise FitError("a row has no tokens; drop empty texts from the data")
     longest = int(lengths.max())
     ids = np.full((len(rows), longest), pad, dtype=np.int64)
     types = np.zeros_like(ids) if segments else None
-    for i, (own, (examples, row)) in enumerate(zip(tokens, rows, strict=True)):
-        ids[i, : len(own)] = own
-        if types is not None and examples.segments is not None:
-            types[i, : len(own)] = examples.segments[row]
+    for i, (tokens, own) in enumerate(rows):
+        ids[i, : len(tokens)] = tokens
+        if types is not None and own is not None:
+            types[i, : len(tokens)] = own
     mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)
     inputs = {"input_ids": torch.from_numpy(ids).to(device)}
     if types is not None:

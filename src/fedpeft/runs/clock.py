@@ -21,17 +21,15 @@ class Clock:
     Args:
         shape: of the base model.
         profiles: device per client; a client without one has the documented default.
-        lowest_block: the lowest transformer block that holds an adapter, where the backward pass ends.
     """
 
-    def __init__(self, shape: Shape, profiles: Mapping[ClientId, Profile], lowest_block: int = 0) -> None:
+    def __init__(self, shape: Shape, profiles: Mapping[ClientId, Profile]) -> None:
         self._shape = shape
         self._profiles = profiles
-        self._lowest_block = lowest_block
 
     def flops(self, meter: Meter) -> int:
         """Counted operations of one client's work."""
-        trained = train_flops(self._shape, meter.trained_tokens, meter.trained_pairs, self._lowest_block)
+        trained = sum(train_flops(self._shape, *work, lowest) for lowest, work in meter.trained.items())
         return trained + forward_flops(self._shape, meter.forward_tokens, meter.forward_pairs)
 
     def __call__(self, receipt: Receipt) -> float:

@@ -1,13 +1,29 @@
-"""Adapters with a client axis: each keeps its parameters as (clients, ...) and picks, per row, its client's."""
+"""Adapters with a client axis: each keeps its parameters as (clients, ...) and picks, per row, its client's.
+
+An `Adapter` is one kind of trainable parameters over one base. It holds no parameters itself; in a forward pass it
+puts those of all clients in place, by what it adds to the base's `Acting`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from fedpeft.core.rng import Rng
+from fedpeft.core.tree import Params
+
+if TYPE_CHECKING:
+    from fedpeft.models.families import Slot
+    from fedpeft.models.load import Base
 
 Applied = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> its new output
+Layer = Mapping[str, Tensor]  # parameters of one adapter layer, (clients, ...)
+Shape: TypeAlias = tuple[int | None, ...]  # None: a size that may differ between clients
+Sizes: TypeAlias = Mapping[str, tuple[tuple[int, ...] | None, ...]]  # each client's own shape under a name; None: lacks
+Partner: TypeAlias = tuple[str, int, int]  # the other side of a pair, and the two dimensions that must agree
 
 
 @dataclass(frozen=True)
@@ -33,4 +49,108 @@ class Rows:
         return stacked.index_select(0, self.client)
 
 
-Layer = Mapping[str, Tensor]  # parameters of one adapter layer, (clients, ...)
+@dataclass(frozen=True)
+class Prefixed:
+    """Keys and values before those of a layer's own tokens; every token sees them.
+
+    Attributes:
+        key, value: (rows, key/value heads, P, head size); rows is 1 where all rows share them.
+        seen: (rows, P) False where a client's prefix is shorter than the longest; None: all are seen.
+    """
+
+    key: Tensor
+    value: Tensor
+    seen: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a forward pass, as a prompt that is made of it sees it.
+
+    Attributes:
+        states: (rows, tokens, d) embeddings of the tokens, or for a late prompt the states that enter its block.
+        mask: (rows, tokens) True at real tokens.
+        sentence: gives (rows, d), the frozen base's own mean state of each row, without any adapter.
+    """
+
+    states: Tensor
+    mask: Tensor
+    sentence: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """Tokens put before those of the text.
+
+    Attributes:
+        count: P, how many.
+        make: gives (rows, P, d) from the text.
+        seen: (rows, P) False where a client has fewer; None: all are seen.
+        block: the block whose input they are put before; None: the embeddings, and positions count them.
+    """
+
+    count: int
+    make: Callable[[Text], Tensor]
+    seen: Tensor | None = None
+    block: int | None = None
+
+
+@dataclass
+class Acting:
+    """What adapters do in the forward pass that is going on; empty between passes.
+
+    Attributes:
+        outputs: what changes a module's output, in this order.
+        prefixes: keys and values of attention modules.
+        virtual: tokens before the text; at most one adapter brings some.
+    """
+
+    outputs: dict[nn.Module, list[Applied]] = field(default_factory=dict)
+    prefixes: dict[nn.Module, Prefixed] = field(default_factory=dict)
+    virtual: Virtual | None = None
+
+    def clear(self) -> None:
+        """Nothing acts."""
+        self.outputs.clear()
+        self.prefixes.clear()
+        self.virtual = None
+
+
+class Adapter(Protocol):
+    """One kind of adapter over one base; immutable."""
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """The projections that the specification names, where the kind acts on projections."""
+        ...
+
+    @property
+    def partners(self) -> Mapping[str, Partner]:
+        """By last part of a name: the side without which it means nothing."""
+        ...
+
+    def init(self, rng: Rng) -> dict[str, Tensor]:
+        """Fresh parameters, float32."""
+        ...
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Every parameter that the kind can have on this base, whatever the specification chose."""
+        ...
+
+    def bind(self, layer: Layer, sizes: Sizes, rows: Rows, base: Base) -> None:
+        """Put the parameters in place for one pass, by what is added to `base.acting`.
+
+        Args:
+            layer: stacked parameters; names of other kinds may be among them, and any may be absent.
+            sizes: each client's own shapes.
+            base: in the precision of this pass; its modules have the paths of the base that the adapter was made on.
+        """
+        ...
+
+    def context(self, params: Params) -> tuple[float, float]:
+        """What the adapter adds to the work of every row, for counted costs.
+
+        Returns:
+            further tokens of a row, and further keys that its tokens attend to, as a mean over the blocks.
+        """
+        ...

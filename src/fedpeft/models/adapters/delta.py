@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedpeft.models.adapters import Applied, Rows
+from fedpeft.models.adapters import Applied, Layer, Partner, Rows, Shape
 from fedpeft.models.families import Slot
+from fedpeft.models.load import Base
 
 PREFIX = "delta."
+PARTNERS: Mapping[str, Partner] = {"left": ("right", 1, 0), "right": ("left", 0, 1)}
 
 
-def shapes(slots: Mapping[str, Slot]) -> dict[str, tuple[int | None, ...]]:
+def shapes(slots: Mapping[str, Slot]) -> dict[str, Shape]:
     """What each parameter's shape must be; None stands for the number of factors."""
-    want: dict[str, tuple[int | None, ...]] = {}
+    want: dict[str, Shape] = {}
     for name, slot in slots.items():
         want[f"{PREFIX}{name}.left"] = (slot.d_out, None)
         want[f"{PREFIX}{name}.right"] = (None, slot.d_in)
@@ -29,7 +31,14 @@ def shapes(slots: Mapping[str, Slot]) -> dict[str, tuple[int | None, ...]]:
     return want
 
 
-def apply(layer: Mapping[str, Tensor], slot: Slot, rows: Rows) -> Applied:
+def bind(layer: Layer, slots: Mapping[str, Slot], rows: Rows, base: Base) -> None:
+    """Add every delta of the layer to its projection."""
+    for name, slot in slots.items():
+        if any(f"{PREFIX}{name}.{side}" in layer for side in ("left", "dense")):
+            base.change_output(slot.path, apply(layer, slot, rows))
+
+
+def apply(layer: Layer, slot: Slot, rows: Rows) -> Applied:
     """What the delta of one slot adds; a delta that all clients share is applied without a client axis."""
     name = f"{PREFIX}{slot.name}"
     factors = [_own(layer[f"{name}.{side}"], rows) for side in ("right", "left") if f"{name}.{side}" in layer]

@@ -16,30 +16,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedpeft.core.adapter import Lora
+from fedpeft.core.errors import ModelError
 from fedpeft.core.rng import Rng
-from fedpeft.models.adapters import Applied, Rows
-from fedpeft.models.families import Slot
+from fedpeft.core.tree import Params
+from fedpeft.models.adapters import Applied, Layer, Partner, Rows, Shape, Sizes
+from fedpeft.models.families import Slot, choose, slots
+from fedpeft.models.load import Base
 from fedpeft.models.noise import keep
 
 
-def init(spec: Lora, slots: Mapping[str, Slot], rng: Rng) -> dict[str, Tensor]:
-    """A Kaiming-uniform with a = sqrt(5), that is U(-1, 1) / sqrt(d_in), as in PEFT; B = 0."""
-    params: dict[str, Tensor] = {}
-    for name, slot in slots.items():
-        bound = 1 / math.sqrt(slot.d_in)
-        a = rng.uniform(-bound, bound, size=(spec.rank, slot.d_in))
-        params[f"{name}.A"] = torch.from_numpy(a.astype(np.float32))
-        params[f"{name}.B"] = torch.zeros(slot.d_out, spec.rank)
-    return params
+class LoraAdapter:
+    """LoRA on the projections that a specification names; parameters on the family's other projections apply too.
 
+    Raises:
+        ModelError: a rank below 1, or targets that the base does not have.
+    """
 
-def shapes(spec: Lora, slots: Mapping[str, Slot]) -> dict[str, tuple[int | None, ...]]:
-    """What each parameter's shape must be; None stands for the rank, which may differ between clients."""
-    want: dict[str, tuple[int | None, ...]] = {}
-    for name, slot in slots.items():
-        want[f"{name}.A"] = (None, slot.d_in)
-        want[f"{name}.B"] = (slot.d_out, None)
-    return want
+    partners: Mapping[str, Partner] = {"A": ("B", 0, 1), "B": ("A", 1, 0)}
+
+    def __init__(self, spec: Lora, base: Base) -> None:
+        if spec.rank < 1:
+            raise ModelError(f"adapter.rank is {spec.rank}; it must be at least 1")
+        self.spec = spec
+        self.slots = choose(base.module, base.family, spec.targets, spec.blocks)
+        self.places = slots(base.module, base.family) | self.slots
+        self.scale = spec.alpha / spec.rank
+
+    def init(self, rng: Rng) -> dict[str, Tensor]:
+        """A Kaiming-uniform with a = sqrt(5), that is U(-1, 1) / sqrt(d_in), as in PEFT; B = 0."""
+        params: dict[str, Tensor] = {}
+        for name, slot in self.slots.items():
+            bound = 1 / math.sqrt(slot.d_in)
+            a = rng.uniform(-bound, bound, size=(self.spec.rank, slot.d_in))
+            params[f"{name}.A"] = torch.from_numpy(a.astype(np.float32))
+            params[f"{name}.B"] = torch.zeros(slot.d_out, self.spec.rank)
+        return params
+
+    def shapes(self) -> dict[str, Shape]:
+        """None stands for the rank, which may differ between clients."""
+        want: dict[str, Shape] = {}
+        for name, slot in self.places.items():
+            want[f"{name}.A"] = (None, slot.d_in)
+            want[f"{name}.B"] = (slot.d_out, None)
+        return want
+
+    def bind(self, layer: Layer, sizes: Sizes, rows: Rows, base: Base) -> None:
+        """Add B A x to every projection whose factors are there."""
+        for name, slot in self.places.items():
+            if f"{name}.A" in layer:
+                change = apply(layer[f"{name}.A"], layer[f"{name}.B"], self.scale, slot, rows)
+                base.change_output(slot.path, change)
+
+    def context(self, params: Params) -> tuple[float, float]:
+        """No token and no key more."""
+        return 0.0, 0.0
 
 
 def apply(a: Tensor, b: Tensor, scale: float, slot: Slot, rows: Rows) -> Applied:

@@ -1,0 +1,107 @@
+"""How a task format makes a loss and class scores of the base's last hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpeft.core.examples import Examples
+from fedpeft.core.rng import Rng
+from fedpeft.core.tree import Params
+from fedpeft.models.adapters import Rows, Shape
+
+if TYPE_CHECKING:
+    from fedpeft.core.train import Stack
+    from fedpeft.models.load import Base
+    from fedpeft.models.parts import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sequence that goes through the model for one row of a client's data.
+
+    Attributes:
+        client: on the client axis.
+        candidate: which answer stands behind the text, where the format has answers; -1: none.
+    """
+
+    client: int
+    data: Examples
+    row: int
+    candidate: int = -1
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a readout is given after a forward pass: whose items they were, and the states of their own tokens.
+
+    Attributes:
+        hidden: (items, tokens, d) last hidden states, tokens of a prompt taken away.
+    """
+
+    base: Base
+    stack: Stack
+    items: Sequence[Item]
+    batch: Batch
+    rows: Rows
+    hidden: Tensor
+
+
+class Readout(Protocol):
+    """A task format over one base; immutable.
+
+    Attributes:
+        classes: how many labels there are.
+        params: names of its own parameters, which are trained and travel; empty where the format has none.
+        candidates: sequences per row when labels are predicted.
+    """
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def params(self) -> frozenset[str]: ...
+
+    @property
+    def candidates(self) -> int: ...
+
+    def init(self, rng: Rng) -> dict[str, Tensor]:
+        """Fresh parameters."""
+        ...
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Its parameters' shapes."""
+        ...
+
+    def check(self, params: Params, data: Examples) -> None:
+        """Raise FitError unless the format can train these parameters on these rows."""
+        ...
+
+    def training(self, client: int, data: Examples, row: int) -> Item:
+        """What goes through the model for a row whose label is learnt."""
+        ...
+
+    def predicting(self, client: int, data: Examples, row: int) -> Sequence[Item]:
+        """What goes through the model for a row whose label is asked: `candidates` items."""
+        ...
+
+    def length(self, item: Item) -> int:
+        """Tokens of an item."""
+        ...
+
+    def sequence(self, item: Item) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
+        """Token ids of an item, and token types where the data have them."""
+        ...
+
+    def losses(self, seen: Seen) -> Tensor:
+        """(items,) the loss of each item's own label."""
+        ...
+
+    def logits(self, seen: Seen) -> Tensor:
+        """(items, classes) scores before the softmax; (items, 1) where every class is a candidate of its own."""
+        ...
