@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.core.examples import Examples
-from fedpeft.core.fit import SGD, Fit
+from fedpeft.core.fit import SGD, Fit, check_fit
 from fedpeft.core.train import Stack, stack_params
 from fedpeft.core.tree import Params
 from fedpeft.models.families import block_paths
@@ -95,6 +95,7 @@ def hessian(
     if unknown := names - params.keys():
         raise FitError(f"a Hessian over {min(unknown)!r} was asked, which is not among the parameters")
     fit = Fit(params, data, [list(rows)], SGD(0.0), train=names)
+    check_fit(fit)
     model.check(fit)
     leaves = {name: params[name].detach().to(model.device).clone().requires_grad_() for name in sorted(names)}
     frozen = {name: t for name, t in params.items() if name not in names}
