@@ -1,13 +1,14 @@
 """A model of three numbers, on which every method can be checked with a pencil.
 
 The parameters are one point w, cut into two tensors so that names matter: `block.0.w` holds all numbers but the last,
-`head.w` the last one. A row of data is a point x and its loss is 1/2 ||w - x||², so the gradient of a batch is
-w - mean(x), a step of SGD moves w by lr (mean(x) - w), and a client's optimum is the mean of its rows.
+`head.w` the last one; a model of several blocks shares the former out among `block.0.w`, `block.1.w`, .... A row of
+data is a point x and its loss is 1/2 ||w - x||², so the gradient of a batch is w - mean(x), a step of SGD moves w by
+lr (mean(x) - w), and a client's optimum is the mean of its rows. A block without parameters stands at 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,10 @@ class Points:
     def epochs(self, epochs: int, batch_size: int, rng: Rng) -> Sequence[Sequence[int]]:
         return epoch_batches(len(self), epochs, batch_size, rng)
 
+    def distinct(self, limit: int) -> Sequence[int]:
+        first = {row.tobytes(): i for i, row in reversed(list(enumerate(self.x)))}
+        return sorted(first.values())[:limit]
+
 
 def points(*rows: Sequence[float]) -> Points:
     """Data from literal rows."""
@@ -59,7 +64,13 @@ def params(*numbers: float, dtype: torch.dtype = torch.float64) -> dict[str, Ten
 
 def vector(p: Params) -> list[float]:
     """The numbers of parameters."""
-    return [*p[BODY].tolist(), *p[HEAD].tolist()]
+    return [number for name in sorted(p) for number in p[name].tolist()]
+
+
+def cut(numbers: Tensor, blocks: int) -> dict[str, Tensor]:
+    """A point as the parameters of a model of so many blocks."""
+    parts = torch.tensor_split(numbers[:-1], blocks)
+    return {f"block.{i}.w": part for i, part in enumerate(parts)} | {HEAD: numbers[-1:]}
 
 
 class ToyModel:
@@ -70,6 +81,7 @@ class ToyModel:
         width: how many numbers `init` draws.
         dtype: of the parameters, by name.
         dropout: of the adapter's specification.
+        blocks: how many blocks it has.
     """
 
     device = torch.device("cpu")
@@ -80,7 +92,9 @@ class ToyModel:
         width: int = 3,
         dtype: str = "float64",
         dropout: float = 0.0,
+        blocks: int = 1,
     ) -> None:
+        self.blocks = blocks
         self.start = start
         self.width = width
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -90,14 +104,10 @@ class ToyModel:
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
         numbers = rng.standard_normal(self.width) if self.start is None else self.start
-        return params(*numbers, dtype=self.dtype)
-
-    @property
-    def blocks(self) -> int:
-        return 1
+        return cut(torch.tensor(numbers, dtype=self.dtype), self.blocks)
 
     def lowest_block(self, names: Iterable[str]) -> int:
-        return min((block_of(name) for name in names if block_of(name) is not None), default=1)
+        return min((block for name in names if (block := block_of(name)) is not None), default=self.blocks)
 
     def passes(self, params: Params | None, data: Points, rows: Sequence[int] | None = None) -> tuple[int, int]:
         count = len(data) if rows is None else len(rows)
@@ -107,8 +117,9 @@ class ToyModel:
         return self.passes(None, fit.data, [row for batch in fit.batches for row in batch])
 
     def check(self, fit: Fit) -> None:
-        if fit.params.keys() != {BODY, HEAD}:
-            raise FitError(f"the toy has {BODY!r} and {HEAD!r}, the fit has {sorted(fit.params)}")
+        known = cut(torch.zeros(3), self.blocks).keys()
+        if not (HEAD in fit.params and fit.params.keys() <= known and (self.blocks > 1 or len(fit.params) == 2)):
+            raise FitError(f"the toy has {sorted(known)}, the fit has {sorted(fit.params)}")
 
     def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
         self.calls.append(len(fits))
@@ -120,20 +131,36 @@ class ToyModel:
             raise fitted
         return fitted
 
+    def point(self, params: Params, width: int) -> Tensor:
+        """w, with zeros for what is not there."""
+        return torch.cat([params.get(name, zeros) for name, zeros in cut(torch.zeros(width), self.blocks).items()])
+
     def logits(self, params: Params | None, data: Points, rows: Sequence[int] | None = None) -> Tensor:
         x = torch.from_numpy(data.x if rows is None else data.x[list(rows)])
-        return x * 0 if params is None else x * torch.cat([params[BODY], params[HEAD]])
+        return x * 0 if params is None else x * self.point(params, x.shape[1])
 
     def score(self, params: Params, data: Points) -> dict[str, Tensor]:
-        w = torch.cat([params[BODY], params[HEAD]]).double()
+        w = self.point(params, data.x.shape[1]).double()
         return {"loss": 0.5 * (w - torch.from_numpy(data.x)).square().sum(), "n": torch.tensor(len(data))}
+
+    def hidden(self, params: Params | None, data: Points, rows: Sequence[int]) -> Tensor:
+        """Block l gives x + l: the higher, the more alike the rows are."""
+        x = torch.from_numpy(data.x[list(rows)]).float()
+        return torch.stack([x + block for block in range(self.blocks)])[:, :, None, :]
+
+    def hessian(
+        self, params: Params, data: Points, rows: Sequence[int], names: Iterable[str] | None = None
+    ) -> Callable[[Params], dict[str, Tensor]]:
+        """Of 1/2 ||w - x||²: the identity."""
+        over = set(params if names is None else names)
+        return lambda vector: {name: vector[name].clone() for name in over}
 
     def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
         """Mean losses and their gradients, client by client, so that company changes no bit."""
         self.dirt = stack
         losses = []
         for i, fit in enumerate(stack.fits):
-            w = torch.cat([stack.params[BODY][i], stack.params[HEAD][i]])
+            w = self.point({name: t[i] for name, t in stack.params.items()}, fit.data.x.shape[1])
             x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
             if fit.dropout:
                 x = x * torch.from_numpy(_noise(fit, step, rows[i], x.shape[1])).to(w)

@@ -40,6 +40,15 @@ class Examples:
         segments = None if self.segments is None else tuple(self.segments[i] for i in index)
         return Examples(tuple(self.tokens[i] for i in index), self.labels[index], segments)
 
+    def distinct(self, limit: int) -> list[int]:
+        """The first rows of which no two have the same tokens, at most `limit` of them."""
+        seen: dict[bytes, int] = {}
+        for row, tokens in enumerate(self.tokens):
+            if len(seen) == limit:
+                break
+            seen.setdefault(tokens.tobytes(), row)
+        return list(seen.values())
+
     def epochs(self, epochs: int, batch_size: int, rng: Rng) -> list[list[int]]:
         """Row indices: each epoch a fresh permutation, cut into batches; the last batch of an epoch may be short."""
         return epoch_batches(len(self), epochs, batch_size, rng)

@@ -75,6 +75,10 @@ class Data(Protocol):
         """Row indices: each epoch a fresh permutation, cut into batches; the last batch may be short."""
         ...
 
+    def distinct(self, limit: int) -> Sequence[int]:
+        """The first rows of which no two have the same content, at most `limit` of them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fit:

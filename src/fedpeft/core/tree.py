@@ -123,6 +123,18 @@ def norm(a: Params) -> float:
     return math.sqrt(dot(a, a))
 
 
+def flatten(a: Params) -> Tensor:
+    """All numbers as one float64 vector, name after name in sorted order."""
+    return torch.cat([a[name].detach().double().flatten() for name in sorted(a)]) if a else torch.zeros(0).double()
+
+
+def unflatten(vector: Tensor, like: Params) -> dict[str, Tensor]:
+    """The params, in the layout and dtypes of `like`, of which `flatten` gave the vector."""
+    names = sorted(like)
+    parts = torch.split(vector, [like[name].numel() for name in names])
+    return {n: part.view(like[n].shape).to(like[n].dtype) for n, part in zip(names, parts, strict=True)}
+
+
 def count(a: Params) -> int:
     """How many numbers the params hold."""
     return sum(t.numel() for t in a.values())
