@@ -44,6 +44,7 @@ from fedpeft.runs.files import (
     write_new,
 )
 from fedpeft.runs.memories import MemoryStore
+from fedpeft.runs.tables import Tables
 
 __all__ = ["Checkpoint", "MemoryStore", "RunFolder", "unused"]
 
@@ -90,6 +91,7 @@ class RunFolder:
         self.path = Path(path)
         self._lock: Lock | None = None
         self._best: tuple[Params, Path] | None = None  # the best parameters last stored, and where
+        self._tables = Tables()
 
     @classmethod
     def create(cls, out: Path) -> RunFolder:
@@ -273,7 +275,7 @@ class RunFolder:
         serial = int(older[-1].name) + 1 if older else 1
         target = self._checkpoints / f"{serial:06d}"
         draft = target.with_name(target.name + TEMPORARY)
-        figures = {
+        figures: dict[str, Any] = {
             "number": checkpoint.number,
             "round": checkpoint.round,
             "versions": checkpoint.versions,
@@ -282,7 +284,8 @@ class RunFolder:
         try:
             make_folder(draft)
             with storing(target):
-                write_new(draft / "state.safetensors", records.encode(checkpoint.state), durable=True)
+                state, figures["tables"] = self._tables.write(draft, checkpoint.state)
+                write_new(draft / "state.safetensors", records.encode(state), durable=True)
                 write_new(draft / "progress.json", _pretty(figures), durable=True)
                 if checkpoint.best is not None:
                     self._store_best(checkpoint.best, draft / "best.safetensors")
@@ -292,6 +295,7 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+        self._tables.moved(draft, target)
         self._best = None if checkpoint.best is None else (checkpoint.best, target / "best.safetensors")
         for folder in older:
             shutil.rmtree(folder, ignore_errors=True)
@@ -327,7 +331,8 @@ class RunFolder:
         try:
             with storing(folder, "read"):
                 figures = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-                found = records.decode((folder / "state.safetensors").read_bytes(), state)
+                bare = records.decode((folder / "state.safetensors").read_bytes(), state)
+                found = self._tables.read(folder, bare, figures.get("tables", {}))
                 best = records.decode(best_path.read_bytes(), Weights).params if best_path.exists() else None
             checkpoint = Checkpoint(
                 figures["number"], figures["round"], found, figures["versions"], figures["progress"], best

@@ -33,6 +33,32 @@ def seconds_text(s: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
+def flops_text(n: float) -> str:
+    """Counted operations with a decimal prefix and three digits: 999 FLOPs, 4.70 GFLOPs."""
+    size = float(n)
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(size) < 999.5 or unit == "E":
+            return f"{size:.0f} FLOPs" if unit == "" else f"{_three(size)} {unit}FLOPs"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def count_text(n: float, what: str, several: str | None = None) -> str:
+    """A number of things: 1 round, 1,200 rounds, 2.5 rounds.
+
+    Args:
+        what: the name of one.
+        several: the name of more than one; None: with an s.
+    """
+    number = f"{n:,.0f}" if n == round(n) else f"{n:,.1f}"
+    return f"{number} {what}" if n == 1 else f"{number} {several or what + 's'}"
+
+
+def share_text(x: float) -> str:
+    """A part of a whole: 38.1 %."""
+    return f"{100 * x:.1f} %"
+
+
 def score_text(value: float | None, spread: float | None = None) -> str:
     """A score with three decimals, with its spread where there is one; a dash where there is no score."""
     if value is None or not math.isfinite(value):
