@@ -14,6 +14,7 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -77,6 +78,21 @@ def block_paths(base: nn.Module, model_type: str) -> list[str]:
         return []
     stem = FAMILIES[model_type][0]
     return [f"{stem}.{i}" for i in range(len(base.get_submodule(stem)))]  # type: ignore[arg-type]
+
+
+def attention_paths(base: nn.Module, model_type: str) -> list[str]:
+    """The module paths of a known family's attention, one a block, lowest first; empty for a family not known."""
+    if model_type not in FAMILIES:
+        return []
+    inner = FAMILIES[model_type][1]["query"].rpartition(".")[0]  # the module that its projections lie in
+    return [f"{path}.{inner}" for path in block_paths(base, model_type)]
+
+
+def key_value_size(config: Any) -> tuple[int, int]:
+    """(number of key/value heads, size of a head) of a known family's attention, from its configuration."""
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads  # some families choose their own size
+    return int(getattr(config, "num_key_value_heads", None) or heads), int(size)
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:

@@ -238,7 +238,7 @@ class HFModel:
             for layer, sizes in ((stack.params, stack.sizes), *zip(stack.also, stack.also_sizes, strict=True)):
                 self.adapter.bind(layer, sizes, whose, base)
                 delta.bind(layer, self.places, whose, base)
-            yield Seen(base, stack, items, batch, whose, self._hidden(base, batch))
+            yield Seen(base, stack, items, batch, whose, self._hidden(base, batch, items))
         finally:
             base.acting.clear()
 
@@ -251,15 +251,21 @@ class HFModel:
         drop = torch.tensor([stack.fits[client].dropout for client in clients], device=self.device)
         return Rows(index, clients[0], row_keys(seeds, step, [item.row for item in items], self.device), drop)
 
-    def _hidden(self, base: Base, batch: Batch) -> Tensor:
-        """(rows, tokens, d) last hidden states of the text's own tokens."""
+    def _hidden(self, base: Base, batch: Batch, items: Sequence[Item]) -> Tensor:
+        """(rows, tokens, d) last hidden states of the text's own tokens.
+
+        A prompt that is made of the text must not see an answer that stands behind it.
+        """
         acting = base.acting
         inputs: dict[str, Any] = {**batch.inputs, **self._extra}
         if acting.prefixes:
             inputs["prefixes"] = acting.prefixes
         if acting.virtual is None:
             return cast(Tensor, base.module(**inputs).last_hidden_state)
-        return virtual.run(base, batch, inputs, acting.virtual)
+        known = None
+        if any(item.candidate >= 0 for item in items):
+            known = torch.tensor([len(item.data.tokens[item.row]) for item in items], device=self.device)
+        return virtual.run(base, batch, inputs, acting.virtual, known)
 
     # --- predictions ---
 

@@ -15,7 +15,9 @@ from torch import nn
 
 from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
+from fedpeft.models import attention
 from fedpeft.models.adapters import Acting, Applied
+from fedpeft.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,14 +86,17 @@ class Base:
             raise ModelError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
         if precision not in self._copies:
             module = self.copy_module(DTYPES[precision])
+            if attention.installed(self.module):
+                attention.install(module)
             self._copies[precision] = Base(module, self.tokenizer, self.source, self.device, DTYPES[precision])
         return self._copies[precision]
 
     def copy_module(self, dtype: torch.dtype) -> Any:
-        """A copy of the transformer in another precision, on which no adapter acts."""
+        """A copy of the transformer in another precision, on which no adapter acts; one of plain transformers."""
         module = copy.deepcopy(self.module, {id(self): self})  # the hooks lead to this Base: it is not copied with them
         for inner in module.modules():
             inner._forward_hooks.clear()
+        attention.uninstall(module)
         return module.to(dtype)
 
 
@@ -200,6 +205,11 @@ def _load(source: str, dtype: str, device: str) -> Base:
 
 
 def freeze(module: Any, tokenizer: Any, source: str, device: torch.device) -> Base:
-    """A Base from a transformers model that is there already (a random one in a test, say)."""
+    """A Base from a transformers model that is there already (a random one in a test, say).
+
+    A model of a known family that attends by transformers' "sdpa" takes prefixes from now on; see `models/attention`.
+    """
     module = module.to(device).eval().requires_grad_(False)
+    if module.config.model_type in FAMILIES:
+        attention.install(module)
     return Base(module, tokenizer, source, device, next(module.parameters()).dtype)

@@ -69,7 +69,7 @@ class Text:
 
     Attributes:
         states: (rows, tokens, d) embeddings of the tokens, or for a late prompt the states that enter its block.
-        mask: (rows, tokens) True at real tokens.
+        mask: (rows, tokens) True at real tokens before an answer; they come first.
         sentence: gives (rows, d), the frozen base's own mean state of each row, without any adapter.
     """
 
