@@ -154,6 +154,12 @@ def test_too_few_answers_fail_the_run_which_goes_on_when_they_are_back(
     assert len(asked) == 16 and len(set(cohorts)) > 1
     found = RunFolder.open(tmp_path / "run").manifest()
     assert found["status"] == "failed" and "the line is cut" in found["error"] and found["rounds_done"] == 1
+    lines = RunFolder.open(tmp_path / "run").exchanges()
+    given_up = [line for line in lines if line["round"] == 2]
+    assert [(line["attempt"], line["client"]) for line in given_up] == asked
+    assert {line["lost"] for line in given_up} == {"the line is cut"}
+    assert sum(line["bytes_down"] for line in lines) == found["bytes_down"]
+    assert "round 2, " in (log := (tmp_path / "run" / "run.log").read_text()) and log.count("the line is cut") >= 16
     app.resume(tmp_path / "run")
     assert small.sha(tmp_path / "run") == small.sha(finished.folder)
     assert small.story(tmp_path / "run") == small.story(finished.folder)

@@ -79,7 +79,9 @@ def test_table_has_mean_and_spread_of_the_runs(place: Path, tmp_path: Path) -> N
                 break
     expected = sum(spent) / 2 if len(spent) == 2 else None
     assert rows["Avg"]["bytes_to_target"] == expected
-    assert json.loads((done.folder / "table.json").read_text()) == {"table": done.table, "failures": []}
+    whole = json.loads((done.folder / "table.json").read_text())
+    runs = [f"trades-{label}-seed{seed}" for label in ("avg", "alone") for seed in (0, 1)]
+    assert whole == {"table": done.table, "failures": [], "runs": runs}
     page = done.report.read_text()
     assert done.report == tmp_path / "study" / "report.html" and "<td>Alone</td>" in page
 

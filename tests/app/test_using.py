@@ -208,7 +208,20 @@ def test_export_keeps_what_is_not_an_export(place: Path, tmp_path: Path, finishe
         app.export(finished.folder, tmp_path)
     assert (tmp_path / "own.txt").read_text() == "mine"
     app.export(finished.folder, tmp_path / "out")
-    app.export(finished.folder, tmp_path / "out")  # an earlier export is replaced
+    app.export(finished.folder, tmp_path / "out")  # the same again harms nobody
+
+
+def test_export_of_something_else_is_replaced_only_when_that_is_asked_for(
+    tmp_path: Path, finished: app.Run, local: app.Run
+) -> None:
+    out = app.export(local.folder, tmp_path / "out", client="000")
+    first = (out / "adapter_model.safetensors").read_bytes()
+    for folder, merge in ((local.folder, False), (finished.folder, False), (finished.folder, True)):
+        with pytest.raises(RequestError, match=r"out holds an export of other parameters, .* with --replace"):
+            app.export(folder, out, merge=merge)
+    assert (out / "adapter_model.safetensors").read_bytes() == first
+    app.export(local.folder, out, replace=True)
+    assert (out / "adapter_model.safetensors").read_bytes() != first
 
 
 def test_head_alone_needs_a_merged_export(place: Path, tmp_path: Path) -> None:

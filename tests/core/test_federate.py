@@ -242,6 +242,9 @@ def test_the_quorum_error_says_what_where_and_what_to_do() -> None:
     assert "; ".join(f"{c}: {c} is out" for c in last[:3]) + "; and 2 more" in text
     assert "Lower run.quorum" in text and "resume" in text
     assert len(transport.calls) == 1 + ATTEMPTS
+    done = caught.value.done
+    assert done is not None and (done.number, done.round, done.exchange, done.answered) == (2, 1, "count", ())
+    assert sorted(r.client for r in done.receipts) == sorted(c for _, asked in transport.calls[1:] for c in asked)
 
 
 def test_one_answer_is_needed_however_low_the_quorum() -> None:

@@ -144,6 +144,7 @@ def hub(monkeypatch):
     module.load_dataset = load_dataset
     module.get_dataset_split_names = lambda path, name=None: ["train", "test"]
     monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr("fedpeft.core.hub.hub_answers", lambda: True)
     return calls
 
 
@@ -160,6 +161,9 @@ def test_hub_errors_are_clear(hub, monkeypatch):
         load.read_hub("owner/none", "train")
     with pytest.raises(DataError, match="split 'test' of hub data set 'owner/reviews' is empty"):
         load.read_hub("owner/reviews", "test")
+    monkeypatch.setattr("fedpeft.core.hub.hub_answers", lambda: False)
+    with pytest.raises(DataError, match=r"\(ConnectionError: \S+ does not answer, and owner/none was not downloaded"):
+        load.read_hub("owner/none", "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the library datasets: install fedpeft\[data\]"):
         load.read_hub("owner/reviews", "train")

@@ -189,7 +189,8 @@ def test_errors_name_row_and_value(tmp_path, train, test, options, message):
     ("options", "message"),
     [
         ({}, r"task\.train and task\.name are both null"),
-        ({"format": "cloze"}, "format 'cloze' does not exist; there is: head"),
+        ({"format": "clozed"}, "format 'clozed' does not exist; there are: head, cloze, verbalizer"),
+        ({"template": "{text} <mask>"}, r"task.template belongs to the formats cloze and verbalizer"),
         ({"metric": "bleu"}, "metric 'bleu' does not exist; there are: accuracy, macro_f1, matthews, acc_f1"),
         ({"max_length": 2}, "max_length is 2"),
         ({"limit": 0}, "limit is 0"),

@@ -66,6 +66,38 @@ def test_the_cards_code_runs_and_says_what_the_model_says(
     assert labels_of_code(card, folder, monkeypatch, capsys) == expected
 
 
+@pytest.mark.parametrize("name", ["demo", pytest.param("minilm", marks=pytest.mark.slow)])
+def test_a_model_that_comes_with_a_package_has_a_name_and_no_path_of_this_machine(name: str, tmp_path: Path) -> None:
+    base = load_base(name, device="cpu")
+    model = HFModel(base, Lora(rank=2), 3)
+    params = model.init(tiny.place())
+    title = {"demo": "the demo encoder that ships with fedpeft", "minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+    for write in (export_adapter, export_merged):
+        facts = CARD | {"base_model": name}
+        folder = write(model, params, tmp_path / write.__name__, labels=LABELS, card=facts)
+        for path in (*folder.glob("*.json"), *folder.glob("*.md")):
+            assert str(Path(base.source).parent) not in path.read_text(), path.name
+        card = (folder / "README.md").read_text()
+        assert f" {title[name]}\n" in card and f"| base model | {title[name]} |" in card
+        front = yaml.safe_load(card.split("---\n", 2)[1])
+        assert front.get("base_model") == (None if name == "demo" else title[name])
+    config = json.loads((tmp_path / "export_adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == (None if name == "demo" else title[name])
+
+
+def test_the_code_of_the_demos_card_finds_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = HFModel(load_base("demo", device="cpu"), Lora(rank=2), 3)
+    params = tiny.params(model, tiny.place())
+    folder = export_adapter(model, params, tmp_path / "out", labels=LABELS, card={"max_length": 16})
+    texts = ["One text.", "Another text, a longer one."]
+    ids = [model.base.tokenizer(text)["input_ids"] for text in texts]
+    data = Examples(tuple(torch.tensor(i).int().numpy() for i in ids), torch.zeros(2).long().numpy())
+    expected = [LABELS[i] for i in model.logits(params, data).argmax(dim=1)]
+    assert labels_of_code((folder / "README.md").read_text(), folder, monkeypatch, capsys) == expected
+
+
 def test_the_cards_text(tmp_path: Path) -> None:
     model = lora_model("bert")
     params = tiny.params(model, tiny.place())

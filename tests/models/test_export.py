@@ -144,8 +144,15 @@ def test_only_an_earlier_export_is_replaced(write: Any, tmp_path: Path) -> None:
     first = snapshot(out)
     assert write(model, two, out, labels=LABELS, card={}) == out
     assert snapshot(out) != first
-    with pytest.raises(RequestError, match="something else than an earlier export; choose a new folder"):
+    second = snapshot(out)
+    with pytest.raises(RequestError, match=r"holds an export of other parameters, .* with --replace"):
         write(model, one, out, labels=LABELS, card={}, replace=False)
+    assert snapshot(out) == second
+    write(model, two, out, labels=LABELS, card={}, replace=False)  # the same again harms nobody
+    assert snapshot(out) == second
+    other_form = export_merged if write is export_adapter else export_adapter
+    with pytest.raises(RequestError, match="in another form"):
+        other_form(model, two, out, labels=LABELS, card={}, replace=False)
     (out / "notes.txt").write_text("mine")
     kept = snapshot(out)
     with pytest.raises(RequestError, match="something else"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,3 +103,14 @@ def test_what_cannot_be_counted_says_why():
     shape = shape_of({"num_hidden_layers": 2, "hidden_size": 4, "num_attention_heads": 2, "vocab_size": 9})
     with pytest.raises(ModelError, match="block 3 does not exist"):
         train_flops(shape, 1, 1, lowest_block=3)
+
+
+def test_head_of_the_language_model_counts_for_the_tokens_that_enter_it():
+    """2 rows of 10 tokens with one mask each: two products of the projection forward, two backward."""
+    config = {"num_hidden_layers": 2, "hidden_size": 4, "num_attention_heads": 2, "vocab_size": 50}
+    bare, whole = shape_of(config), shape_of(config, lm_head=True)
+    masked = replace(whole, lm_share=1 / 10)
+    for count, passes in ((forward_flops, 1), (train_flops, 2)):
+        assert count(masked, 20, 200) - count(bare, 20, 200) == passes * 2 * (2 * 4 * 50)
+        assert count(whole, 20, 200) - count(bare, 20, 200) == passes * 20 * (2 * 4 * 50)
+    assert train_flops(masked, 20, 200, 2) - train_flops(bare, 20, 200, 2) == 2 * (2 * 4 * 50)  # nothing goes back

@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 from fedpeft.app.federation import FLAT_COPIES, Federation, batching, build, computing
 from fedpeft.config import load_config
-from fedpeft.config.load import Source
+from fedpeft.config.load import Source, naming_defaults
 from fedpeft.core import records, tree, wire
 from fedpeft.core.exchange import Weights
+from fedpeft.core.fit import SGD, Fit
 from fedpeft.planner.cost import Shape, train_flops
 
 HIDDEN_COPIES = 8  # tensors of hidden width that a block keeps for its backward pass; measured on BERT and Llama
+
+LOGIT_COPIES = 3  # log-probabilities, their gradient and that of the logits
 
 
 def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
         RequestError: whatever cannot be met, with what to change.
     """
     wanted = load_config(config, overrides)
-    with computing(wanted):
+    with computing(wanted), naming_defaults(wanted):
         fed = build(wanted)
     sizes = [len(fed.data[c]["train"]) for c in fed.clients]
     shares = [_top_share(fed.data[c]["train"].labels) for c in fed.clients]
@@ -41,7 +44,7 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
             "metric": fed.metric,
             "rows": {split: len(fed.whole(split)) for split in ("train", "validation", "test")},
             "majority": _top_share(train.labels),
-            "tokens_per_row": float(train.lengths.mean()),
+            "tokens_per_row": float(row_lengths(fed).mean()),
         },
         "partition": {
             "clients": len(sizes),
@@ -65,13 +68,14 @@ def _estimate(fed: Federation) -> dict[str, Any]:
     rounds, train, clients = fed.config.run.rounds, fed.whole("train"), len(fed.clients)
     cohort = min(int(getattr(fed.method, "cohort", 0)) or clients, clients)
     passes = rows_per_client(fed) / len(train)  # a client's rows of one round, as a share of all rows
-    tokens, pairs = (int(passes * int((train.lengths**power).sum())) for power in (1, 2))
+    whole = fed.model.cost(Fit(fed.initial, train, [range(len(train))], SGD(0.0)))
+    tokens, pairs = (int(passes * count) for count in whole)
     flops = train_flops(fed.shape, tokens, pairs, fed.model.lowest_block(fed.initial))
     sent = bytes_down(fed)
     device = next(iter(fed.resources.values()))
     seconds = device.latency_s + sent / device.down_bytes_per_s + sent / device.up_bytes_per_s
     return {
-        "clients_trained_together": batching(fed.config),
+        "clients_trained_together": min(cohort, batching(fed.config)),
         "rows_per_client_and_round": rows_per_client(fed),
         "bytes_per_client_and_round": 2 * sent,
         "bytes": 2 * sent * cohort * rounds,
@@ -79,6 +83,12 @@ def _estimate(fed: Federation) -> dict[str, Any]:
         "simulated_seconds": rounds * (seconds + flops / device.flops_per_s),
         "memory_bytes": memory_bytes(fed, min(cohort, batching(fed.config))),
     }
+
+
+def row_lengths(fed: Federation) -> NDArray[np.int64]:
+    """(rows,) tokens that go through the model for each training row, an answer included."""
+    readout, train = fed.model.readout, fed.whole("train")
+    return np.array([readout.length(readout.training(0, train, row)) for row in range(len(train))], dtype=np.int64)
 
 
 def rows_per_client(fed: Federation) -> float:
@@ -106,11 +116,21 @@ def memory_bytes(fed: Federation, together: int) -> int:
     """The base, the trained parameters of `together` clients with their optimizers, and one part of a step."""
     base = sum(int(p.numel() * p.element_size()) for p in fed.base.module.parameters())
     own = tree.count(fed.initial) * 4 * FLAT_COPIES
-    longest = int(fed.whole("train").lengths.max())
+    longest = int(row_lengths(fed).max())
     tokens = min(fed.config.run.token_budget, together * int(getattr(fed.method, "batch_size", 1)) * longest)
     width = int(next(fed.base.module.parameters()).element_size())
     blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
-    return base + own * together + width * kept_numbers(fed.shape, blocks) * max(tokens, longest)
+    activations = width * kept_numbers(fed.shape, blocks) * max(tokens, longest)
+    return int(base + own * together + activations + lm_head_bytes(fed, max(tokens, longest)))
+
+
+def lm_head_bytes(fed: Federation, tokens: int) -> int:
+    """The language model's own head, where the format uses it: its weights, and logits in float32 of one part."""
+    lm = getattr(fed.model.readout, "lm", None)
+    if lm is None:
+        return 0
+    logits = LOGIT_COPIES * 4 * lm.vocabulary * fed.shape.lm_share * tokens
+    return int(lm.own_bytes + logits)
 
 
 def kept_numbers(shape: Shape, blocks: int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fedpeft.app.formats import Format, build_format
 from fedpeft.config import RunConfig, adapter_spec, build_method
 from fedpeft.core import tree, wire
 from fedpeft.core.errors import DataError, FitError, ModelError
@@ -25,7 +26,6 @@ from fedpeft.core.method import plain, rebuild
 from fedpeft.core.rng import rng_for
 from fedpeft.data.partition import Partition, PartitionSpec, partition
 from fedpeft.data.tasks import SPLITS, Task, TaskSpec, load_task
-from fedpeft.data.tokens import tokenise
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.models.hf import HFModel
 from fedpeft.models.load import Base, load_base
@@ -47,7 +47,7 @@ class Federation:
     """A configured federation.
 
     Attributes:
-        config: with `cohort_batching` and `threads` resolved to numbers.
+        config: with `cohort_batching` and `threads` resolved to numbers, template and label words to those in use.
         data: each client's own rows by split.
         whole: all rows of a split, client after client; `owners` says whose they are.
     """
@@ -60,6 +60,7 @@ class Federation:
     partition: Partition
     data: Mapping[ClientId, Mapping[str, Examples]]
     resources: Mapping[ClientId, Profile]
+    format: Format
     _whole: dict[str, Examples] = field(default_factory=dict)
 
     @property
@@ -87,10 +88,15 @@ class Federation:
         """P0, the adapter that the run starts from."""
         return self.model.init(rng_for(self.config.run.seed, "adapter"))
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
-        """Of the base, for counted operations."""
-        return shape_of(self.base.config)
+        """Of the base, for counted operations, with the share of the training tokens that its own head sees."""
+        readout, train = self.model.readout, self.whole("train")
+        if readout.params or not len(train):
+            return shape_of(self.base.config)
+        items = [readout.training(0, train, row) for row in range(len(train))]
+        share = sum(map(readout.projected, items)) / sum(map(readout.length, items))
+        return replace(shape_of(self.base.config, lm_head=True), lm_share=share)
 
     @property
     def clock(self) -> Clock:
@@ -173,12 +179,14 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     spec = adapter_spec(config)
     if refusal := method.accepts(spec):
         raise ModelError(refusal)
-    model = HFModel(base, spec, len(task.labels), config.run.token_budget)
+    format = build_format(config, task, base)
+    model = HFModel(base, spec, len(task.labels), config.run.token_budget, format.readout)
+    _check_length(config.task.max_length, model)
     if config.run.init_from is not None:
         _warm_start(model, Path(config.run.init_from))
     shares = Partition.from_json(json.dumps(saved)) if saved else partition(_partition_spec(config), task)
     shares.check_task(task)
-    data = _client_data(config, task, base, shares)
+    data = _client_data(format, task, shares)
     if getattr(method, "pooled", False):
         data = {POOLED: {split: _joined([own[split] for own in data.values()]) for split in SPLITS}}
     _check_cohort(method, list(data))
@@ -186,7 +194,8 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     if config.run.devices is not None and POOLED not in data:  # everybody's rows in one place: no client's device
         resources = load_devices(Path(config.run.devices), list(data), config.run.seed)
     devices = {c: resources.get(c, DEFAULT) for c in data}
-    return Federation(_resolved(config, model, len(data)), method, task, base, model, shares, data, devices)
+    config = _resolved(config, task, model, len(data))
+    return Federation(config, method, task, base, model, shares, data, devices, format)
 
 
 def _warm_start(model: HFModel, folder: Path) -> None:
@@ -204,8 +213,8 @@ def _warm_start(model: HFModel, folder: Path) -> None:
         raise ModelError(f"run.init_from {folder} does not fit this run's adapter and labels: {error}") from error
 
 
-def _resolved(config: RunConfig, model: HFModel, clients: int) -> RunConfig:
-    """The configuration with what `auto` and `off` mean here, so that a resumed run does the same."""
+def _resolved(config: RunConfig, task: Task, model: HFModel, clients: int) -> RunConfig:
+    """The configuration with what `auto`, `off` and null mean here, so that a resumed run does the same."""
     setting = config.run.cohort_batching
     if setting == "auto":
         own = tree.count(model.init(rng_for(0, "adapter"))) * 4 * FLAT_COPIES
@@ -215,7 +224,8 @@ def _resolved(config: RunConfig, model: HFModel, clients: int) -> RunConfig:
     threads = torch.get_num_threads() if config.run.threads == "auto" else config.run.threads
     run = config.run.model_copy(update={"cohort_batching": setting, "threads": threads})
     where = config.model.model_copy(update={"device": str(model.device)})
-    return config.model_copy(update={"run": run, "model": where})
+    prompt = config.task.model_copy(update={"template": task.template, "label_words": task.words})
+    return config.model_copy(update={"run": run, "model": where, "task": prompt})
 
 
 def _check_cohort(method: Method, clients: list[ClientId]) -> None:
@@ -237,15 +247,24 @@ def _partition_spec(config: RunConfig) -> PartitionSpec:
     return PartitionSpec(**config.partition.model_dump())
 
 
-def _client_data(config: RunConfig, task: Task, base: Base, shares: Partition) -> dict[ClientId, dict[str, Examples]]:
-    longest = _longest(base)
-    if longest is not None and config.task.max_length > longest:
-        raise ModelError(f"task.max_length is {config.task.max_length}; lower it, the model reads {longest} tokens")
+def _check_length(max_length: int, model: HFModel) -> None:
+    longest, own = _longest(model.base), int(getattr(model.adapter, "positions", 0))
+    if longest is None or max_length + own <= longest:
+        return
+    if not own:
+        raise ModelError(f"task.max_length is {max_length}; lower it, the model reads {longest} tokens")
+    raise ModelError(
+        f"adapter.length {own} and task.max_length {max_length} need {own + max_length} positions; the model has "
+        f"{longest}: lower one of them"
+    )
+
+
+def _client_data(format: Format, task: Task, shares: Partition) -> dict[ClientId, dict[str, Examples]]:
     tables = {split: shares.table(task, split) for split in SPLITS}
     tokens: dict[int, Examples] = {}
     for table in tables.values():
         if table is not None and id(table) not in tokens:
-            tokens[id(table)] = tokenise(table, base.tokenizer, config.task.max_length)
+            tokens[id(table)] = format.tokens(table)
     nobody = Examples((), np.zeros(0, dtype=np.int64))
     return {
         client: {
@@ -265,8 +284,11 @@ def _longest(base: Base) -> int | None:
 
 
 def _joined(parts: list[Examples]) -> Examples:
-    segments = None
-    if parts and all(part.segments is not None for part in parts if len(part)):
+    segments = marks = None
+    held = [part for part in parts if len(part)]
+    if parts and all(part.segments is not None for part in held):
         segments = tuple(s for part in parts for s in part.segments or ())
+    if held and all(part.marks is not None for part in held):
+        marks = np.concatenate([part.marks for part in held if part.marks is not None])
     labels = np.concatenate([part.labels for part in parts]) if parts else np.zeros(0, dtype=np.int64)
-    return Examples(tuple(t for part in parts for t in part.tokens), labels, segments)
+    return Examples(tuple(t for part in parts for t in part.tokens), labels, segments, marks)

@@ -71,12 +71,20 @@ class Journal:
 
     def count(self, done: Done) -> None:
         """Add up what the exchange cost and write its lines."""
+        self._write(done)
+        self._progress(done.round - (0 if done.last else 1), done.state)
+
+    def give_up(self, done: Done) -> None:
+        """Tell what an exchange cost that stayed below its quorum; a resumed run begins the exchange anew."""
+        self._write(done)
+        self.folder.update_manifest(**self.ledger.totals())
+
+    def _write(self, done: Done) -> None:
         self.ledger.count(done, self.watch.seconds())
         self.folder.append_exchanges(exchange_lines(done))
         for receipt in done.receipts:
             if receipt.lost is not None:
                 log.warning("round %d, %s: lost client %s: %s", done.round, done.exchange, receipt.client, receipt.lost)
-        self._progress(done.round - (0 if done.last else 1), done.state)
 
     def finish_round(self, done: Done) -> None:
         """Evaluate where it is due, decide whether to stop, and write the round's line."""
@@ -109,7 +117,14 @@ class Journal:
         for tracker in self.trackers:
             tracker.log(done.round, line)
         self._progress(done.round, done.state, metrics or None)
-        self.folder.update_manifest(rounds_done=done.round, **ledger.totals())
+        self.folder.update_manifest(rounds_done=done.round, **self._choices(done), **ledger.totals())
+
+    def _choices(self, done: Done) -> dict[str, Any]:
+        """What the method decided by itself, for the manifest; its warning is said once."""
+        told = dict(self.fed.method.choices(done.state))
+        if "warning" in told and done.round == 0:
+            self.say(f"warning: {told['warning']}")
+        return {"choices": told} if told else {}
 
     def save(self, done: Done) -> None:
         """The newest complete state, so that a kill at any moment loses at most one exchange."""

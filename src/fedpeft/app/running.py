@@ -15,15 +15,16 @@ from fedpeft.app.federation import Federation, build, computing
 from fedpeft.app.journal import Journal, log, now
 from fedpeft.app.ledger import Ledger
 from fedpeft.config import default_folder, load_config, resolved
-from fedpeft.config.load import Source
+from fedpeft.config.load import Source, naming_defaults
 from fedpeft.core import tree
-from fedpeft.core.errors import RequestError, StoreError
+from fedpeft.core.errors import QuorumError, RequestError, StoreError
 from fedpeft.core.federate import Done, Start, federate, schedule
 from fedpeft.models.export import merge
 from fedpeft.progress import Listener
 from fedpeft.runs.report import write_report
 from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.trackers import Tracker, open_trackers
+from fedpeft.runs.units import count_text
 
 # What may change when a run is resumed; everything else would make it another run.
 CHANGEABLE = ("run.rounds", "run.stop", "run.evaluate_every", "run.quorum", "run.deadline_s", "run.trackers")
@@ -92,7 +93,8 @@ def run(
     """
     wanted = load_config(config, overrides)
     with computing(wanted):
-        fed = build(wanted)
+        with naming_defaults(wanted):
+            fed = build(wanted)
         with RunFolder.create(Path(out) if out is not None else default_folder(wanted)) as folder:
             named = {} if label is None else {"label": label}
             folder.update_manifest(**named, **_identity(fed), **OPEN, rounds_done=0, started=now())
@@ -130,9 +132,8 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
             log.info("resumed")
             saved = opened.load_checkpoint(fed.method.state)
             if saved is not None and config.run.rounds < before.run.rounds and config.run.rounds <= saved.round:
-                raise RequestError(
-                    f"run.rounds is {config.run.rounds}, and {saved.round} rounds are done; give a larger number"
-                )
+                done = f"{count_text(saved.round, 'round')} {'is' if saved.round == 1 else 'are'} done"
+                raise RequestError(f"run.rounds is {config.run.rounds}, and {done}; give a larger number")
             if not opened.partition():
                 opened.save_partition(json.loads(fed.partition.to_json()))
             opened.save_config(resolved(fed.config))
@@ -251,13 +252,18 @@ def _exchanges(journal: Journal, start: Start) -> None:
         start=start,
         quorum=run.quorum,
     )
-    for done in loop:
-        journal.count(done)
-        if done.last:
-            journal.finish_round(done)
-        journal.save(done)
-        if journal.ledger.stopped is not None:
-            break
+    try:
+        for done in loop:
+            journal.count(done)
+            if done.last:
+                journal.finish_round(done)
+            journal.save(done)
+            if journal.ledger.stopped is not None:
+                break
+    except QuorumError as error:
+        if error.done is not None:
+            journal.give_up(error.done)
+        raise
 
 
 def _trackers(folder: RunFolder, fed: Federation, saved: Checkpoint | None) -> list[Tracker]:

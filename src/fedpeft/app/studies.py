@@ -93,7 +93,7 @@ def compare(
     if not rows:
         raise work.errors[0]
     table = tabulate(wanted, rows)
-    figures = {"table": table, "failures": work.failures}
+    figures = {"table": table, "failures": work.failures, "runs": [found.folder.name for _, found in rows]}
     write_file(folder / "table.json", json.dumps(plain(figures), indent=2, ensure_ascii=False).encode() + b"\n")
     report = write_report([found.folder for _, found in rows], folder / "report.html", None)
     return Comparison(folder, table, report, tuple(work.failures))

@@ -21,12 +21,12 @@ from fedpeft.core.exchange import ClientEnv, Meter
 from fedpeft.core.tree import Params
 from fedpeft.core.turn import initial_memory
 from fedpeft.data.tasks import Table, load_task, read_texts
-from fedpeft.data.tokens import tokenise
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.runs.files import make_folder, write_file
 from fedpeft.runs.history import GLOBAL
 from fedpeft.runs.metrics import metrics_of
 from fedpeft.runs.store import RunFolder
+from fedpeft.runs.units import count_text
 
 
 def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, An
     with computing(fed.config):
         params = best_params(fed, opened)
         if data is not None:
-            rows = tokenise(_labelled(fed, data), fed.base.tokenizer, fed.config.task.max_length)
+            rows = fed.format.tokens(_labelled(fed, data))
             return {"data": {GLOBAL: metrics_of(fed.model.score(params, rows), fed.metric)}}
         checkpoint = newest(fed, opened)
         state: dict[str, Any] = {
@@ -84,8 +84,7 @@ def predict(
         RequestError: the run has no state yet, there is no such client, or the file lacks the task's columns.
     """
     opened, fed = _opened(folder)
-    table = read_texts(fed.task, data)
-    rows = tokenise(table, fed.base.tokenizer, fed.config.task.max_length)
+    rows = fed.format.tokens(read_texts(fed.task, data))
     with computing(fed.config):
         shares = torch.softmax(fed.model.logits(_params(opened, fed, client), rows), dim=1)
     names = fed.task.labels
@@ -99,12 +98,15 @@ def predict(
     return found
 
 
-def export(folder: Path | str, to: Path | str, client: str | None = None, merge: bool = False) -> Path:
+def export(
+    folder: Path | str, to: Path | str, client: str | None = None, merge: bool = False, replace: bool = False
+) -> Path:
     """Write a PEFT adapter that plain peft loads, or with `merge` a model that plain transformers loads.
 
     Args:
-        to: a folder that is new or empty, or holds an earlier export.
+        to: a folder that is new or empty, or holds an earlier export of the same parameters in the same form.
         client: export this client's own model, as it is now, instead of the best-validated global one.
+        replace: let an earlier export of something else go.
 
     Raises:
         RequestError: the run has no state yet, there is no such client, the folder holds something else, or PEFT
@@ -119,7 +121,7 @@ def export(folder: Path | str, to: Path | str, client: str | None = None, merge:
     if client is not None:
         card["client"] = client
     write = export_merged if merge else export_adapter
-    return write(fed.model, params, Path(to), labels=fed.task.labels, card=card)
+    return write(fed.model, params, Path(to), labels=fed.task.labels, card=card, replace=replace)
 
 
 def _opened(folder: Path | str) -> tuple[RunFolder, Federation]:
@@ -143,8 +145,8 @@ def _params(opened: RunFolder, fed: Federation, client: str | None) -> Params:
     if client is None:
         return best_params(fed, opened)
     if client not in fed.data:
-        shown = f"{fed.clients[0]} to {fed.clients[-1]}"
-        raise RequestError(f"client {client!r} does not exist in this run; it has {len(fed.data)} clients, {shown}")
+        held = f"{count_text(len(fed.data), 'client')}, {fed.clients[0]} to {fed.clients[-1]}"
+        raise RequestError(f"client {client!r} does not exist in this run; it has {held}")
     checkpoint = newest(fed, opened)
     version = checkpoint.versions.get(client)
     if version is None:

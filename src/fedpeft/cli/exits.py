@@ -66,12 +66,14 @@ def _go_on() -> str:
 
 
 def _keep_traceback(error: Exception) -> str:
-    """Append the traceback to the run's log and say where it is; print it where there is no run yet."""
+    """See that the traceback is in the run's log, once, and say where; print it where there is no run yet."""
     text = "".join(traceback.format_exception(error))
     log = Path(_place.get("folder", "")) / "run.log"
     if not _place or not log.is_file():
         typer.echo(text, err=True)
         return "This is a fault in fedpeft or below it; the traceback is above."
-    with log.open("a", encoding="utf-8") as file:
-        file.write(text)
+    tail = "".join([*traceback.format_tb(error.__traceback__)[-1:], *traceback.format_exception_only(error)])
+    if tail not in log.read_text(encoding="utf-8", errors="replace"):  # a run that could still write has logged it
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text)
     return f"The traceback is in {log}."

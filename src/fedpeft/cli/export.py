@@ -12,9 +12,17 @@ from fedpeft.cli.options import Client, Json, RunDir
 
 def export(
     folder: RunDir,
-    to: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.", show_default=False)],
+    to: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="A new folder, or one with an earlier export of the same.", show_default=False
+        ),
+    ],
     client: Client = None,
     merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the model; no peft needed.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace an earlier export of other parameters in DIR.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a PEFT adapter for plain peft, or a merged model for plain transformers."""
@@ -22,4 +30,4 @@ def export(
     from fedpeft.cli import render
     from fedpeft.cli.folders import run_folder
 
-    render.print_path("exported", app.export(run_folder(folder), to, client, merge), json)
+    render.print_path("exported", app.export(run_folder(folder), to, client, merge, replace), json)

@@ -11,8 +11,28 @@ def run_folder(path: Path) -> Path:
     """The path, if it holds a run. Raises RequestError where it does not."""
     if (path / "config.yaml").is_file():
         return path
+    if path.is_dir() and (cells := _cells(path)):
+        raise RequestError(f"{path} is the folder of a study; give the folder of one of its runs, such as {cells[0]}")
     what = "is a folder without a run (no config.yaml)" if path.is_dir() else "is not a folder"
     raise RequestError(f"{path} {what}; give the folder that `fedpeft run` printed first")
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run that the path holds or, of a study, the runs that its page shows. Raises RequestError without any."""
+    study = [] if (path / "config.yaml").is_file() or not path.is_dir() else _cells(path)
+    return study or [run_folder(path)]
+
+
+def _cells(study: Path) -> list[Path]:
+    """The runs that a study has chosen, as its table says; every run in the folder while there is no table."""
+    import json
+
+    try:
+        names = json.loads((study / "table.json").read_text(encoding="utf-8"))["runs"]
+        chosen = [study / str(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError):
+        chosen = sorted(path.parent for path in study.glob("*/config.yaml"))
+    return [path for path in chosen if (path / "config.yaml").is_file()]
 
 
 def new_folder(path: Path, go_on: str) -> Path:

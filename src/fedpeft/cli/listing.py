@@ -23,6 +23,8 @@ TASKS = {
     "HUB_ID": "a data set of the Hugging Face hub; needs the extra `data`",
 }
 
+OWN_FIELDS = {"method": ("methods", "NAME"), "adapter": ("adapters", "KIND")}  # sections that hold more than their keys
+
 
 class Things(StrEnum):
     """What can be listed."""
@@ -47,11 +49,27 @@ def list_things(
         render.print_names(found, json)
         return
     if name not in found and not (what is Things.methods and ":" in name):
-        from fedpeft.config.problems import nearest
-
-        raise RequestError(f"{what.value} has no {name!r}{nearest(name, found)}")
+        raise RequestError(_no_such(what, name, found))
     title, options = _options(what, name)
     render.print_options(name, found.get(name, title), options, json)
+    if what is Things.options and name in OWN_FIELDS and not json:
+        of, which = OWN_FIELDS[name]
+        typer.echo(f"\nEach {name} has fields of its own besides: fedpeft list {of} {which}")
+
+
+def _no_such(what: Things, name: str, found: Mapping[str, str]) -> str:
+    """What to ask for instead of a name that is not there."""
+    from fedpeft.config.problems import nearest
+
+    section, _, key = name.partition(".")
+    if what is Things.options and key and section in found:
+        of, which = OWN_FIELDS.get(section, ("options", section))
+        more = f", and those of its own with: fedpeft list {of} {which}" if section in OWN_FIELDS else ""
+        return f"{name!r} is one key; list all keys of {section} with: fedpeft list options {section}{more}"
+    for other in (Things.methods, Things.adapters, Things.options):
+        if other is not what and name in _found(other):
+            return f"{what.value} has no {name!r}; use: fedpeft list {other.value} {name}"
+    return f"{what.value} has no {name!r}{nearest(name, found)}"
 
 
 def _found(what: Things) -> Mapping[str, str]:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fedpeft.runs.units import bytes_text, score_text, seconds_text
+from fedpeft.runs.units import (
+    bytes_text,
+    count_text,
+    flops_text,
+    number_text,
+    score_text,
+    seconds_text,
+    share_text,
+)
 
 if TYPE_CHECKING:
     from fedpeft.app import Comparison, Run
@@ -82,7 +90,7 @@ def print_run(run: Run, json: bool) -> None:
         typer.echo(text_table(["score", ""], rows, frozenset({1})))
     traffic = manifest.get("bytes_down", 0) + manifest.get("bytes_up", 0)
     typer.echo(
-        f"{manifest.get('rounds_done', 0)} rounds, {bytes_text(traffic)} of traffic, "
+        f"{count_text(manifest.get('rounds_done', 0), 'round')}, {bytes_text(traffic)} of traffic, "
         f"{seconds_text(manifest.get('seconds', 0.0))} here, "
         f"{seconds_text(manifest.get('simulated_seconds', 0.0))} simulated"
     )
@@ -93,10 +101,16 @@ def print_run(run: Run, json: bool) -> None:
 
 def print_comparison(comparison: Comparison, json: bool) -> None:
     """The table of a study, the best first."""
+    failures = list(comparison.failures)
     if json:
-        typer.echo(as_json({"folder": comparison.folder, "report": comparison.report, "table": list(comparison.table)}))
+        whole = {"folder": comparison.folder, "report": comparison.report, "table": list(comparison.table)}
+        typer.echo(as_json(whole | {"failures": failures}))
         return
     typer.echo(comparison_table(comparison.table))
+    if failures:
+        typer.echo(f"{count_text(len(failures), 'cell')} failed and {'is' if len(failures) == 1 else 'are'} left out:")
+        for failure in failures:
+            typer.echo(f"  - {failure}")
     typer.echo(f"report: {comparison.report}")
 
 
@@ -152,7 +166,7 @@ def print_predictions(rows: Sequence[Mapping[str, Any]], out: Path | None, json:
     if json:
         typer.echo(as_json(list(rows)))
     elif out is not None:
-        typer.echo(f"{len(rows)} predictions: {out}")
+        typer.echo(f"{count_text(len(rows), 'prediction')}: {out}")
     else:
         from fedpeft.runs.files import to_json
 
@@ -166,18 +180,30 @@ def print_path(what: str, path: Path, json: bool) -> None:
 
 
 def print_facts(facts: Mapping[str, Any], json: bool) -> None:
-    """Names and values, nested ones indented."""
+    """Names and values with their units, nested ones indented."""
     typer.echo(as_json(facts) if json else "\n".join(_fact_lines(facts, "")))
 
 
 def _fact_lines(facts: Mapping[str, Any], indent: str) -> list[str]:
     lines: list[str] = []
     for key, value in facts.items():
+        name = str(key).removesuffix("_bytes").replace("_", " ")
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{key}:", *_fact_lines(value, indent + "  ")]
+            lines += [f"{indent}{name}:", *_fact_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{key}: {_cell(str(key), value)}")
+            lines.append(f"{indent}{name}: {_fact(str(key), value)}")
     return lines
+
+
+def _fact(key: str, value: Any) -> str:
+    """A value as its key says: operations, a part of a whole, a mean of counts, or what `_cell` knows."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return _cell(key, value)
+    if "flops" in key:
+        return flops_text(value)
+    if key == "majority" or "share" in key:
+        return share_text(value)
+    return number_text(value) if key.startswith(("rows", "tokens")) else _cell(key, value)
 
 
 def print_names(found: Mapping[str, str], json: bool) -> None:

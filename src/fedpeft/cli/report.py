@@ -12,22 +12,20 @@ from fedpeft.cli.options import Json
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="One run or several.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs, or the folder of a study.", show_default=False)
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="The page; else report.html in the run's folder, or here.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="The page; else report.html in the one folder, or here.", show_default=False),
     ] = None,
     title: Annotated[str | None, typer.Option(help="The page's heading.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
-    """Build the report page again, from one run or from several side by side."""
+    """Build the report page again, of one run, of several side by side, or of a study."""
     from fedpeft.cli import render
-    from fedpeft.cli.folders import run_folder
+    from fedpeft.cli.folders import run_folders
     from fedpeft.runs.report import write_report
 
-    runs = [run_folder(folder) for folder in folders]
-    page = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    runs = [run for folder in folders for run in run_folders(folder)]
+    page = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
     render.print_path("report", write_report(runs, page, title), json)

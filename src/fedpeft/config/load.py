@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import glob
 import math
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +19,9 @@ from fedpeft.config import sections as s
 from fedpeft.config.problems import nearest, sentences, unknown, value_sentence
 from fedpeft.config.reading import apply_overrides, find_path, read_yaml
 from fedpeft.core.adapter import ADAPTERS, AdapterSpec
-from fedpeft.core.errors import ConfigError, RequestError
+from fedpeft.core.errors import ConfigError, DataError, ModelError, RequestError
+from fedpeft.data.templates import template_problems
+from fedpeft.runs.units import count_text
 
 if TYPE_CHECKING:
     from fedpeft.core.exchange import Method
@@ -39,15 +43,26 @@ def load_config(source: Source, overrides: Mapping[str, Any] | None = None) -> s
         ConfigError: everything that is wrong, at once.
     """
     raw, folder = _read(source)
-    return load_raw(raw, folder, overrides or {})
+    return load_raw(raw, folder, overrides or {}, defaults_of(source) if isinstance(source, s.RunConfig) else ())
 
 
-def load_raw(raw: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any]) -> s.RunConfig:
-    """As `load_config`, from nested plain values whose relative paths start at `folder`."""
+def load_raw(
+    raw: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any], defaults: Collection[str] = ()
+) -> s.RunConfig:
+    """As `load_config`, from nested plain values whose relative paths start at `folder`.
+
+    Args:
+        defaults: dotted keys whose values in `raw` nobody has set.
+    """
     problems: list[str] = []
     values = copy.deepcopy(dict(raw))
     apply_overrides(values, overrides, problems)
     values = _known_sections(values, problems)
+    changed = {".".join(dotted.split(".")[:2]) for dotted in overrides}
+    given = {
+        name: {key for key in section if f"{name}.{key}" in changed or f"{name}.{key}" not in defaults}
+        for name, section in values.items()
+    }
     _find_paths(values, folder, problems)
     method = _method(values, problems)
     _adapter(values, method, problems)
@@ -58,6 +73,8 @@ def load_raw(raw: Mapping[str, Any], folder: Path, overrides: Mapping[str, Any])
         except ValidationError as error:
             problems += sentences(error, section, name, s.LATER)
     _settle_clients(parts)
+    for name, part in parts.items():  # the default values that stand in a section now are not given by anybody
+        part.model_fields_set.intersection_update(given.get(name, ()))
     problems += _conflicts(parts)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -90,7 +107,46 @@ def _read(source: Source) -> tuple[dict[str, Any], Path]:
     if isinstance(source, Mapping):
         return dict(source), Path.cwd()
     path = Path(source).expanduser()
-    return read_yaml(path), path.resolve().parent
+    raw = read_yaml(path)
+    if is_study(raw):
+        raise ConfigError([f"{path}: is a study and not the configuration of a run; use: fedpeft compare {path}"])
+    return raw, path.resolve().parent
+
+
+def is_study(raw: Mapping[str, Any]) -> bool:
+    """Whether what a file holds is a study: `methods` is what every study has and no configuration."""
+    return "methods" in raw
+
+
+def defaults_of(config: s.RunConfig) -> frozenset[str]:
+    """The dotted keys whose values nobody has set."""
+    sections = {name: getattr(config, name) for name in s.SECTIONS}
+    return frozenset(
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key in section.model_dump()
+        if key not in section.model_fields_set
+    )
+
+
+@contextmanager
+def naming_defaults(config: s.RunConfig) -> Iterator[None]:
+    """Let the message of an error say which of its values nobody has set: "partition.clients is 100 (the default)"."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        text = str(error)
+        for dotted in defaults_of(config):
+            name, _, key = dotted.partition(".")
+            said = f"{re.escape(dotted)}(?: is |: | = ){re.escape(str(getattr(getattr(config, name), key)))}"
+            text = re.sub(rf"\b({said})(?![\w.])", r"\1 (the default)", text)
+        error.args = (text,)
+        raise
+
+
+def not_given(section: s.Section, key: str) -> str:
+    """Words to put behind a value that nobody has set: " (the default)", else nothing."""
+    return "" if key in section.model_fields_set else " (the default)"
 
 
 def _known_sections(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -153,7 +209,7 @@ def _adapter(values: dict[str, Any], method: Method | None, problems: list[str])
     given = dict(values.get("adapter", {}))
     own = method.adapter() if method is not None else None
     kind = given.pop("kind", own.kind if own is not None else "lora")
-    if kind not in ADAPTERS:
+    if not isinstance(kind, str) or kind not in ADAPTERS:
         problems.append(f"adapter.kind: {kind!r} is not available; what exists: {', '.join(ADAPTERS)}.")
         return
     found = len(problems)
@@ -235,20 +291,29 @@ def _conflicts(parts: Mapping[str, Any]) -> list[str]:
     task, partition, run = parts.get("task"), parts.get("partition"), parts.get("run")
     problems = []
     cohort = parts["method"].fields.get("cohort") if "method" in parts else None
-    drawn = partition is not None and partition.kind not in ("natural", "file")  # these are known from the data
-    clients = partition.clients if partition is not None and drawn else None
-    if isinstance(cohort, int) and clients is not None and cohort > clients:
-        problems.append(
-            f"method.cohort: {cohort} is above partition.clients = {clients}; lower it, or use 0 for all clients."
-        )
+    if isinstance(cohort, int) and partition is not None and partition.kind not in ("natural", "file"):
+        clients = partition.clients  # those of the other kinds are known from the data
+        if clients is not None and cohort > clients:
+            own, of = not_given(parts["method"], "cohort"), not_given(partition, "clients")
+            problems.append(
+                f"method.cohort: {cohort}{own} is above partition.clients = {clients}{of}; "
+                "lower it, or use 0 for all clients."
+            )
+    if task is not None:
+        problems += [f"{said}." for said in template_problems(task.format, task.template, task.label_words)]
+        adapter = parts.get("adapter")
+        if task.format != "head" and adapter is not None and adapter.kind == "head":
+            problems.append(f"adapter.kind: head trains the head, and format {task.format} has none; use lora.")
     if task is not None and partition is not None:
         if partition.kind == "natural" and partition.by is None and (task.train is not None or task.name != "demo"):
             problems.append("partition.by: kind natural needs it; name the column that tells the client.")
         if partition.kind == "file" and task.train is None:
             problems.append("task.train: partition.kind file needs it; give a folder with one file per client.")
     if run is not None and run.stop.patience is not None and run.stop.patience * run.evaluate_every > run.rounds:
+        every, rounds = not_given(run, "evaluate_every"), not_given(run, "rounds")
         problems.append(
-            f"run.stop.patience: {run.stop.patience} evaluations, one every {run.evaluate_every} rounds, do not fit "
-            f"into run.rounds = {run.rounds}; lower run.evaluate_every or the patience."
+            f"run.stop.patience: {count_text(run.stop.patience, 'evaluation')}, one every "
+            f"{count_text(run.evaluate_every, 'round')}{every}, do not fit into run.rounds = {run.rounds}{rounds}; "
+            "lower run.evaluate_every or the patience."
         )
     return problems

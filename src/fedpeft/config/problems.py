@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_EXPECTED = {
+_EXPECTED = {  # what is allowed where pydantic refuses a value, in our words
     "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_parsing": "a number",
@@ -23,12 +26,14 @@ _EXPECTED = {
     "dict_type": "a mapping of keys to values",
     "model_type": "a mapping of keys to values",
     "mapping_type": "a mapping of keys to values",
+    "none_required": "null",
     "greater_than_equal": "at least {ge:g}",
     "greater_than": "a number above {gt:g}",
     "less_than_equal": "at most {le:g}",
     "less_than": "a number below {lt:g}",
     "string_too_short": "text that is not empty",
 }
+_SIZES = {"too_short": ("at least", "min_length"), "too_long": ("at most", "max_length")}  # of lists and mappings
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -50,8 +55,11 @@ def unknown(key: str, known: Iterable[str], later: Mapping[str, str]) -> str:
 def sentences(error: ValidationError, section: type[BaseModel], key: str, later: Mapping[str, str]) -> list[str]:
     """One sentence for each key that pydantic complains about; the branches of a union are told together."""
     grouped: dict[str, list[Any]] = {}
-    for item in error.errors(include_url=False, include_context=True):
-        grouped.setdefault(_key(item, section, key), []).append(item)
+    items = error.errors(include_url=False, include_context=True)
+    for item in items:
+        if item["type"] == "too_short" and any(item["loc"] == other["loc"][:-2] for other in items):
+            continue  # entries that are wrong themselves are told already, and pydantic does not count them
+        grouped.setdefault(_place(item, section, key)[0], []).append(item)
     return [_sentence(name, items, section, key, later) for name, items in grouped.items()]
 
 
@@ -60,39 +68,80 @@ def value_sentence(key: str, error: ValidationError) -> str:
     return _refused(key, error.errors(include_url=False))
 
 
-def _key(item: Mapping[str, Any], section: type[BaseModel], key: str) -> str:
+def _place(item: Mapping[str, Any], section: type[BaseModel], key: str) -> tuple[str, type[BaseModel]]:
+    """What people call the place that pydantic complains about, and the section that the last key belongs to."""
     at: Any = section
+    holder, behind = section, "."
     for part in item["loc"]:
-        fields = at.model_fields if isinstance(at, type) and issubclass(at, BaseModel) else None
-        if fields is None:
+        model, entry = _model(at), _entry(at)
+        if model is not None:
+            key, holder, behind = f"{key}{behind}{part}", model, "."
+            at = model.model_fields[part].annotation if part in model.model_fields else None
+        elif isinstance(part, int) and _model(entry) is not None:
+            key, at, behind = f"{key}, entry {part + 1}", entry, ", "
+        elif typing.get_origin(at) is dict:
+            key, at = f"{key}.{part}", typing.get_args(at)[1]
+        else:
             break
-        key = f"{key}.{part}"
-        at = fields[part].annotation if part in fields else None
-    return key
+    return key, holder
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation means, None where it means something else."""
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return next((found for part in typing.get_args(annotation) if (found := _model(part)) is not None), None)
+    return None
+
+
+def _entry(annotation: Any) -> Any:
+    """What the entries of a list are, None where the annotation means no list."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (tuple, list):
+        return parts[0]
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        return next((found for part in parts if (found := _entry(part)) is not None), None)
+    return None
 
 
 def _sentence(
     name: str, items: Sequence[Mapping[str, Any]], section: type[BaseModel], key: str, later: Mapping[str, str]
 ) -> str:
-    if items[0]["type"] == "extra_forbidden":
-        at: Any = section
-        for part in items[0]["loc"][:-1]:
-            at = at.model_fields[part].annotation
-        return unknown(name, at.model_fields, later)
-    return _refused(name, items)
+    kind = items[0]["type"]
+    if kind not in ("extra_forbidden", "missing"):
+        return _refused(name, items)
+    _, holder = _place(items[0], section, key)
+    if kind == "extra_forbidden":
+        return unknown(name, holder.model_fields, later)
+    meaning = " ".join((holder.model_fields[items[0]["loc"][-1]].description or "its value").split())
+    return f"{name}: is missing; give it: {meaning[0].lower()}{meaning[1:].rstrip('.')}."
 
 
 def _refused(name: str, items: Sequence[Mapping[str, Any]]) -> str:
     value = items[0]["input"]
     literals = [item["ctx"]["expected"] for item in items if item["type"] == "literal_error"]
     if len(literals) == len(items):
-        return f"{name}: {value!r} is not available; what exists: {', '.join(dict.fromkeys(literals))}."
-    wanted = []
-    for item in items:
-        if item["type"] == "literal_error":
-            wanted.append(str(item["ctx"]["expected"]).replace(" or ", ", "))
-        elif item["type"] in _EXPECTED:
-            wanted.append(_EXPECTED[item["type"]].format(**item.get("ctx", {})))
-        else:
-            wanted.append(str(item["msg"]).removeprefix("Value error, "))
-    return f"{name}: {value!r} cannot be used; give {', or '.join(dict.fromkeys(wanted))}."
+        return f"{name}: {_shown(value)} is not available; what exists: {', '.join(dict.fromkeys(literals))}."
+    wanted = dict.fromkeys(_wanted(item) for item in items)
+    return f"{name}: {_shown(value)} cannot be used; give {', or '.join(wanted)}."
+
+
+def _wanted(item: Mapping[str, Any]) -> str:
+    """What is allowed instead."""
+    kind, bounds = item["type"], item.get("ctx", {})
+    if kind == "literal_error":
+        return str(bounds["expected"]).replace(" or ", ", ")
+    if kind in _SIZES:
+        words, bound = _SIZES[kind]
+        n = bounds[bound]
+        return f"{words} {n} {'entry' if n == 1 else 'entries'}"
+    if kind in _EXPECTED:
+        return _EXPECTED[kind].format(**bounds)
+    return str(item["msg"]).removeprefix("Value error, ")  # raised by a check of ours, which says what is allowed
+
+
+def _shown(value: Any) -> str:
+    """The value as people wrote it, within reason."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

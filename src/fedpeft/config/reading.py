@@ -22,6 +22,8 @@ class _Loader(yaml.SafeLoader):
         """The mapping, once every key is known to be there once."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is a list or mapping", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -55,8 +57,44 @@ def parse_yaml(text: str, name: str) -> Any:
     """The value of a YAML text; raises ConfigError with the place where it cannot be read."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{name}: not readable as YAML: {' '.join(str(error).split())}"]) from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter: a tag that its value does not fit
+        raise ConfigError([_unreadable(name, error)]) from error
+
+
+_SYNTAX = (  # what the parser says, and what it means to people
+    ("stands twice", "{}; remove one"),
+    ("a key that is", "{}; give a word"),
+    ("mapping values are not allowed", "there is a second `:`, or the line is indented wrongly; quote text with `: `"),
+    ("could not find expected ':'", "a key without `:`; write `key: value`"),
+    ("'\\t' that cannot start", "a tab; indent with spaces"),
+    ("cannot start any token", "a character that begins no value; put the text in quotes"),
+    ("unexpected end of stream", "a quote that is opened here is not closed; close it"),
+    ("expected ',' or ']'", "a list that is opened here is not closed; close it, separate entries by commas"),
+    ("expected ',' or '}'", "a mapping that is opened here is not closed; close it, separate entries by commas"),
+    ("<block end>", "indented otherwise than the lines above that it belongs to; mend the indentation"),
+    ("undefined alias", "`*` refers to something that is not there; put text that begins with `*` in quotes"),
+    ("unknown escape", "`\\` begins an escape in double quotes; use single quotes"),
+    ("another document", "a second document begins (`---`); keep one"),
+    ("constructor for the tag", "`!` begins a tag, and tags are not read; remove it or put the text in quotes"),
+)
+
+_UNFIT = "this does not fit what stands before it; look at the indentation, the colons and the quotes there"
+
+
+def _unreadable(name: str, error: yaml.YAMLError | ValueError) -> str:
+    """One sentence: where a text stops being YAML, and how to mend it."""
+    problem = getattr(error, "problem", None) or ""
+    begun = getattr(error, "context_mark", None) if "is opened here" in _syntax(problem) else None
+    mark = begun or getattr(error, "problem_mark", None)
+    if mark is None and not isinstance(error, yaml.YAMLError):
+        return f"{name}: not readable as YAML: a value does not fit its tag ({error}); remove the tag."
+    if mark is None:
+        return f"{name}: not readable as YAML: it has a character that is no text; save it as UTF-8 text."
+    return f"{name}: not readable as YAML, line {mark.line + 1}, column {mark.column + 1}: {_syntax(problem)}."
+
+
+def _syntax(problem: str) -> str:
+    return next((words.format(problem) for sign, words in _SYNTAX if sign in problem), _UNFIT)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -60,8 +60,17 @@ class TaskSection(Section):
     test: str | None = None
     """Rows to report on, scored once at the end (hub: the split's name); null: none, or the demo's or the hub's own."""
 
-    format: Literal["head"] = "head"
-    """How a label is predicted: `head` is a trainable classification head."""
+    format: Literal["head", "cloze", "verbalizer"] = "head"
+    """How a label is predicted: `head`, by a trained classification head; `cloze`, by a masked model's word at a mask;
+    `verbalizer`, by a causal model's likeliest answer."""
+
+    template: Annotated[str, Field(min_length=1)] | None = None
+    """For cloze and verbalizer: `{text}` (a pair: `{a}` and `{b}`), and for the label `<mask>` (cloze) or `%s`
+    (verbalizer); null: the known one of the data set, else a general one."""
+
+    label_words: Annotated[tuple[Name, ...], Field(min_length=2)] | None = None
+    """For cloze and verbalizer: a word for each label that is kept, in their order (cloze: of one token); null: those
+    of a known data set, else the labels' own names."""
 
     text: Annotated[str, Field(min_length=1)] = "text"
     """Column of the text; where there is no column `text`, `sentence1` with `sentence2` is taken."""
@@ -225,7 +234,5 @@ SECTIONS: dict[str, type[Section]] = {
 LATER: dict[str, str] = {
     "privacy": "clipping and noise come with the Flower engine",
     "proxy": "proxy tuning comes with the method fedpt",
-    "task.label_words": "it belongs to the formats cloze and verbalizer, and only head exists so far",
-    "task.template": "it belongs to the formats cloze and verbalizer, and only head exists so far",
 }
 """Keys of the planned interface that this version does not have, and what they wait for."""

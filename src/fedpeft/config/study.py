@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from fedpeft.config import sections as s
 from fedpeft.config.folders import slug
-from fedpeft.config.load import load_raw
+from fedpeft.config.load import is_study, load_raw
 from fedpeft.config.problems import sentences
 from fedpeft.config.reading import read_yaml
 from fedpeft.core.errors import ConfigError
@@ -66,8 +66,12 @@ class StudyConfig(s.Section):
     target: Target | None = None
     """The common score for bytes and time."""
 
-    folder: str = "."
-    """Where relative paths start; the folder of the study's file."""
+    _folder: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start; the folder of the study's file."""
+        return self._folder
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,19 @@ class Cell:
 
 def load_study(source: str | Path | Mapping[str, Any]) -> StudyConfig:
     """The study, checked as far as it can be without its cells; `cells` checks these. Raises ConfigError."""
+    folder = Path(".")
     if isinstance(source, Mapping):
         raw = dict(source)
     else:
         path = Path(source).expanduser()
-        raw = {**read_yaml(path), "folder": str(path.resolve().parent)}
+        raw, folder = read_yaml(path), path.resolve().parent
+        if not is_study(raw) and raw.keys() & s.SECTIONS.keys():
+            raise ConfigError([f"{path}: is the configuration of one run and no study; use: fedpeft run {path}"])
     try:
         study = StudyConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError([p.removeprefix("study.") for p in sentences(error, StudyConfig, "study", {})]) from error
+    study._folder = folder
     problems = _repeats("methods", [m.label for m in study.methods])
     problems += _repeats("seeds", [str(seed) for seed in study.seeds])
     labels = [m.label for m in study.methods]
@@ -128,7 +136,7 @@ def cells(study: StudyConfig) -> tuple[Cell, ...]:
         raw["method"] = _method_section(entry, base.get("method") or {})
         if entry.adapter is not None:
             raw["adapter"] = entry.adapter
-        start = Path(study.folder) if section is not None else folder
+        start = study.folder if section is not None else folder
         try:
             config = load_raw(_absolute(raw, base_config, section), start, {**dict(point), "run.seed": seed})
         except ConfigError as error:
@@ -145,7 +153,7 @@ def cells(study: StudyConfig) -> tuple[Cell, ...]:
 
 
 def _base(study: StudyConfig) -> tuple[dict[str, Any], Path]:
-    folder = Path(study.folder)
+    folder = study.folder
     if isinstance(study.base, dict):
         return dict(study.base), folder
     path = Path(study.base).expanduser()

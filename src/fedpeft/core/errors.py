@@ -19,6 +19,10 @@ A message says what is wrong, the value, and the remedy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedpeft.core.federate import Done
 
 
 class FedpeftError(Exception):
@@ -60,7 +64,15 @@ class RunError(FedpeftError):
 
 
 class QuorumError(RunError):
-    """Too few clients answered an exchange, in the first attempt and in each repetition."""
+    """Too few clients answered an exchange, in the first attempt and in each repetition.
+
+    Attributes:
+        done: the exchange as far as it came: nothing is folded, the receipts are those of every attempt.
+    """
+
+    def __init__(self, message: str, done: Done | None = None) -> None:
+        super().__init__(message)
+        self.done = done
 
 
 class StoreError(RunError):

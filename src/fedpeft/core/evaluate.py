@@ -45,8 +45,9 @@ def countable(down: Question, up: Scores) -> None:
 
 
 def personalises(method: Method) -> bool:
-    """Whether a client's own model can differ from the global one."""
-    return getattr(type(method), "personal", None) is not Defaults.personal
+    """Whether a client's own model can differ from the global one; a method with `personalised` says so itself."""
+    own = getattr(type(method), "personal", None) is not Defaults.personal
+    return own and bool(getattr(method, "personalised", True))
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ class Examples:
         tokens: one int32 array of token ids per row, special tokens included, not padded, already truncated.
         labels: (rows,) class index of each row, int64.
         segments: token-type ids like `tokens` where the model has them (text pairs), else None.
+        marks: (rows,) position of the mask that stands for the label, int64; None where the format has none.
     """
 
     tokens: tuple[NDArray[np.int32], ...]
     labels: NDArray[np.int64]
     segments: tuple[NDArray[np.int32], ...] | None = None
+    marks: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -38,7 +40,8 @@ class Examples:
         """The given rows in the given order; the token arrays are shared, not copied."""
         index = [int(i) for i in rows]
         segments = None if self.segments is None else tuple(self.segments[i] for i in index)
-        return Examples(tuple(self.tokens[i] for i in index), self.labels[index], segments)
+        marks = None if self.marks is None else self.marks[index]
+        return Examples(tuple(self.tokens[i] for i in index), self.labels[index], segments, marks)
 
     def distinct(self, limit: int) -> list[int]:
         """The first rows of which no two have the same tokens, at most `limit` of them."""

@@ -284,6 +284,13 @@ class Method(Protocol):
         """A client's own model, from the global params and its memory."""
         ...
 
+    def choices(self, state: Any) -> Mapping[str, Any]:
+        """What the method decided by itself, as JSON can carry it, for the run's record; a "warning" is logged.
+
+        Known to the report are `layers`, `of_layers` and `layer_scores`; everything else is shown as it is.
+        """
+        ...
+
 
 # --- how records travel -----------------------------------------------------------------------------------------
 

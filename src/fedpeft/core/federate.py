@@ -84,7 +84,7 @@ def federate(
         quorum: share of the cohort that must answer, in (0, 1]; below it the exchange is repeated with a new cohort.
 
     Raises:
-        QuorumError: an exchange stayed below the quorum in all attempts.
+        QuorumError: an exchange stayed below the quorum in all attempts; it carries their receipts.
     """
     clients = tuple(transport.clients())
     env = ServerEnv(model, clients, seed, rounds, resources=resources or {})
@@ -104,7 +104,8 @@ def federate(
             if len(answered) >= math.ceil(quorum * len(cohort) - 1e-9) and (answered or not cohort):
                 break
         else:
-            raise QuorumError(_too_few(exchange.name, round, quorum, cohort, answers))
+            failed = Done(number + 1, round, exchange.name, last, state, versions, cohort, (), tuple(receipts))
+            raise QuorumError(_too_few(exchange.name, round, quorum, cohort, answers), failed)
         if answered:
             state = exchange.fold(state, Ordered(answered, answers.ups), replace(env, cohort=cohort))
             versions.update((r.client, call.version) for r in answers.receipts if r.staged and r.client in answers.ups)

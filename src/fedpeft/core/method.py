@@ -42,6 +42,10 @@ class Defaults:
         """Everybody's model is the global one."""
         return params
 
+    def choices(self, state: Any) -> Mapping[str, Any]:
+        """Nothing was decided."""
+        return {}
+
 
 def plain(method: Method) -> dict[str, Any]:
     """The hyper-parameters as plain data that JSON can carry."""

@@ -13,10 +13,12 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from fedpeft.core.errors import DataError
+from fedpeft.core.hub import loading_from_hub
 
 Row: TypeAlias = dict[str, Any]
 
@@ -29,6 +31,35 @@ class HubRows:
 
     rows: list[Row]
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The raw rows of one split and where they are from."""
+
+    where: str
+    rows: list[Row]
+    parts: tuple[tuple[str, int, str], ...] = ()  # (file, first row, client id) of a folder's files
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The names of all columns."""
+        return column_names(self.rows)
+
+    def row(self, index: int) -> str:
+        """What an error message calls a row; rows count from 1 in their own file."""
+        for file, first, _ in reversed(self.parts):
+            if first <= index:
+                return f"row {index - first + 1} of {file}"
+        return f"row {index + 1} of {self.where}"
+
+    def files(self) -> tuple[str, ...] | None:
+        """The client id of each row, None for a single file."""
+        ends = [first for _, first, _ in self.parts[1:]] + [len(self.rows)]
+        clients: list[str] = []
+        for (_, first, client), end in zip(self.parts, ends, strict=bool(self.parts)):
+            clients += [client] * (end - first)
+        return tuple(clients) if self.parts else None
 
 
 def read_rows(source: str | Path) -> list[Row]:
@@ -99,7 +130,8 @@ def read_hub(name: str, split: str) -> HubRows:
     datasets = _datasets(name)
     path, _, configuration = name.partition(":")
     try:
-        data = datasets.load_dataset(path, configuration or None, split=split)
+        with loading_from_hub(path):
+            data = datasets.load_dataset(path, configuration or None, split=split)
     except Exception as error:  # the library raises errors of its own, of its parts and of the network
         raise DataError(_hub_failed(f"split {split!r} of hub data set {name!r}", error)) from error
     labels = {column: tuple(kind.names) for column, kind in data.features.items() if getattr(kind, "names", None)}
@@ -114,7 +146,8 @@ def hub_splits(name: str) -> tuple[str, ...]:
     datasets = _datasets(name)
     path, _, configuration = name.partition(":")
     try:
-        return tuple(datasets.get_dataset_split_names(path, configuration or None))
+        with loading_from_hub(path):
+            return tuple(datasets.get_dataset_split_names(path, configuration or None))
     except Exception as error:  # as in read_hub
         raise DataError(_hub_failed(f"hub data set {name!r}", error)) from error
 

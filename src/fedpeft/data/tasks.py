@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from numpy.typing import NDArray
 
 from fedpeft.core.errors import DataError
 from fedpeft.core.rng import rng_for
-from fedpeft.data.load import Row, client_files, column_names, hub_splits, read_hub, read_rows
+from fedpeft.data.labels import label_indices, label_keys, sorted_values
+from fedpeft.data.load import Row, Source, client_files, hub_splits, read_hub, read_rows
+from fedpeft.data.templates import FORMATS, PAIR, Template, known, parse, template_problems
 from fedpeft.data.tokens import tokenise
 
-FORMATS = ("head",)
 METRICS = ("accuracy", "macro_f1", "matthews", "acc_f1")  # acc_f1: mean of accuracy and F1 of the second label
 SPLITS = ("train", "validation", "test")
 
@@ -33,7 +33,9 @@ class TaskSpec:
     train: str | None = None  # training file; a folder or glob pattern: one file per client; null: the data named above
     validation: str | None = None  # selection file (hub: split); null: a tenth of each client's rows, or the demo's own
     test: str | None = None  # test file (hub: split); null: no test; demo and hub: their own
-    format: str = "head"  # how labels are predicted; head: a trainable classification head
+    format: str = "head"  # how labels are predicted: head, cloze or verbalizer
+    template: str | None = None  # of cloze and verbalizer; null: the known one of the data set, else a general one
+    label_words: Sequence[str] | None = None  # in the order of the labels that are kept; null: known ones, else names
     text: str = "text"  # column of the text; where there is no column `text`: sentence1 with sentence2
     text_pair: str | None = None  # column of the second text of a pair; null: single texts
     label: str = "label"  # column of the label: a name or an index
@@ -48,8 +50,7 @@ class TaskSpec:
         found = []
         if self.train is None and not self.name:
             found.append("task.train and task.name are both null; set task.train to a file or task.name to demo")
-        if self.format not in FORMATS:
-            found.append(f"task.format {self.format!r} does not exist; there is: {', '.join(FORMATS)}")
+        found += template_problems(self.format, self.template, self.label_words)
         if self.metric is not None and self.metric not in METRICS:
             found.append(f"task.metric {self.metric!r} does not exist; there are: {', '.join(METRICS)}")
         if self.max_length < 3:
@@ -107,6 +108,9 @@ class Task:
         sha256: over label names, texts and labels of all splits, in hex.
         files: ids of all clients where train is one file per client, else empty.
         text, text_pair: the columns that the texts are from.
+        template: as it was written; None in the format head.
+        words: the word of each label; None in the format head.
+        named: whether the words are the labels' own names for want of others.
     """
 
     name: str
@@ -119,6 +123,14 @@ class Task:
     files: tuple[str, ...] = ()
     text: str = "text"
     text_pair: str | None = None
+    template: str | None = None
+    words: tuple[str, ...] | None = None
+    named: bool = False
+
+    @property
+    def pattern(self) -> Template | None:
+        """The template in pieces."""
+        return None if self.template is None else parse(self.template)
 
     def split(self, name: str) -> Table | None:
         """The table of `train`, `validation` or `test`."""
@@ -141,15 +153,15 @@ def load_task(spec: TaskSpec) -> Task:
         for key, column in (("task.text", text), ("task.text_pair", pair), ("task.label", spec.label)):
             if column is not None and column not in source.columns:
                 raise DataError(f"{source.where} has no column {column!r} ({key}); it has: {', '.join(source.columns)}")
-    keys = {split: _label_keys(source, spec.label) for split, source in sources.items()}
+    keys = {split: label_keys(source, spec.label) for split, source in sources.items()}
     declared = spec.labels or meta.get("labels") or known.get(spec.label)
-    names = tuple(str(n) for n in declared) if declared else _sorted_values(keys["train"])
+    names = tuple(str(n) for n in declared) if declared else sorted_values(keys["train"])
     if len(names) < 2:
         raise DataError(f"{train.where} has a single label, {names[0]!r}; classification needs at least two")
     by_name = set(keys["train"]) <= set(names)
     tables = {}
     for split, source in sources.items():
-        labels = _label_indices(keys[split], names, by_name, source)
+        labels = label_indices(keys[split], names, by_name, source)
         tables[split] = _make_table(source, labels, text, pair)
     tables, kept = _keep_classes(tables, names, spec.classes, sources)
     if spec.limit is not None and spec.limit < len(tables["train"]):
@@ -161,41 +173,14 @@ def load_task(spec: TaskSpec) -> Task:
     name = spec.name or _folder(spec).name or "task"
     splits = [tables.get(split) for split in SPLITS]
     files = tuple(client_files(spec.train) or ()) if spec.train else ()
-    return Task(name, kept, metric, tables["train"], splits[1], splits[2], _sha256(kept, splits), files, text, pair)
+    sha256, prompt = _sha256(kept, splits), _prompt(spec, kept, pair is not None)
+    return Task(name, kept, metric, tables["train"], splits[1], splits[2], sha256, files, text, pair, *prompt)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The raw rows of one split and where they are from."""
-
-    where: str
-    rows: list[Row]
-    parts: tuple[tuple[str, int, str], ...] = ()  # (file, first row, client id) of a folder's files
-
-    @cached_property
-    def columns(self) -> list[str]:
-        return column_names(self.rows)
-
-    def row(self, index: int) -> str:
-        """What an error message calls a row; rows count from 1 in their own file."""
-        for file, first, _ in reversed(self.parts):
-            if first <= index:
-                return f"row {index - first + 1} of {file}"
-        return f"row {index + 1} of {self.where}"
-
-    def files(self) -> tuple[str, ...] | None:
-        """The client id of each row, None for a single file."""
-        ends = [first for _, first, _ in self.parts[1:]] + [len(self.rows)]
-        clients: list[str] = []
-        for (_, first, client), end in zip(self.parts, ends, strict=bool(self.parts)):
-            clients += [client] * (end - first)
-        return tuple(clients) if self.parts else None
-
-
-def _read_sources(spec: TaskSpec) -> tuple[dict[str, _Source], Mapping[str, tuple[str, ...]]]:
+def _read_sources(spec: TaskSpec) -> tuple[dict[str, Source], Mapping[str, tuple[str, ...]]]:
     """The raw splits, and the label names by column that the data declare."""
     if spec.train is not None:
         given = {"train": spec.train, "validation": spec.validation, "test": spec.test}
@@ -205,26 +190,26 @@ def _read_sources(spec: TaskSpec) -> tuple[dict[str, _Source], Mapping[str, tupl
 
         demo = load_demo()
         own = {"train": demo.train, "validation": demo.validation, "test": demo.test}
-        sources = {split: _Source(f"the demo's {split} split", [dict(r) for r in rows]) for split, rows in own.items()}
+        sources = {split: Source(f"the demo's {split} split", [dict(r) for r in rows]) for split, rows in own.items()}
         given = {"validation": spec.validation, "test": spec.test}
         sources |= {split: _from_files(source) for split, source in given.items() if source is not None}
         return sources, {"label": demo.labels}
     return _from_hub(spec)
 
 
-def _from_files(source: str) -> _Source:
+def _from_files(source: str) -> Source:
     files = client_files(source)
     if files is None:
-        return _Source(f"data file {source}", read_rows(source))
+        return Source(f"data file {source}", read_rows(source))
     rows: list[Row] = []
     parts = []
     for client, path in files.items():
         parts.append((f"data file {path}", len(rows), client))
         rows += read_rows(path)
-    return _Source(f"data folder {source}", rows, tuple(parts))
+    return Source(f"data folder {source}", rows, tuple(parts))
 
 
-def _from_hub(spec: TaskSpec) -> tuple[dict[str, _Source], Mapping[str, tuple[str, ...]]]:
+def _from_hub(spec: TaskSpec) -> tuple[dict[str, Source], Mapping[str, tuple[str, ...]]]:
     name = str(spec.name)
     test = spec.test or ("test" if "test" in hub_splits(name) else None)
     labels: Mapping[str, tuple[str, ...]] = {}
@@ -233,7 +218,7 @@ def _from_hub(spec: TaskSpec) -> tuple[dict[str, _Source], Mapping[str, tuple[st
         if hub_split is not None:
             read = read_hub(name, hub_split)
             labels = labels or read.labels
-            sources[split] = _Source(f"split {hub_split!r} of hub data set {name!r}", read.rows)
+            sources[split] = Source(f"split {hub_split!r} of hub data set {name!r}", read.rows)
     return sources, labels
 
 
@@ -264,21 +249,42 @@ def _read_meta(spec: TaskSpec) -> dict[str, Any]:
 def _usual_metric(spec: TaskSpec, meta: Mapping[str, Any]) -> str:
     if "metric" in meta:
         return str(meta["metric"])
-    names = (_folder(spec).name.lower(), (spec.name or "").lower().replace(":", "/").rpartition("/")[2])
-    return next((_USUAL_METRIC[n] for n in names if n in _USUAL_METRIC), METRICS[0])
+    return next((_USUAL_METRIC[n] for n in _titles(spec) if n in _USUAL_METRIC), METRICS[0])
+
+
+def _titles(spec: TaskSpec) -> tuple[str, str]:
+    """What a data set may be known by: the name of its folder, and the last part of its own."""
+    return _folder(spec).name.lower(), (spec.name or "").lower().replace(":", "/").rpartition("/")[2]
+
+
+def _prompt(spec: TaskSpec, labels: tuple[str, ...], pairs: bool) -> tuple[str | None, tuple[str, ...] | None, bool]:
+    """The template, the label words, and whether these are the labels' own names."""
+    if spec.format == "head":
+        return None, None, False
+    template, words = known(spec.format, _titles(spec), labels, pairs)
+    template = template if spec.template is None else spec.template
+    if pairs != (PAIR in parse(template).pieces):
+        wrong = "has no {b}, and rows have two texts" if pairs else "has {b}, and rows have one text"
+        raise DataError(f"task.template {template!r} {wrong}; change the template, or task.text and task.text_pair")
+    if spec.label_words is None:
+        return template, words or labels, words is None
+    given = tuple(str(word).strip() for word in spec.label_words)
+    if len(given) != len(labels):
+        raise DataError(f"task.label_words has {len(given)} words; give one for each of {', '.join(labels)}")
+    return template, given, False
 
 
 # --- columns and labels -----------------------------------------------------------------------------------------
 
 
-def _text_columns(spec: TaskSpec, train: _Source) -> tuple[str, str | None]:
+def _text_columns(spec: TaskSpec, train: Source) -> tuple[str, str | None]:
     columns = train.columns
     if spec.text == "text" and "text" not in columns and spec.text_pair is None and "sentence1" in columns:
         return "sentence1", "sentence2" if "sentence2" in columns else None
     return spec.text, spec.text_pair
 
 
-def _texts(source: _Source, column: str) -> tuple[str, ...]:
+def _texts(source: Source, column: str) -> tuple[str, ...]:
     texts = []
     for i, row in enumerate(source.rows):
         text = row.get(column)
@@ -290,56 +296,18 @@ def _texts(source: _Source, column: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _make_table(source: _Source, labels: NDArray[np.int64], text: str, pair: str | None) -> Table:
+def _make_table(source: Source, labels: NDArray[np.int64], text: str, pair: str | None) -> Table:
     others = [name for name in source.columns if name not in (text, pair)]
     columns = {name: tuple(row.get(name) for row in source.rows) for name in others}
     pairs = None if pair is None else _texts(source, pair)
     return Table(_texts(source, text), pairs, labels, columns, source.files())
 
 
-def _label_keys(source: _Source, column: str) -> list[str]:
-    """The labels as text: integers, also those that a file format made floats, in decimal digits."""
-    keys = []
-    for i, row in enumerate(source.rows):
-        value = row.get(column)
-        if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-            value = int(value)
-        if not isinstance(value, int | str) or not str(value).strip():
-            raise DataError(f"{source.row(i)} has the label {value!r}, neither a name nor an index; mend or drop it")
-        keys.append(str(value).strip())
-    return keys
-
-
-def _sorted_values(values: Sequence[str]) -> tuple[str, ...]:
-    distinct = sorted(set(values))
-    return tuple(sorted(distinct, key=int)) if all(_is_index(v) for v in distinct) else tuple(distinct)
-
-
-def _is_index(key: str) -> bool:
-    return key.removeprefix("-").isdecimal()
-
-
-def _label_indices(keys: Sequence[str], names: Sequence[str], by_name: bool, source: _Source) -> NDArray[np.int64]:
-    """Class index per row; labels are read as names if all of the training rows' are names, else as indices."""
-    known = {name if by_name else str(i): i for i, name in enumerate(names)}
-    indices = np.fromiter((known.get(key, -1) for key in keys), dtype=np.int64, count=len(keys))
-    if bad := np.flatnonzero(indices < 0).tolist():
-        bad = [i for i in bad if keys[i] not in names] or bad  # where names and indices are mixed
-        key = keys[bad[0]]
-        shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-        if not by_name and _is_index(key):
-            problem = f"label {key} is out of range: 0 to {len(names) - 1} stand for {shown}"
-        else:
-            problem = f"label {key!r} is not one of the {len(names)} labels that the task has: {shown}"
-        raise DataError(f"{source.row(bad[0])}: {problem}. Correct task.labels or the {len(bad)} such rows")
-    return indices
-
-
 def _keep_classes(
     tables: Mapping[str, Table],
     names: tuple[str, ...],
     classes: Sequence[str] | int | None,
-    sources: Mapping[str, _Source],
+    sources: Mapping[str, Source],
 ) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The rows whose label is kept, labels numbered anew in the same order, and the kept names."""
     if classes is None:

@@ -66,8 +66,8 @@ class InProcess:
         receipts: list[Receipt] = []
         encode = _Encoder()
         for i in range(0, len(asked), self.batch):
+            start = time.perf_counter()  # work that waits for no Fit is done when a visit begins
             group = [_Visit(self, call, client, downs[client], encode) for client in asked[i : i + self.batch]]
-            start = time.perf_counter()
             run_jobs([visit.turn.job for visit in group if visit.turn and visit.turn.job], self.model)
             seconds = time.perf_counter() - start
             total = sum(visit.meter.trained_tokens for visit in group)

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -63,8 +63,9 @@ class State:
     scores: Tensor = field(default_factory=lambda: torch.zeros(0))  # (blocks,) of the layers
     ratio: float = 1.0  # share of the layers that are shared, as measured or given
     ratio_from: str = "fixed"  # fixed, eigengap, plateau or fallback
-    usable: int = 0  # devices whose ratio could be used
-    answered: int = 0  # devices that measured one
+    note: str = ""  # how usable the measured ratios were
+    measured: Mapping[str, Ratio] = field(default_factory=dict)  # every device's ratio
+    client_scores: Mapping[str, Scores] = field(default_factory=dict)  # every client's layer scores
     momentum: drift.Momentum = field(default_factory=drift.Momentum)  # v, c, the last pseudo-gradient, eta_s
     controls: drift.Controls = field(default_factory=dict)  # c_i of every device seen so far
     loss: float | None = None  # mean training loss of the last cohort; None before the first
@@ -242,7 +243,7 @@ class FedPepTAO(Defaults):
         """sum_i n_i zeta_i / sum_i n_i over the clients that had two rows to compare."""
         parts = [({"zeta": up.scores.double()}, up.examples) for up in ups.values() if up.used >= 2]
         scores = tree.mean(parts)["zeta"].float() if parts else torch.zeros(len(blocks(state.start)))
-        state = replace(state, scores=scores)
+        state = replace(state, scores=scores, client_scores=dict(ups))
         return state if self.ratio_rule != "fixed" else self.chosen(state, env)
 
     def measure_ratio(
@@ -273,8 +274,9 @@ class FedPepTAO(Defaults):
         ratio, source = self.ratio, "fallback"
         if usable and behind >= USABLE_SHARE * total:
             ratio, source = sum(up.ratio * up.examples for up in usable) / behind, self.ratio_rule
-        found = replace(state, ratio=ratio, ratio_from=source, usable=len(usable), answered=len(ups))
-        return self.chosen(found, env)
+        said = f"{self.ratio_rule} usable on {len(usable)} of {len(ups)} devices ({behind / total:.0%} of examples)"
+        note = f"layer ratio: {said}; using {ratio:.3g}"
+        return self.chosen(replace(state, ratio=ratio, ratio_from=source, note=note, measured=dict(ups)), env)
 
     def chosen(self, state: State, env: ServerEnv) -> State:
         """The state with its layers; everything that is shared is cut down to them."""
@@ -341,7 +343,7 @@ class FedPepTAO(Defaults):
             )
         return replace(state, prompts=prompts, momentum=momentum, controls=controls, loss=mean_loss(ups.values()))
 
-    # --- models ---
+    # --- models, and what is told about the choice ---
 
     def result(self, state: State) -> Params:
         """What a device that joins today would use: P0 where no prompt is shared, nothing there with `off`."""
@@ -352,6 +354,21 @@ class FedPepTAO(Defaults):
     def personal(self, params: Params, memory: Memory) -> Params:
         """The client's own prompts beside the shared ones."""
         return tree.overlay(params, memory.local)
+
+    def choices(self, state: State) -> dict[str, Any]:
+        """The layers, their scores, and how the ratio came about."""
+        ratios = {client: vars(own) for client, own in state.measured.items()}
+        told: dict[str, Any] = {
+            "layers": list(state.layers),
+            "of_layers": len(blocks(state.start)),
+            "layers_by": self.layers_by,
+            "layer_scores": state.scores.tolist(),
+            "ratio": state.ratio,
+            "ratio_from": state.ratio_from,
+            "ratios": ratios,
+            "client_scores": {client: own.scores.tolist() for client, own in state.client_scores.items()},
+        }
+        return told | ({"warning": state.note} if state.ratio_from == "fallback" else {})
 
 
 def blocks(params: Params) -> tuple[int, ...]:

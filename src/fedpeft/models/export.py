@@ -28,11 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedpeft.core import tree
 from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import ModelError, RequestError, StoreError
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import delta, head
-from fedpeft.models.card import model_card
+from fedpeft.models.card import model_card, published
 from fedpeft.models.families import Slot
 from fedpeft.models.hf import HFModel
 from fedpeft.models.merge import HEADS, check_labels, merge, token_classifier
@@ -60,7 +61,7 @@ def export_adapter(
         folder: does not exist, is empty, or holds an earlier export.
         labels: names of the classes, in the order of the head's rows.
         card: facts for the model card; see `card.model_card`.
-        replace: whether an earlier export in the folder may go.
+        replace: whether an earlier export of other parameters, or in another form, may go; the same may always.
 
     Raises:
         ModelError: params that PEFT cannot hold; the message names `--merge`.
@@ -88,7 +89,7 @@ def export_adapter(
     for name, t in (("weight", params[head.WEIGHT]), ("bias", params[head.BIAS])):
         tensors[f"{PREFIX}{shell.head}.{name}"] = t.detach().cpu().contiguous()
     config = _lora_config(model, shell.module, ranks)
-    note = _note(model, "adapter", names) | {
+    note = _note(model, params, "adapter", names) | {
         "modules": {path: [[s.name, len(params[f"{s.name}.A"])] for s in slots] for path, slots in modules.items()}
     }
     with _new_folder(Path(folder), note, replace) as draft:
@@ -114,7 +115,7 @@ def export_merged(
     names = check_labels(model, params, labels)
     merged = merge(model, params, names)
     alone = params.keys() <= {head.WEIGHT, head.BIAS}
-    note = _note(model, "head" if alone else "merged", names)
+    note = _note(model, params, "head" if alone else "merged", names)
     with _new_folder(Path(folder), note, replace) as draft:
         merged.save_pretrained(draft)
         _finish(model, draft, "merged", names, card)
@@ -149,7 +150,7 @@ def _lora_config(model: HFModel, module: Any, ranks: Mapping[str, int]) -> dict[
     return {
         "peft_type": "LORA",
         "task_type": "TOKEN_CLS",
-        "base_model_name_or_path": model.base.source,
+        "base_model_name_or_path": published(model.base.source),
         "inference_mode": True,
         "r": usual,
         "lora_alpha": _alpha(model, usual),
@@ -176,7 +177,7 @@ def _alpha(model: HFModel, rank: int) -> float | int:
     return plain(model.spec.alpha if rank == model.spec.rank else model.scale * rank)
 
 
-def _note(model: HFModel, form: str, labels: Sequence[str]) -> dict[str, Any]:
+def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> dict[str, Any]:
     return {
         "format": 1,
         "form": form,  # adapter, merged, or head: a merged model whose base is unchanged
@@ -185,6 +186,7 @@ def _note(model: HFModel, form: str, labels: Sequence[str]) -> dict[str, Any]:
         "labels": list(labels),
         "classes": len(labels),
         "adapter": {"kind": model.spec.kind, **dataclasses.asdict(model.spec)},
+        "params_sha256": tree.sha256(params),
     }
 
 
@@ -204,7 +206,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _new_folder(folder: Path, note: Mapping[str, Any], replace: bool) -> Iterator[Path]:
     """A draft beside the folder, which takes its place when it is complete."""
     target = folder.expanduser().resolve()
-    _check_target(target, replace)
+    _check_target(target, note, replace)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -233,14 +235,19 @@ def _swap(draft: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_target(target: Path, replace: bool) -> None:
+def _check_target(target: Path, note: Mapping[str, Any], replace: bool) -> None:
+    """Raise RequestError where something lies that must not go without being asked about."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    held: list[str] | None = None
-    if replace and (target / NOTE).is_file():
-        held = read_json(target / NOTE).get("files")
+    earlier = read_json(target / NOTE) if (target / NOTE).is_file() else {}
+    held = earlier.get("files")
     if held is None or not set(_files(target)) <= {*held, NOTE}:
         raise RequestError(f"{target} holds something else than an earlier export; choose a new folder")
+    if not replace and any(earlier.get(key) != note[key] for key in ("params_sha256", "form")):
+        raise RequestError(
+            f"{target} holds an export of other parameters, or in another form; choose a new folder, or let it go "
+            "with --replace"
+        )
 
 
 def _files(folder: Path) -> list[str]:

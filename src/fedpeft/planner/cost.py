@@ -5,6 +5,10 @@ the classification head and the adapters are neglected: at rank 8 LoRA on query 
 forward products (about 0.3 % for d = 4096 and 3 % for d = 384). Per token a block has four attention projections and
 two or three of the feed-forward part; per pair of tokens that see each other there are two products of the heads'
 total width (scores, and their mix of values). Causal models are counted over the full square, as kernels compute it.
+
+A language model's head is counted for the share of the tokens whose states enter it (a mask, an answer), without what a
+masked model does to a state before the projection. A forward pass alone counts the whole vocabulary too, although a
+cloze prediction computes the label words' columns only.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ class Shape:
     family: str  # bert, roberta, gpt2, llama or generic
     head_size: int
     mlp_matrices: int = 2  # 3 where the feed-forward part is gated
-    lm_head: bool = False  # whether every token also goes through the output projection onto the vocabulary
+    lm_head: bool = False  # whether tokens also go through the output projection onto the vocabulary
+    lm_share: float = 1.0  # share of the tokens that do: those at a mask or in an answer, say
 
     @property
     def lower_flops(self) -> int:
@@ -62,8 +67,8 @@ class Shape:
 
     @property
     def head_flops(self) -> int:
-        """Per token: the output projection onto the vocabulary."""
-        return 2 * self.hidden * self.vocab if self.lm_head else 0
+        """Per token: the output projection onto the vocabulary, as a mean over all tokens."""
+        return round(2 * self.hidden * self.vocab * self.lm_share) if self.lm_head else 0
 
 
 def shape_of(config: Mapping[str, Any], lm_head: bool = False) -> Shape:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from fedpeft.runs.units import count_text
+
 COLOURS = 8
 
 WIDTH, HEIGHT = 380.0, 236.0
@@ -143,7 +145,8 @@ def stacked_columns(bars: Sequence[tuple[str, Sequence[int]]], labels: Sequence[
              f'aria-label="rows per label of each client">']  # fmt: skip
     for i, (client, counts) in enumerate(bars):
         told = ", ".join(f"{label} {n}" for label, n in zip(labels, counts, strict=True) if n)
-        parts.append(f"<g><title>{escape(f'{client}: {sum(counts)} rows ({told})')}</title>")
+        rows = count_text(sum(counts), "row")
+        parts.append(f"<g><title>{escape(f'{client}: {rows} ({told})')}</title>")
         base = 100.0
         for n, colour in zip(counts, colours, strict=True):
             height = 100.0 * n / most

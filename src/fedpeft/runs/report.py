@@ -16,6 +16,8 @@ import yaml
 from fedpeft.runs import report_sections as sections
 from fedpeft.runs.files import write_file
 from fedpeft.runs.history import Group, group, read_history
+from fedpeft.runs.report_choices import choices
+from fedpeft.runs.units import count_text
 
 
 def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -> Path:
@@ -50,7 +52,7 @@ def render(groups: Sequence[Group], title: str | None = None) -> str:
         parts.append(sections.client_scores(members, suffix) if not alone else sections.client_table(alone))
     parts.append(sections.cost(groups))
     parts.append(sections.losses(groups))
-    parts += [sections.choices(g) for g in groups]
+    parts += [choices(g) for g in groups]
     parts.append(_configurations(groups))
     parts.append(_manifests(groups))
     style = resources.files("fedpeft.runs").joinpath("report.css").read_text(encoding="utf-8")
@@ -68,7 +70,7 @@ def _heading(groups: Sequence[Group]) -> str:
     tasks = list(dict.fromkeys(g.task for g in groups))
     if len(groups) == 1:
         return f"{groups[0].label} on {tasks[0]}"
-    return f"{len({g.label for g in groups})} methods on {', '.join(tasks)}"
+    return f"{count_text(len({g.label for g in groups}), 'method')} on {', '.join(tasks)}"
 
 
 def _subtitle(groups: Sequence[Group]) -> str:
@@ -76,11 +78,13 @@ def _subtitle(groups: Sequence[Group]) -> str:
     config = run.config
     seeds = sorted({r.seed for g in groups for r in g.runs})
     adapter = config.get("adapter") or {}
+    rounds = (config.get("run") or {}).get("rounds")
+    clients = count_text(len(run.clients), "client") if run.clients else "? clients"
     facts = [
         f"model {Path(str((config.get('model') or {}).get('name', '?'))).name}",
         f"adapter {adapter.get('kind', '?')}" + (f" of rank {adapter['rank']}" if "rank" in adapter else ""),
-        f"{len(run.clients) or '?'} clients, {(config.get('partition') or {}).get('kind', '?')} partition",
-        f"{(config.get('run') or {}).get('rounds', '?')} rounds",
+        f"{clients}, {(config.get('partition') or {}).get('kind', '?')} partition",
+        count_text(rounds, "round") if isinstance(rounds, int) else "? rounds",
         ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds)),
     ]
     started = run.manifest.get("started")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from fedpeft.runs import charts
 from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED, Client, Group, History, Score, spread
-from fedpeft.runs.units import bytes_text, bytes_unit, score_text, seconds_text, seconds_unit
+from fedpeft.runs.units import bytes_text, bytes_unit, count_text, score_text, seconds_text, seconds_unit
 
 WORST = 12  # clients shown before the rest is folded away
 COLUMNS = 240  # clients that the partition's picture can hold
@@ -73,7 +74,7 @@ def trouble(run: History) -> str:
     said = f"<p>{escape(str(reason))}</p>" if reason else ""
     return (
         f'<section class="notice"><h2>{escape(run.label)}, seed {run.seed}: {escape(str(status))} after {done} of '
-        f"{rounds} rounds</h2>{said}<p>The page shows what there is so far. Go on with: "
+        f"{rounds} round{'s' if rounds != 1 else ''}</h2>{said}<p>The page shows what there is so far. Go on with: "
         f"<code>fedpeft resume {escape(str(run.folder))}</code></p></section>"
     )
 
@@ -255,8 +256,8 @@ def partition_picture(run: History, suffix: str) -> str:
     kind = (run.config.get("partition") or {}).get("kind", "")
     sizes = [sum(c.label_counts) for c in clients]
     note = (
-        f"{len(clients)} clients, {sum(sizes):,} training rows, {min(sizes):,} to {max(sizes):,} each "
-        f"(median {statistics.median(sizes):,.0f}); kind {kind}."
+        f"{count_text(len(clients), 'client')}, {count_text(sum(sizes), 'training row')}, {min(sizes):,} to "
+        f"{max(sizes):,} each (median {statistics.median(sizes):,.0f}); kind {kind}."
     )
     return section(f"Who has which labels{suffix}", note, frame + _legend(names, colours))
 
@@ -265,7 +266,7 @@ def _legend(names: Sequence[str], colours: Sequence[int]) -> str:
     shown = [(name, f"c{colour}") for name, colour in zip(names, colours, strict=True) if colour >= 0]
     others = sum(colour < 0 for colour in colours)
     if others:
-        shown.append((f"{others} other labels", "rest"))
+        shown.append((count_text(others, 'other label'), "rest"))
     items = "".join(f'<li><i class="{colour}"></i>{escape(name)}</li>' for name, colour in shown)
     return f'<ul class="legend">{items}</ul>'
 
@@ -290,9 +291,8 @@ def client_table(run: History) -> str:
     ]
     inner = table(head, rows[:WORST], words="labels")
     if len(rows) > WORST:
-        inner += (
-            f"<details><summary>The other {len(rows) - WORST} clients</summary>{table(head, rows[WORST:])}</details>"
-        )
+        others = count_text(len(rows) - WORST, "other client")
+        inner += f"<details><summary>{others}</summary>{table(head, rows[WORST:])}</details>"
     metric = run.metric.replace("_", " ")
     return section("Clients, the worst first", f"{metric.capitalize()} on each client's own rows.", inner)
 
@@ -344,10 +344,15 @@ COST_HEAD = ("exchange", "answers", "down", "up", "down per client", "up per cli
 def _cost_rows(g: Group) -> list[tuple[list[str], str]]:
     """One row per exchange, the set-up's first, then the totals; each with its style."""
     lines = [{**line, "run": i} for i, run in enumerate(g.runs) for line in run.exchanges]
-    kinds = dict.fromkeys((line.get("round", 0) > 0, str(line.get("exchange", "?"))) for line in lines)
+    kinds: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for line in lines:  # the exchanges "warmup 1", "warmup 2", ... are one row
+        name = re.sub(r" \d+$", "", str(line.get("exchange", "?")))
+        kinds.setdefault((line.get("round", 0) > 0, name), []).append(line)
     rows, n_runs = [], len(g.runs)
-    for in_round, name in sorted(kinds, key=lambda kind: kind[0]):
-        of = [li for li in lines if (li.get("round", 0) > 0, str(li.get("exchange", "?"))) == (in_round, name)]
+    set_up = [line for (in_round, _), of in kinds.items() if not in_round for line in of]
+    if len([kind for kind in kinds if not kind[0]]) > 1:
+        kinds[False, "all of it"] = set_up
+    for (in_round, name), of in sorted(kinds.items(), key=lambda item: item[0][0]):
         down, up = (sum(li.get(key, 0) for li in of) for key in ("bytes_down", "bytes_up"))
         answered = [li for li in of if not li.get("lost")]
         rows.append(
@@ -388,11 +393,3 @@ def losses(groups: Sequence[Group]) -> str:
     rows = [[escape(label), escape(reason), f"{n:,}"] for (label, reason), n in reasons.most_common(20)]
     note = "Clients that were asked and whose answer was not used; the round went on without them."
     return section("Lost answers", note, table(["method", "reason", "times"], rows, words="reason") if rows else "")
-
-
-def choices(g: Group) -> str:
-    """What the method decided, as it reports it."""
-    chosen = g.runs[0].manifest.get("choices")
-    if not isinstance(chosen, Mapping) or not chosen:
-        return ""
-    return section(f"What {g.label} chose, and why", f"Seed {g.runs[0].seed}.", definitions(chosen))

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedpeft.runs.units import count_text
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -64,5 +66,6 @@ def _reason(limits: Limits, standing: Standing, score: float | None, bytes: int,
     if limits.seconds is not None and seconds >= limits.seconds:
         return f"{seconds:.1f} s reached run.stop.seconds {limits.seconds:g}"
     if limits.patience is not None and standing.waited >= limits.patience and score is not None:
-        return f"{standing.waited} evaluations without a better score reached run.stop.patience {limits.patience}"
+        waited = count_text(standing.waited, "evaluation")
+        return f"{waited} without a better score reached run.stop.patience {limits.patience}"
     return None

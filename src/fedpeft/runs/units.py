@@ -50,8 +50,12 @@ def count_text(n: float, what: str, several: str | None = None) -> str:
         what: the name of one.
         several: the name of more than one; None: with an s.
     """
-    number = f"{n:,.0f}" if n == round(n) else f"{n:,.1f}"
-    return f"{number} {what}" if n == 1 else f"{number} {several or what + 's'}"
+    return f"{number_text(n)} {what if n == 1 else several or what + 's'}"
+
+
+def number_text(n: float) -> str:
+    """A count, or the mean of counts: 1,200 or 23.6."""
+    return f"{n:,.0f}" if n == round(n) else f"{n:,.1f}"
 
 
 def share_text(x: float) -> str:

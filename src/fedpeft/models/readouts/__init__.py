@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -98,6 +99,10 @@ class Readout(Protocol):
         """Token ids of an item, and token types where the data have them."""
         ...
 
+    def projected(self, item: Item) -> int:
+        """How many states of an item go through the language model's head, for counted costs."""
+        ...
+
     def losses(self, seen: Seen) -> Tensor:
         """(items,) the loss of each item's own label."""
         ...
@@ -105,3 +110,8 @@ class Readout(Protocol):
     def logits(self, seen: Seen) -> Tensor:
         """(items, classes) scores before the softmax; (items, 1) where every class is a candidate of its own."""
         ...
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits over a vocabulary in a precision in which their exponentials can be added up: float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

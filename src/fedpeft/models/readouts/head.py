@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.core.errors import FitError
@@ -16,9 +14,10 @@ from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import Shape, head
 from fedpeft.models.readouts import Item, Seen
+from fedpeft.models.readouts.text import TextReadout, check_labels
 
 
-class HeadReadout:
+class HeadReadout(TextReadout):
     """Cross-entropy of a linear head; encoders pool the mean over a row's tokens, decoders take the last.
 
     Args:
@@ -28,7 +27,6 @@ class HeadReadout:
     """
 
     params = frozenset({head.WEIGHT, head.BIAS})
-    candidates = 1
 
     def __init__(self, classes: int, width: int, last: bool) -> None:
         self.classes = classes
@@ -47,26 +45,11 @@ class HeadReadout:
         """The head is there, and every label has a row in it."""
         if head.WEIGHT not in params:
             raise FitError(f"a Fit has no {head.WEIGHT!r}; send the head with the adapter")
-        classes, labels = params[head.WEIGHT].shape[0], data.labels
-        if len(labels) and not 0 <= (odd := int(labels.min() if labels.min() < 0 else labels.max())) < classes:
-            raise FitError(f"a label is {odd}; the head has classes 0 to {classes - 1}")
+        check_labels(data, params[head.WEIGHT].shape[0], "the head has")
 
-    def training(self, client: int, data: Examples, row: int) -> Item:
-        """The text."""
-        return Item(client, data, row)
-
-    def predicting(self, client: int, data: Examples, row: int) -> Sequence[Item]:
-        """The text."""
-        return (Item(client, data, row),)
-
-    def length(self, item: Item) -> int:
-        """Tokens of the text."""
-        return len(item.data.tokens[item.row])
-
-    def sequence(self, item: Item) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
-        """The text as it was tokenised."""
-        segments = item.data.segments
-        return item.data.tokens[item.row], None if segments is None else segments[item.row]
+    def projected(self, item: Item) -> int:
+        """None."""
+        return 0
 
     def losses(self, seen: Seen) -> Tensor:
         """Cross-entropy."""

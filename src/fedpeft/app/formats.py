@@ -1,0 +1,81 @@
+"""How a run's rows become tokens and its labels are predicted: the task's format over its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft.config import RunConfig
+from fedpeft.core.errors import ModelError
+from fedpeft.core.examples import Examples
+from fedpeft.data.tasks import Table, Task
+from fedpeft.data.templates import Template
+from fedpeft.data.tokens import tokenise
+from fedpeft.data.words import answer_ids, word_ids
+from fedpeft.models.families import is_decoder
+from fedpeft.models.lm_head import load_lm_head
+from fedpeft.models.load import Base
+from fedpeft.models.readouts import Readout
+from fedpeft.models.readouts.cloze import ClozeReadout
+from fedpeft.models.readouts.verbalizer import VerbalizerReadout
+
+
+@dataclass(frozen=True)
+class Format:
+    """A task format.
+
+    Attributes:
+        max_length: tokens of a row, an answer included.
+        readout: None: the trained head.
+        template: what a row's texts are put into; None: nothing.
+        reserve: tokens that the longest answer takes.
+    """
+
+    base: Base
+    max_length: int
+    readout: Readout | None = None
+    template: Template | None = None
+    reserve: int = 0
+
+    def tokens(self, table: Table) -> Examples:
+        """The rows as the model reads them."""
+        return tokenise(table, self.base.tokenizer, self.max_length, template=self.template, reserve=self.reserve)
+
+
+def build_format(config: RunConfig, task: Task, base: Base) -> Format:
+    """The format that the configuration names.
+
+    Raises:
+        ModelError: a model that the format is not for, or without a language-model head.
+        DataError: a label word that cannot be used.
+    """
+    name, section = config.model.name, config.task
+    if task.pattern is None or task.words is None:
+        return Format(base, section.max_length)
+    if section.format == "cloze":
+        if is_decoder(base.family) or base.tokenizer.mask_token_id is None:
+            raise ModelError(
+                f"task.format cloze needs a masked language model, and {name} (family {base.family}) has no mask "
+                "token or reads left to right; use task.format verbalizer or head, or a model such as demo"
+            )
+        words = word_ids(task.words, base.tokenizer, given=not task.named)
+        return Format(base, section.max_length, ClozeReadout(load_lm_head(name, base), words), task.pattern)
+    if not is_decoder(base.family):
+        raise ModelError(
+            f"task.format verbalizer needs a causal language model (GPT-2, Llama and their like), and {name} is of the "
+            f"family {base.family}; use task.format cloze or head"
+        )
+    answers = answer_ids(task.words, task.pattern, base.tokenizer, _end(name, base))
+    readout = VerbalizerReadout(load_lm_head(name, base), answers)
+    return Format(base, section.max_length, readout, task.pattern.split()[0], max(map(len, answers)))
+
+
+def _end(name: str, base: Base) -> int:
+    """The end token's id: the tokenizer's, else the model's."""
+    end = base.tokenizer.eos_token_id
+    if end is None:
+        end = getattr(base.module.config, "eos_token_id", None)
+    if isinstance(end, list | tuple) and end:
+        end = end[0]
+    if not isinstance(end, int):
+        raise ModelError(f"model {name} has no end token, which task.format verbalizer needs; use task.format head")
+    return end

@@ -1,0 +1,108 @@
+"""What a method decided by itself, as a picture where it is a choice of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from fedpeft.runs.history import Group, History
+from fedpeft.runs.report_sections import definitions, section, table
+from fedpeft.runs.units import count_text
+
+_DRAWN = ("layers", "of_layers", "layers_by", "layer_scores", "ratio", "ratio_from", "ratios", "client_scores")
+BAR, STEP, LEFT, RIGHT = 15.0, 21.0, 64.0, 62.0  # of the ranking: height of a bar, distance of two, margins
+WIDTH = 460.0
+
+
+def choices(g: Group) -> str:
+    """The section on a group's choices, of its first run; those of the other seeds in one line each."""
+    chosen = [(run, found) for run in g.runs if isinstance(found := run.manifest.get("choices"), Mapping) and found]
+    if not chosen:
+        return ""
+    first, told = chosen[0]
+    inner = _layers(told) if isinstance(told.get("layers"), Sequence) else ""
+    rest = {key: value for key, value in told.items() if not inner or key not in (*_DRAWN, "warning")}
+    inner += definitions(rest) if rest else ""
+    inner += "".join(_other_seed(run, found) for run, found in chosen[1:] if "layers" in found)
+    return section(f"What {g.label} chose, and why", f"Seed {first.seed}.", inner)
+
+
+def _layers(told: Mapping[str, Any]) -> str:
+    layers = [int(layer) for layer in told["layers"]]
+    total = int(told.get("of_layers", max(layers, default=0) + 1))
+    scores = [float(score) for score in told.get("layer_scores") or []]
+    how = str(told.get("layers_by", "the method's rule"))
+    words = f"<p>{count_text(len(layers), 'layer')} of {total} shared, chosen by {escape(how)}: "
+    words += f"{', '.join(map(str, layers))}. The share of layers, {float(told.get('ratio', 0.0)):.3g}, is "
+    words += {"fixed": "given.", "fallback": "the given one, because the devices' own were of no use."}.get(
+        str(told.get("ratio_from")), f"measured ({escape(str(told.get('ratio_from')))})."
+    )
+    words += f" {escape(str(told['warning']))}.</p>" if told.get("warning") else "</p>"
+    picture = ranking(scores, layers) if len(scores) == total and any(scores) else blocks(layers, total)
+    return words + picture + _ratios(told.get("ratios") or {})
+
+
+def ranking(scores: Sequence[float], chosen: Sequence[int]) -> str:
+    """A bar per layer, as long as its score, with its rank; the chosen ones in colour."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    rank = {layer: place + 1 for place, layer in enumerate(order)}
+    most = max(scores) or 1.0
+    height = STEP * len(scores) + 4
+    parts = [
+        f'<svg class="chart ranking" viewBox="0 0 {WIDTH:g} {height:g}" role="img" '
+        f'aria-label="score and rank of every layer">'
+    ]
+    for i, score in enumerate(scores):
+        y = 2 + STEP * i
+        width = (WIDTH - LEFT - RIGHT) * max(score, 0.0) / most
+        colour = "c0" if i in chosen else "rest"
+        what = "shared" if i in chosen else "not shared"
+        parts.append(
+            f'<text class="tick end" x="{LEFT - 8:g}" y="{y + 11:g}">layer {i}</text>'
+            f'<rect class="{colour}" x="{LEFT:g}" y="{y:g}" width="{max(width, 1):.1f}" height="{BAR:g}">'
+            f"<title>layer {i}: score {score:.4g}, rank {rank[i]}, {what}</title></rect>"
+            f'<text class="tick" x="{LEFT + max(width, 1) + 6:.1f}" y="{y + 11:g}">'
+            f"{_short(score)}, no. {rank[i]}</text>"
+        )
+    legend = '<ul class="legend"><li><i class="c0"></i>shared</li><li><i class="rest"></i>not shared</li></ul>'
+    return "".join(parts) + "</svg>" + legend
+
+
+def blocks(chosen: Sequence[int], total: int) -> str:
+    """A box per layer, the chosen ones in colour: for choices without scores."""
+    parts = [f'<svg class="share" viewBox="0 0 {total} 1" preserveAspectRatio="none" role="img" aria-label="layers">']
+    for i in range(total):
+        colour, what = ("c0", "shared") if i in chosen else ("rest", "not shared")
+        parts.append(
+            f'<rect class="{colour}" x="{i + 0.04:g}" width="0.92" height="1"><title>layer {i}: {what}</title></rect>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def _ratios(ratios: Mapping[str, Any]) -> str:
+    """What every device measured, folded away."""
+    if not ratios:
+        return ""
+    head = ["device", "ratio", "usable", "gap from", "to", "Lipschitz", "rows"]
+    rows = [
+        [
+            escape(str(client)),
+            f"{own['ratio']:.3g}",
+            "yes" if own["usable"] else "no",
+            *(f"{own[key]:.3g}" for key in ("low", "high", "lipschitz")),
+            f"{own['examples']:,}",
+        ]
+        for client, own in sorted(ratios.items())
+    ]
+    return f"<details><summary>What {count_text(len(rows), 'device')} measured</summary>{table(head, rows)}</details>"
+
+
+def _other_seed(run: History, told: Mapping[str, Any]) -> str:
+    layers = ", ".join(str(layer) for layer in told["layers"])
+    return f"<p>Seed {run.seed}: layers {escape(layers)}, share {float(told.get('ratio', 0.0)):.3g}.</p>"
+
+
+def _short(score: float) -> str:
+    return f"{score:.3g}" if math.isfinite(score) and score < 1e4 else f"{score:.1e}"

@@ -1,0 +1,31 @@
+"""The choice of layers as a picture."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fedpeft.runs.report_choices import blocks, ranking
+
+
+def rectangles(svg: str) -> list[tuple[str, float]]:
+    """(colour, width) of every bar."""
+    return [(c, float(w)) for c, w in re.findall(r'<rect class="(\w+)"[^>]* width="([\d.]+)"', svg)]
+
+
+def test_a_ranking_has_a_bar_per_layer_as_long_as_its_score() -> None:
+    bars = rectangles(ranking([2.0, 8.0, 4.0, 8.0], [1, 3]))
+    assert [colour for colour, _ in bars] == ["rest", "c0", "rest", "c0"]
+    widths = [width for _, width in bars]
+    assert widths[1] == widths[3] and widths[2] / widths[1] == 0.5 and abs(widths[0] / widths[1] - 0.25) < 1e-3
+    ranks = re.findall(r"no\. (\d)", ranking([2.0, 8.0, 4.0, 8.0], [1, 3]))
+    assert ranks == ["4", "1", "3", "2"], "ties go to the lower layer"
+
+
+def test_layers_without_scores_are_boxes() -> None:
+    assert [colour for colour, _ in rectangles(blocks([0, 2], 3))] == ["c0", "rest", "c0"]
+
+
+def test_huge_scores_do_not_break_the_picture() -> None:
+    drawn: Any = ranking([49994.84, 1.0], [0])
+    assert "5.0e+04" in drawn and all(width >= 1 for _, width in rectangles(drawn))
