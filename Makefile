@@ -51,6 +51,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.cohort --clients 30
 	$(BIN)/python -m benchmarks.cohort --clients 10 --data random --length 64
 	$(BIN)/python -m benchmarks.cohort --clients 10 --dtype bfloat16
+	$(BIN)/python -m benchmarks.prefix
+	$(BIN)/python -m benchmarks.rounds
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = record.arguments(__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--model", default="minilm", help="minilm, demo or tiny")
-    parser.add_argument("--rows", type=int, default=8, help="per client where there are most clients")
+    parser.add_argument("--rows", type=int, default=4, help="per client where there are most clients")
     parser.add_argument("--length", type=int, default=32, help=f"most tokens of a row; the least are {SHORTEST}")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--token-budget", type=int, default=2048)

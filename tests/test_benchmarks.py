@@ -17,6 +17,8 @@ RUNS = {
     "memory": "--model tiny --clients 2 3 --rows 2 --cohort-batching 2",
     "overhead": f"{TINY} --repeats 2",
     "cohort": f"{TINY} --repeats 2 --matrix 32 --profile 3",
+    "prefix": f"{TINY} --repeats 2",
+    "rounds": f"{TINY} --repeats 2",
 }
 
 
@@ -69,6 +71,19 @@ def test_memory_compares_processes_of_their_own(tmp_path):
 def test_imports_are_slower_than_an_empty_interpreter(tmp_path):
     result = measured("imports", tmp_path)
     assert result["python"]["median"] < result["fedpeft --help"]["median"]
+
+
+def test_prefixes_in_the_upper_half_end_the_backward_pass_there(tmp_path):
+    result = measured("prefix", tmp_path)
+    assert result["lowest_block"] == {"all": 0, "upper half": 1, "random half": 1, "lora": 0}
+    assert result["ratio"].keys() == {"upper half", "random half", "lora"} and result["seconds"]["all"] > 0
+
+
+def test_a_round_of_half_the_layers_sends_half_the_bytes(tmp_path):
+    result = measured("rounds", tmp_path)
+    assert result["layers"]["ptuning_v2"] == [] and result["layers"]["fedpeptao, off, last"] == [1]
+    shares = result["share_of_bytes"]
+    assert shares["ptuning_v2"] == 1.0 and all(0.4 < share < 0.65 for label, share in shares.items() if "fedp" in label)
 
 
 def test_records_are_appended_not_replaced(tmp_path):

@@ -246,7 +246,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"run": {"engine": "flower"}}, "run.engine: 'flower' is not available; what exists: 'inprocess'."),
         ({"model": {"quantize": "nf4"}}, "model.quantize: 'nf4' is not available; what exists: 'none'."),
         ({"model": {"device": "gpu"}}, "model.device: 'gpu' cannot be used; give auto, cpu, mps, cuda, or cuda with"),
-        ({"adapter": {"kind": "prefix"}}, "adapter.kind: 'prefix' is not available; what exists: lora, head."),
+        ({"adapter": {"kind": "full"}}, "adapter.kind: 'full' is not available; what exists: lora, head, prefix, prompt,"),
         ({"run": {"rounds": 0}}, "run.rounds: 0 cannot be used; give at least 1."),
         ({"run": {"rounds": "many"}}, "run.rounds: 'many' cannot be used; give a whole number."),
         ({"run": {"rounds": 2.5}}, "run.rounds: 2.5 cannot be used; give a whole number."),

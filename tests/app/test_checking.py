@@ -85,6 +85,19 @@ def test_everything_that_is_wrong_with_the_keys_is_told_at_once(place: Path) -> 
         app.check(small.config(place, task__text="words"))
 
 
+def test_values_that_nobody_has_set_are_told_as_defaults(place: Path, tmp_path: Path) -> None:
+    config = small.config(place, task__limit=50)
+    del config["partition"]["clients"]
+    said = r"partition.clients is 100 \(the default\), but there are only 50 training rows"
+    with pytest.raises(DataError, match=said):
+        app.check(config)
+    with pytest.raises(DataError, match=said):
+        app.run(config, out=tmp_path / "run")
+    config["partition"]["clients"] = 60
+    with pytest.raises(DataError, match=r"partition.clients is 60, but there are only 50 training rows"):
+        app.check(config)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ def test_fewer_rounds_than_are_done_are_refused(place: Path, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         app.run(small.config(place), out=tmp_path / "run", progress=stop_at(2, KeyboardInterrupt()))
     done = small.checkpoint(tmp_path / "run").round
-    with pytest.raises(RequestError, match=rf"run.rounds is {done}, and {done} rounds are done; give a larger"):
+    with pytest.raises(RequestError, match=rf"run.rounds is {done}, and {done} rounds? (is|are) done; give a larger"):
         app.resume(tmp_path / "run", {"run.rounds": done})
     assert RunFolder.open(tmp_path / "run").load_config()["run"]["rounds"] == 3
     assert app.resume(tmp_path / "run", {"run.rounds": 2}).manifest["rounds_done"] == 2

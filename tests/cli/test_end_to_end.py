@@ -167,7 +167,7 @@ def test_check_trains_nothing_and_knows_the_bytes(place: Path) -> None:
     assert found["partition"]["clients"] == 4
     sent = sum(manifest(place / "run")[key] for key in ("bytes_down", "bytes_up"))
     assert found["estimate"]["bytes"] == pytest.approx(sent, rel=0.05)
-    assert "rows_mean: " in call("check", place / "config.yaml").stdout
+    assert "rows mean: " in call("check", place / "config.yaml").stdout
 
 
 def test_compare_makes_one_table_and_keeps_finished_cells(place: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from fedpeft.runs.units import count_text
+
 _EXPECTED = {  # what is allowed where pydantic refuses a value, in our words
     "int_parsing": "a whole number",
     "int_parsing_size": "a whole number of fewer digits",
@@ -134,8 +136,7 @@ def _wanted(item: Mapping[str, Any]) -> str:
         return str(bounds["expected"]).replace(" or ", ", ")
     if kind in _SIZES:
         words, bound = _SIZES[kind]
-        n = bounds[bound]
-        return f"{words} {n} {'entry' if n == 1 else 'entries'}"
+        return f"{words} {count_text(bounds[bound], 'entry', 'entries')}"
     if kind in _EXPECTED:
         return _EXPECTED[kind].format(**bounds)
     return str(item["msg"]).removeprefix("Value error, ")  # raised by a check of ours, which says what is allowed

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpeft.core.errors import ModelError
+from fedpeft.core.hub import loading_from_hub
 from fedpeft.models.families import is_decoder
 from fedpeft.models.load import Base
 
@@ -103,9 +104,10 @@ def _load(source: str, base: Base) -> LmHead:
     causal = is_decoder(base.family)
     kind: Any = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     try:
-        full, found = kind.from_pretrained(
-            base.source, dtype=base.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with loading_from_hub(base.source):
+            full, found = kind.from_pretrained(
+                base.source, dtype=base.dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(

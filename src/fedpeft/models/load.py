@@ -15,6 +15,7 @@ from torch import nn
 
 from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
+from fedpeft.core.hub import loading_from_hub
 from fedpeft.models import attention
 from fedpeft.models.adapters import Acting, Applied
 from fedpeft.models.families import FAMILIES
@@ -174,22 +175,23 @@ def _load(source: str, dtype: str, device: str) -> Base:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        extra = {"add_pooling_layer": False} if config.model_type in POOLERS else {}
-        module, found = AutoModel.from_pretrained(
-            source,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **extra,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with loading_from_hub(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            extra = {"add_pooling_layer": False} if config.model_type in POOLERS else {}
+            module, found = AutoModel.from_pretrained(
+                source,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"model {source!r} cannot be loaded: {reason} Give demo, minilm, a folder in Hugging Face format with "
-            "safetensors weights, or a hub name that this machine can reach."
+            f"model {source!r} cannot be loaded: {reason.rstrip('.')}. Give demo, minilm, a folder in Hugging Face "
+            "format with safetensors weights, or a hub name that this machine can reach."
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where files are missing
         raise ModelError(f"model {source!r} has a tokenizer without words; add its tokenizer.json")

@@ -266,7 +266,7 @@ def _legend(names: Sequence[str], colours: Sequence[int]) -> str:
     shown = [(name, f"c{colour}") for name, colour in zip(names, colours, strict=True) if colour >= 0]
     others = sum(colour < 0 for colour in colours)
     if others:
-        shown.append((count_text(others, 'other label'), "rest"))
+        shown.append((count_text(others, "other label"), "rest"))
     items = "".join(f'<li><i class="{colour}"></i>{escape(name)}</li>' for name, colour in shown)
     return f'<ul class="legend">{items}</ul>'
 
