@@ -246,7 +246,10 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"run": {"engine": "flower"}}, "run.engine: 'flower' is not available; what exists: 'inprocess'."),
         ({"model": {"quantize": "nf4"}}, "model.quantize: 'nf4' is not available; what exists: 'none'."),
         ({"model": {"device": "gpu"}}, "model.device: 'gpu' cannot be used; give auto, cpu, mps, cuda, or cuda with"),
-        ({"adapter": {"kind": "full"}}, "adapter.kind: 'full' is not available; what exists: lora, head, prefix, prompt,"),
+        (
+            {"adapter": {"kind": "full"}},
+            "adapter.kind: 'full' is not available; what exists: lora, head, prefix, prompt,",
+        ),
         ({"run": {"rounds": 0}}, "run.rounds: 0 cannot be used; give at least 1."),
         ({"run": {"rounds": "many"}}, "run.rounds: 'many' cannot be used; give a whole number."),
         ({"run": {"rounds": 2.5}}, "run.rounds: 2.5 cannot be used; give a whole number."),
@@ -268,7 +271,10 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"method": {"cohort": 25}}, "method.cohort: 25 is above partition.clients = 24 (the default); lower it"),
         ({"task": {"name": "owner/x"}, "partition": {"kind": "natural"}}, "partition.by: kind natural needs it;"),
         ({"partition": {"kind": "file"}}, "task.train: partition.kind file needs it;"),
-        ({"run": {"stop": {"patience": 5}}}, "run.stop.patience: 5 evaluations, one every 10 rounds (the default), do not"),
+        (
+            {"run": {"stop": {"patience": 5}}},
+            "run.stop.patience: 5 evaluations, one every 10 rounds (the default), do not",
+        ),
         ({"task": {"labels": ["one"]}}, "task.labels: "),
     ],
 )

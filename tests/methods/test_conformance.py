@@ -262,8 +262,8 @@ def test_a_lost_client_does_not_stop_the_run(case: Case, place: int) -> None:
     """One answer of every cohort is lost; the others count as if nothing were, and the loss still falls."""
     engine = case.engine()
     silent, clean = Recording(Silent(engine, place)), Recording(case.engine())
-    done = case.run(silent)
-    assert len(done) == len(case.run(clean))
+    done = case.run(silent, rounds=2 * ROUNDS)
+    assert len(done) == len(case.run(clean, rounds=2 * ROUNDS))
     (call, downs, some), (_, _, all_answers) = silent.calls[0], clean.calls[0]
     assert call.attempt == 0 and len(some.ups) == len(downs) - 1
     assert {c: bits(up) for c, up in some.ups.items()} == {c: bits(all_answers.ups[c]) for c in some.ups}
@@ -376,6 +376,6 @@ def test_the_docstring_names_its_source_and_maps_it_to_code(name: str) -> None:
     assert all(row.count("|") == 3 for row in table), "a cell of the table contains a bar"
     assert re.search(r"^Departures: ", doc, re.MULTILINE)
     assert module.METHOD is methods.load(name)
-    code = {*vars(module.METHOD), *(f.name for f in methods.describe(module.METHOD))}
+    code = {*dir(module.METHOD), *(f.name for f in methods.describe(module.METHOD))}
     named = set(re.findall(r"`([a-z_0-9]+)`", "\n".join(table)))
     assert named <= code, f"the table names {sorted(named - code)}, which the class does not have"

@@ -27,6 +27,7 @@ from fedpeft.core.rng import rng_for
 from fedpeft.data.partition import Partition, PartitionSpec, partition
 from fedpeft.data.tasks import SPLITS, Task, TaskSpec, load_task
 from fedpeft.engines.inprocess import InProcess
+from fedpeft.models import virtual
 from fedpeft.models.hf import HFModel
 from fedpeft.models.load import Base, load_base
 from fedpeft.planner.cost import Shape, shape_of
@@ -248,7 +249,7 @@ def _partition_spec(config: RunConfig) -> PartitionSpec:
 
 
 def _check_length(max_length: int, model: HFModel) -> None:
-    longest, own = _longest(model.base), int(getattr(model.adapter, "positions", 0))
+    longest, own = _longest(model.base), virtual.positions(model.spec)
     if longest is None or max_length + own <= longest:
         return
     if not own:

@@ -60,6 +60,11 @@ _GPT2 = {
     "up": "mlp.c_fc",
     "down": "mlp.c_proj",
 }
+_NORMS: dict[int, tuple[str, str]] = {  # by table of kinds: the norm of each half of a block
+    id(_BERT): ("attention.output.LayerNorm", "output.LayerNorm"),
+    id(_LLAMA): ("input_layernorm", "post_attention_layernorm"),
+    id(_GPT2): ("ln_1", "ln_2"),
+}
 FAMILIES: dict[str, tuple[str, Mapping[str, str]]] = {  # model_type: path of the blocks, kinds within one
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), ("encoder.layer", _BERT)),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), ("layers", _LLAMA)),
@@ -86,6 +91,13 @@ def attention_paths(base: nn.Module, model_type: str) -> list[str]:
         return []
     inner = FAMILIES[model_type][1]["query"].rpartition(".")[0]  # the module that its projections lie in
     return [f"{path}.{inner}" for path in block_paths(base, model_type)]
+
+
+def norm_paths(base: nn.Module, model_type: str, block: int) -> tuple[str, str]:
+    """The module paths of a known family's norms of one block: that of its attention, that of its feed-forward part."""
+    path = block_paths(base, model_type)[block]
+    attention, ffn = _NORMS[id(FAMILIES[model_type][1])]
+    return f"{path}.{attention}", f"{path}.{ffn}"
 
 
 def key_value_size(config: Any) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from fedpeft.core.fit import SGD, Fit, check_fit
 from fedpeft.core.train import Stack, stack_params
 from fedpeft.core.tree import Params
 from fedpeft.models.families import block_paths
+from fedpeft.models.readouts import Item
 
 if TYPE_CHECKING:
     from fedpeft.models.hf import HFModel
@@ -42,7 +43,7 @@ def hidden(model: HFModel, params: Params, data: Examples, rows: Sequence[int]) 
     longest = int(data.lengths[list(rows)].max())
     found = torch.zeros(len(paths), len(rows), longest, model.width)
     with torch.no_grad(), _outputs(model, paths) as outputs:
-        items = [model.readout.predicting(0, data, row)[0] for row in rows]
+        items = [Item(0, data, row) for row in rows]  # without any answer
         for part in model.parts(items):
             with model.seen(model.base, stack, [items[i] for i in part], 0) as seen:
                 own = seen.batch.mask

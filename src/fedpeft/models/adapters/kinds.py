@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from fedpeft.core.adapter import AdapterSpec, HeadOnly, InstancePrompt, LatePrompt, Lora, MixedPrompt, Prefix, Prompt
-from fedpeft.core.errors import ModelError
+from fedpeft.core.adapter import (
+    AdapterSpec,
+    Bottleneck,
+    HeadOnly,
+    InstancePrompt,
+    LatePrompt,
+    Lora,
+    MixedPrompt,
+    Prefix,
+    Prompt,
+)
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import Adapter, Layer, Partner, Rows, Shape, Sizes
+from fedpeft.models.adapters.bottleneck import BottleneckAdapter
 from fedpeft.models.adapters.instance import InstancePromptAdapter
 from fedpeft.models.adapters.late import LatePromptAdapter
 from fedpeft.models.adapters.lora import LoraAdapter
@@ -49,18 +60,16 @@ def build_adapter(spec: AdapterSpec, base: Base) -> Adapter:
     Raises:
         ModelError: a specification that does not fit the base.
     """
-    if isinstance(spec, Lora):
-        return LoraAdapter(spec, base)
-    if isinstance(spec, Prefix):
-        return PrefixAdapter(spec, base)
-    if isinstance(spec, Prompt):
-        return PromptAdapter(spec, base)
-    if isinstance(spec, InstancePrompt):
-        return InstancePromptAdapter(spec, base)
-    if isinstance(spec, MixedPrompt):
-        return MixedPromptAdapter(spec, base)
-    if isinstance(spec, LatePrompt):
-        return LatePromptAdapter(spec, base)
-    if isinstance(spec, HeadOnly):
-        return NoAdapter()
-    raise ModelError(f"adapter.kind {spec.kind!r} cannot be built")
+    return _BUILDERS[type(spec)](spec, base)
+
+
+_BUILDERS: dict[type[AdapterSpec], Callable[[Any, Base], Adapter]] = {
+    Lora: LoraAdapter,
+    HeadOnly: lambda spec, base: NoAdapter(),
+    Prefix: PrefixAdapter,
+    Prompt: PromptAdapter,
+    Bottleneck: BottleneckAdapter,
+    InstancePrompt: InstancePromptAdapter,
+    MixedPrompt: MixedPromptAdapter,
+    LatePrompt: LatePromptAdapter,
+}

@@ -125,7 +125,7 @@ def complete(names: Sequence[str], down: str, up: str, layer: Layer, sizes: Size
     for client in range(clients):
         own = {name: sizes[name][client] for name in names if name in sizes and sizes[name][client] is not None}
         if own and (lacking := [name for name in names if name not in own]):
-            raise FitError(f"a prompt's network came without {lacking[0]!r}; it needs {', '.join(names)}")
+            raise FitError(f"an adapter's network came without {lacking[0]!r}; it needs {', '.join(names)}")
         first, second = own.get(down), own.get(up)
         if first and second and first[0] != second[1]:
             raise FitError(f"parameters {down!r} and {up!r} do not fit together: {first} and {second}")

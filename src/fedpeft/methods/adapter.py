@@ -1,0 +1,40 @@
+"""Adapters: small bottlenecks inside the frozen blocks.
+
+Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan, Gelly: Parameter-Efficient Transfer
+Learning for NLP, ICML 2019, arXiv 1902.00751, under federated averaging.
+
+Paper to code
+
+| paper | here |
+|---|---|
+| adapters of size m after attention and feed-forward part | `adapter`: `block.{l}.attention.*`, `block.{l}.ffn.*` |
+| layer norms of the blocks, trained too | the same, `.norm` |
+| training of the parameters on a client's rows | `train` |
+| aggregation | `average`, weighted by examples |
+
+Departures: the paper is not federated; the server is FedAvg. Size 64 is within the paper's range; the rate is the
+middle of its range.
+
+Traffic per client and round: down = params; up = params
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpeft.core.adapter import AdapterSpec, Bottleneck
+from fedpeft.core.averaging import Averaging
+
+
+@dataclass(frozen=True)
+class Adapter(Averaging):
+    """Bottleneck adapters (Houlsby et al. 2019) under federated averaging."""
+
+    lr: float = 1e-3  # local learning rate of AdamW
+
+    def adapter(self) -> AdapterSpec:
+        """Bottlenecks of width 64 in every block, with the layer norms."""
+        return Bottleneck()
+
+
+METHOD = Adapter
