@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,6 +69,7 @@ class NoModel:
     """A model that only has parameters."""
 
     spec: AdapterSpec = HeadOnly()
+    blocks = 24
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
         """1 MB of random numbers, in as many tensors as an adapter has."""
@@ -95,6 +96,24 @@ class NoModel:
         """Never called: the null client does not predict."""
         raise NotImplementedError
 
+    def lowest_block(self, names: Iterable[str]) -> int:
+        """The first."""
+        return 0
+
+    def passes(self, params: tree.Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
+        """Nothing goes through it."""
+        return 0, 0
+
+    def hidden(self, params: tree.Params | None, data: Data, rows: Sequence[int]) -> Tensor:
+        """Never called: there are no states."""
+        raise NotImplementedError
+
+    def hessian(
+        self, params: tree.Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
+    ) -> Callable[[tree.Params], dict[str, Tensor]]:
+        """Never called: there is no loss."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class OneRow:
@@ -106,6 +125,10 @@ class OneRow:
     def epochs(self, epochs: int, batch_size: int, rng: Rng) -> list[list[int]]:
         """That row."""
         return [[0]] * epochs
+
+    def distinct(self, limit: int) -> list[int]:
+        """That row."""
+        return [0]
 
 
 def round_seconds(clients: int, rounds: int) -> tuple[list[float], int, int]:

@@ -290,3 +290,14 @@ def test_an_int_of_more_than_64_bits_does_not_travel() -> None:
     records.check_finite(Update({}, 2**62, 0.0))
     with pytest.raises(RecordError, match="whole number of 3322 bits"):
         records.check_finite(Update({}, 10**1000, 0.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["a", "b"])
+def test_numbers_of_a_decoded_record_are_checked_together(bad: float, where: str) -> None:
+    """Its tensors lie in one block of memory, with zeros between them."""
+    params = {"a": torch.full((3, 5), 3e38), "b": torch.ones(7), "c": torch.ones(0)}
+    records.check_finite(records.decode(records.encode(Weights(params)), Weights))
+    params[where].view(-1)[2] = bad
+    with pytest.raises(RecordError, match=f"params/{where} of Weights holds 1 numbers that are not finite"):
+        records.check_finite(records.decode(records.encode(Weights(params)), Weights))

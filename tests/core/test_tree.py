@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft.core import tree
+from fedpeft.core import records, tree
 from fedpeft.core.errors import RecordError
+from fedpeft.core.exchange import Weights
 
 
 def some(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -166,3 +167,23 @@ def test_raw_bytes_of_every_width(dtype: torch.dtype) -> None:
     t = torch.tensor([[1, 0], [1, 1]]).to(dtype)
     again = torch.frombuffer(bytearray(tree.raw_bytes(t)), dtype=dtype).view(2, 2)
     assert torch.equal(again, t) and tree.raw_bytes(t[:0]) == b"" and len(tree.raw_bytes(t[0, 0])) == dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_mean_of_decoded_params_has_the_bits_of_one_of_others(dtype: torch.dtype) -> None:
+    """Decoded params lie in one block, whose numbers are added as one vector; mixed company is added one by one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (3, 5), "b": (16,), "c": (0, 2), "d": (2, 2, 7)}
+    parts = [
+        ({name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}, weight)
+        for weight in (3, 1, 7)
+    ]
+    decoded = [(records.decode(records.encode(Weights(params)), Weights).params, weight) for params, weight in parts]
+    expected = tree.mean(parts)
+    for mixed in (decoded, [decoded[0], parts[1], decoded[2]], [parts[0], *decoded[1:]]):
+        before = [tree.sha256(params) for params, _ in mixed]
+        got = tree.mean(mixed)
+        assert tree.sha256(got) == tree.sha256(expected)
+        assert [tree.sha256(params) for params, _ in mixed] == before, "the parts stay as they were"
+    cut = {name: decoded[0][0][name] for name in ("a", "b")}
+    assert tree.sha256(tree.mean([(cut, 1)])) == tree.sha256(cut)

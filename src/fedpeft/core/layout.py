@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -108,16 +109,16 @@ def parse(data: bytes, *, max_bytes: int | None = None) -> tuple[dict[str, Tenso
     """
     if max_bytes is not None and len(data) > max_bytes:
         raise RecordError(f"{len(data)} bytes came where at most {max_bytes} are allowed")
-    start, metadata, spans, size = _header(data)
+    start, metadata, plan, size = _header(data)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise RecordError("the header's __metadata__ is not a mapping of texts")
     if start + size != len(data):
         raise RecordError(f"the header describes {start + size} bytes, but {len(data)} came")
-    return _tensors(data, start, spans), metadata
+    return _tensors(data, start, plan), metadata
 
 
-def _header(data: bytes) -> tuple[int, Any, Mapping[str, Span], int]:
-    """Where the tensors begin, the metadata, where each tensor lies, and how many bytes they take together.
+def _header(data: bytes) -> tuple[int, Any, Plan, int]:
+    """Where the tensors begin, the metadata, how to read the tensors, and how many bytes they take together.
 
     A cohort's records differ in their metadata and hardly in their tensors' names and shapes, which are the long part:
     what that part says is worked out once.
@@ -148,22 +149,56 @@ _DECODER = json.JSONDecoder()
 
 
 @lru_cache(maxsize=32)
-def _spans(text: str) -> tuple[Mapping[str, Span], int]:
+def _spans(text: str) -> tuple[Plan, int]:
     header = parse_json(text)
     if not isinstance(header, dict) or "__metadata__" in header:
         raise RecordError("the header is not a JSON object with one __metadata__")
     return _checked(header)
 
 
-def _checked(header: Mapping[str, Any]) -> tuple[Mapping[str, Span], int]:
-    """The tensors' places, one behind the other without a gap, and the sum of their bytes."""
+def _checked(header: Mapping[str, Any]) -> tuple[Plan, int]:
+    """How to read the tensors, one behind the other without a gap, and the sum of their bytes."""
     spans = {name: _span(name, entry) for name, entry in header.items()}
     begin = 0
     for name, span in sorted(spans.items(), key=lambda item: item[1][2:]):
         if span[2] != begin:
             raise RecordError(f"tensor {name!r} begins at byte {span[2]} where {begin} was expected")
         begin = span[3]
-    return spans, begin
+    return Plan.of(spans), begin
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one tensor lies in the file's data, and where in memory."""
+
+    name: str
+    begin: int  # bytes of the data
+    end: int
+    place: int  # byte of the block of memory
+    dtype: torch.dtype
+    shape: list[int]
+    stride: list[int]
+    offset: int  # place in numbers of the dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that reading a file takes besides its data: the same for all records of equal layout."""
+
+    pieces: tuple[Piece, ...]
+    size: int  # bytes of the block
+    booleans: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, spans: Mapping[str, Span]) -> Plan:
+        """Tensors in the order of the header, each at a multiple of 64 bytes."""
+        pieces, place = [], 0
+        for name, (code, shape, begin, end) in spans.items():
+            dtype, kind = _CODES[code]
+            stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            pieces.append(Piece(name, begin, end, place, dtype, shape, stride, place // kind.itemsize))
+            place += -(-(end - begin) // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(pieces), place, tuple(piece for piece in pieces if piece.dtype is torch.bool))
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -194,29 +229,23 @@ def _span(name: str, entry: Any) -> Span:
     return code, shape, begin, end
 
 
-def _tensors(data: bytes, start: int, spans: Mapping[str, Span]) -> dict[str, Tensor]:
-    """Copies of the tensors, together in one new block of memory, each at a multiple of 64 bytes.
+def _tensors(data: bytes, start: int, plan: Plan) -> dict[str, Tensor]:
+    """Copies of the tensors, together in one new block of memory, each at a multiple of 64 bytes, zeros between them.
 
     A matrix product may round differently where its operands lie differently; here they always lie alike.
     """
-    places = [-(-(end - begin) // ALIGNMENT) * ALIGNMENT for _, _, begin, end in spans.values()]
-    block = torch.empty(sum(places), dtype=torch.uint8)
-    target, source = block.numpy(), np.frombuffer(data, np.uint8)
-    place = 0
-    for (name, (code, _, begin, end)), width in zip(spans.items(), places, strict=True):
-        numbers = source[start + begin : start + end]
-        if code == "BOOL" and numbers.size and numbers.max() > 1:
-            raise RecordError(f"tensor {name!r} is said to be BOOL but holds the byte {numbers.max()}")
-        target[place : place + end - begin] = numbers
-        place += width
-    codes = {span[0] for span in spans.values()}
-    if len(codes) == 1:  # the usual case, and a quick one: one view of the whole block, cut once
-        dtype, kind = _CODES[codes.pop()]
-        parts: Iterable[Tensor] = torch.split(block.view(dtype), [width // kind.itemsize for width in places])
-    else:
-        cuts = zip(torch.split(block, places), spans.values(), strict=True)
-        parts = (part.view(_CODES[span[0]][0]) for part, span in cuts)
-    return {
-        name: (part if part.numel() == (n := math.prod(shape)) else part[:n]).view(shape)
-        for (name, (_, shape, _, _)), part in zip(spans.items(), parts, strict=True)
-    }
+    block = torch.empty(plan.size, dtype=torch.uint8)
+    target, source = block.numpy(), np.frombuffer(data, np.uint8, offset=start)
+    for piece in plan.booleans:
+        numbers = source[piece.begin : piece.end]
+        if numbers.size and numbers.max() > 1:
+            raise RecordError(f"tensor {piece.name!r} is said to be BOOL but holds the byte {numbers.max()}")
+    end = 0
+    for piece in plan.pieces:
+        if end < piece.place:
+            target[end : piece.place] = 0
+        end = piece.place + piece.end - piece.begin
+        target[piece.place : end] = source[piece.begin : piece.end]
+    target[end:] = 0
+    views = {dtype: block.view(dtype) for dtype in {piece.dtype for piece in plan.pieces}}
+    return {p.name: views[p.dtype].as_strided(p.shape, p.stride, p.offset) for p in plan.pieces}

@@ -35,20 +35,68 @@ def mean(parts: Iterable[tuple[Params, float]]) -> dict[str, Tensor]:
     """
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
+    sums = _Sums()
     weights = 0.0
     for params, weight in parts:
         if not total:
             dtypes = {name: t.dtype for name, t in params.items()}
-            total = {name: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for name, t in params.items()}
+            total = sums.start(params)
         same_layout(total, params)
         for name, t in params.items():
             if t.dtype != dtypes[name]:
                 raise RecordError(f"{name!r} is {t.dtype} where the other parts of the mean have {dtypes[name]}")
-            total[name].add_(t, alpha=weight)
+        sums.add(params, weight)
         weights += weight
     if not weights > 0:
         raise RecordError(f"a mean needs at least one part with a positive weight; the weights sum to {weights}")
     return {name: t.div_(weights).to(dtypes[name]) for name, t in total.items()}
+
+
+class _Sums:
+    """Running sums by name in float64; params that lie alike in one block of memory are added as one vector.
+
+    `records.decode` lays a record's tensors out so, and one addition of a megabyte takes half the time of many small
+    ones. The numbers are added one by one either way: the same bits.
+    """
+
+    def start(self, like: Params) -> dict[str, Tensor]:
+        """Zeros in the shapes of `like`, which the sums live in."""
+        self._block = block = _block(like)
+        if block is None:
+            self._total = {name: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for name, t in like.items()}
+            return self._total
+        self._names, self._places = list(like), _places(like)
+        self._sum, self._wide = (torch.zeros(len(block), dtype=torch.float64, device=block.device) for _ in range(2))
+        first = block.storage_offset()
+        self._total = {
+            name: self._sum.as_strided(t.shape, t.stride(), t.storage_offset() - first) for name, t in like.items()
+        }
+        return self._total
+
+    def add(self, params: Params, weight: float) -> None:
+        """Add weight times the params."""
+        like, block = self._block, _block(params)
+        alike = like is not None and block is not None and len(block) == len(like) and block.dtype is like.dtype
+        if alike and list(params) == self._names and _places(params) == self._places:
+            self._sum.add_(self._wide.copy_(block), alpha=weight)  # type: ignore[arg-type]
+            return
+        for name, t in params.items():
+            self._total[name].add_(t, alpha=weight)
+
+
+def _block(params: Params) -> Tensor | None:
+    """The vector that all the params are pieces of, where they fill most of it; else None."""
+    first = next(iter(params.values()), None)
+    block = None if first is None else first._base
+    if block is None or block.dim() != 1 or not block.is_floating_point() or not block.is_contiguous():
+        return None
+    if any(t._base is not block or t.dtype is not block.dtype or not t.is_contiguous() for t in params.values()):
+        return None
+    return block if 2 * count(params) >= len(block) else None
+
+
+def _places(params: Params) -> list[int]:
+    return [int(t.storage_offset()) for t in params.values()]
 
 
 def same_layout(a: Params, b: Params) -> None:
