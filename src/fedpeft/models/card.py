@@ -25,8 +25,16 @@ scores = logits[torch.arange(len(last)), last]  # (texts, labels): those of the 
 """,
 }
 _TITLES = {
-    "adapter": ("LoRA adapter for", "A LoRA adapter"),
+    "adapter": ("Adapter for", "An adapter"),
+    "own": ("Adapter for", "An adapter"),
+    "prefix": ("Prefix for", "A prefix (trained keys and values)"),
+    "bare": ("Adapter for", "An adapter without a head"),
     "merged": ("Text classifier on", "A model with its adapter folded in"),
+}
+_PLAIN = {  # forms that no three lines of other libraries use
+    "own": "`adapter_model.safetensors` holds the parameters under fedpeft's names, `fedpeft.json` says what they are.",
+    "prefix": "peft loads it, but moves the text's positions behind the prefix, which changes the scores.",
+    "bare": "It acts with the model's own language-model head, by the template and label words of its run.",
 }
 _LOADING = {
     "adapter": """\
@@ -68,7 +76,7 @@ def model_card(
     """Markdown with YAML front matter.
 
     Args:
-        form: "adapter" or "merged".
+        form: "adapter" or "merged", whose card has code; "own", "prefix" or "bare", whose card says how to go on.
         base: folder or hub name that the base model was loaded from.
         labels: names of the classes, in the order of the logits.
         pooling: "mean" or "last".
@@ -84,7 +92,7 @@ def model_card(
     elif "base_model" in facts:
         facts = {**facts, "base_model": name}
     front = {
-        "library_name": "peft" if form == "adapter" else "transformers",
+        "library_name": {"adapter": "peft", "prefix": "peft", "merged": "transformers"}.get(form, "fedpeft"),
         **({} if known is None else {"base_model": name}),  # the hub takes names alone
         "tags": ["text-classification", "federated-learning", "fedpeft"],
         "labels": list(labels),
@@ -97,17 +105,23 @@ def model_card(
         "",
         f"# {title} {_cell(name)}",
         "",
-        f"{what} that sorts texts into {len(labels)} classes, trained with fedpeft. Its head scores every token;",
-        f"the scores of a text are {'the mean over its tokens' if pooling == 'mean' else 'those of its last token'}.",
-        "",
-        "```python",
-        _code(form, base, labels, pooling, tokenizer, facts) + "```",
+        *_use(form, f"{what} that sorts texts into {len(labels)} classes, trained with fedpeft.", pooling),
         "",
     ]
+    if form in _LOADING:
+        lines += ["```python", _code(form, base, labels, pooling, tokenizer, facts) + "```", ""]
     rows = list(_rows(facts))
     if rows:
         lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows), ""]
     return "\n".join(lines)
+
+
+def _use(form: str, sentence: str, pooling: str) -> list[str]:
+    """What it is, and how its scores come about or how to go on with it."""
+    if form in _PLAIN:
+        return [sentence, _PLAIN[form], "Go on with it in fedpeft: `run.init_from: FOLDER`."]
+    where = "the mean over its tokens" if pooling == "mean" else "those of its last token"
+    return [f"{sentence} Its head scores every token;", f"the scores of a text are {where}."]
 
 
 def _code(form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any]) -> str:

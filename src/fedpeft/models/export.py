@@ -2,13 +2,13 @@
 
 | file | content |
 |---|---|
-| `adapter_config.json`, `adapter_model.safetensors` | a LoRA for token classification, as peft writes it |
+| `adapter_config.json`, `adapter_model.safetensors` | an adapter as peft has it (see `layouts.py`) |
+| `adapter_model.safetensors` alone | any other adapter, under fedpeft's own names of parameters |
 | `config.json`, `model.safetensors` | instead of these two where the adapter is merged |
 | `fedpeft.json` | what `import_adapter` needs to give back the very params, and how token logits are pooled |
 | `README.md` | the model card |
 
-and the tokenizer's files. Where several slots share a module (GPT-2's query, key and value), PEFT knows one LoRA of
-summed rank: A is all their A below each other, B has their B as blocks, in the rows of each slot's outputs.
+and the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -23,21 +23,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fedpeft.core import tree
-from fedpeft.core.adapter import Lora
-from fedpeft.core.errors import ModelError, RequestError, StoreError
+from fedpeft.core.adapter import Prefix
+from fedpeft.core.errors import RequestError, StoreError
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import delta, head
-from fedpeft.models.card import model_card, published
-from fedpeft.models.families import Slot
+from fedpeft.models.adapters import head
+from fedpeft.models.card import model_card
 from fedpeft.models.hf import HFModel
-from fedpeft.models.merge import HEADS, check_labels, merge, token_classifier
-from fedpeft.models.peft_folder import CONFIG, NOTE, PREFIX, WEIGHTS, import_adapter, plain, read_json
+from fedpeft.models.layouts import layout_of
+from fedpeft.models.merge import check_labels, merge
+from fedpeft.models.peft_folder import CONFIG, NOTE, WEIGHTS, import_adapter, read_json
 
 __all__ = ["export_adapter", "export_merged", "import_adapter", "merge"]
 
@@ -53,49 +51,29 @@ def export_adapter(
     card: Mapping[str, Any],
     replace: bool = True,
 ) -> Path:
-    """Write a LoRA with its head so that `peft.PeftModel.from_pretrained` loads it; gives the folder.
+    """Write an adapter with its head, so that `peft.PeftModel.from_pretrained` loads it where PEFT has its kind.
 
     Args:
         model: whose adapter `params` are.
-        params: LoRA factors and head.
+        params: the adapter and, where the format has one, the head.
         folder: does not exist, is empty, or holds an earlier export.
         labels: names of the classes, in the order of the head's rows.
         card: facts for the model card; see `card.model_card`.
         replace: whether an earlier export of other parameters, or in another form, may go; the same may always.
 
     Raises:
-        ModelError: params that PEFT cannot hold; the message names `--merge`.
+        ModelError: params that only a merged model holds; the message names `--merge`.
         RequestError: a folder that holds something else.
         StoreError: the folder cannot be written.
     """
     names = check_labels(model, params, labels)
-    loras = [name.removesuffix(".A") for name in params if name.endswith(".A")]
-    folded = [name for name in params if name.startswith(delta.PREFIX)]
-    if folded:
-        raise ModelError(f"a PEFT adapter cannot hold a change of the base ({folded[0]}); export with --merge")
-    if not any(params[f"{name}.A"].shape[0] for name in loras):
-        raise ModelError("PEFT has no adapter that is a head alone; export with --merge")
-    shell = token_classifier(model.base, names)
-    inner = f"{shell.prefix}." if shell.prefix else ""
-    modules = _by_module(model, loras)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for path, slots in modules.items():
-        a, b = _joined(slots, params)
-        if len(a):
-            tensors[f"{PREFIX}{inner}{path}.lora_A.weight"] = a
-            tensors[f"{PREFIX}{inner}{path}.lora_B.weight"] = b
-            ranks[f"{inner}{path}"] = len(a)
-    for name, t in (("weight", params[head.WEIGHT]), ("bias", params[head.BIAS])):
-        tensors[f"{PREFIX}{shell.head}.{name}"] = t.detach().cpu().contiguous()
-    config = _lora_config(model, shell.module, ranks)
-    note = _note(model, params, "adapter", names) | {
-        "modules": {path: [[s.name, len(params[f"{s.name}.A"])] for s in slots] for path, slots in modules.items()}
-    }
+    layout = layout_of(model, params, names)
+    note = {**_note(model, params, layout.form, names), **layout.note}
     with _new_folder(Path(folder), note, replace) as draft:
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
-        _write_json(draft / CONFIG, config)
-        _finish(model, draft, "adapter", names, card)
+        save_file(dict(layout.tensors), draft / WEIGHTS, metadata={"format": "pt"})
+        if layout.config is not None:
+            _write_json(draft / CONFIG, layout.config)
+        _finish(model, draft, _card_form(model, params, layout.form), names, card)
     return Path(folder)
 
 
@@ -122,65 +100,10 @@ def export_merged(
     return Path(folder)
 
 
-def _by_module(model: HFModel, names: Sequence[str]) -> dict[str, list[Slot]]:
-    """The slots of each module path, in the order of their outputs."""
-    modules: dict[str, list[Slot]] = {}
-    for slot in sorted((model.places[name] for name in names), key=lambda s: (s.offset, s.name)):
-        modules.setdefault(slot.path, []).append(slot)
-    return dict(sorted(modules.items()))
-
-
-def _joined(slots: Sequence[Slot], params: Params) -> tuple[Tensor, Tensor]:
-    """(A, B) of one module: (sum of ranks, d_in) and (width, sum of ranks)."""
-    a = torch.cat([params[f"{s.name}.A"].detach().cpu() for s in slots])
-    b = a.new_zeros(slots[0].width, len(a))
-    column = 0
-    for slot in slots:
-        own = params[f"{slot.name}.B"]
-        b[slot.offset : slot.offset + slot.d_out, column : column + own.shape[1]] = own.detach().cpu()
-        column += own.shape[1]
-    return a, b
-
-
-def _lora_config(model: HFModel, module: Any, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What peft reads: every module has the scale alpha / rank of the spec, whatever its own rank."""
-    assert isinstance(model.spec, Lora), "LoRA factors belong to a LoRA"
-    usual = max(ranks.values(), key=list(ranks.values()).count)
-    odd = {path: rank for path, rank in ranks.items() if rank != usual}
-    return {
-        "peft_type": "LORA",
-        "task_type": "TOKEN_CLS",
-        "base_model_name_or_path": published(model.base.source),
-        "inference_mode": True,
-        "r": usual,
-        "lora_alpha": _alpha(model, usual),
-        "lora_dropout": model.spec.dropout,
-        "target_modules": _targets(module, set(ranks)),
-        "fan_in_fan_out": any(type(module.get_submodule(path)).__name__ == "Conv1D" for path in ranks),
-        "bias": "none",
-        "modules_to_save": list(HEADS),
-        "rank_pattern": odd,
-        "alpha_pattern": {path: _alpha(model, rank) for path, rank in odd.items()},
-    }
-
-
-def _targets(module: Any, paths: set[str]) -> list[str]:
-    """The last parts of the paths where these mean no other module, else the whole paths."""
-    short = {path.rsplit(".", 1)[-1] for path in paths}
-    meant = {path for path, _ in module.named_modules() if path.rsplit(".", 1)[-1] in short}
-    return sorted(short if meant == paths else paths)
-
-
-def _alpha(model: HFModel, rank: int) -> float | int:
-    """The numerator of PEFT that makes the scale the model's own at this rank."""
-    assert isinstance(model.spec, Lora), "LoRA factors belong to a LoRA"
-    return plain(model.spec.alpha if rank == model.spec.rank else model.scale * rank)
-
-
 def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> dict[str, Any]:
     return {
         "format": 1,
-        "form": form,  # adapter, merged, or head: a merged model whose base is unchanged
+        "form": form,  # adapter (of PEFT), own, merged, or head: a merged model whose base is unchanged
         "family": model.base.family,
         "pooling": model.pooling,
         "labels": list(labels),
@@ -188,6 +111,13 @@ def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> d
         "adapter": {"kind": model.spec.kind, **dataclasses.asdict(model.spec)},
         "params_sha256": tree.sha256(params),
     }
+
+
+def _card_form(model: HFModel, params: Params, form: str) -> str:
+    """What the card explains: a prefix and an adapter without a head need words of their own."""
+    if head.WEIGHT not in params:
+        return "bare"
+    return "prefix" if form == "adapter" and isinstance(model.spec, Prefix) else form
 
 
 def _finish(model: HFModel, draft: Path, form: str, labels: Sequence[str], card: Mapping[str, Any]) -> None:

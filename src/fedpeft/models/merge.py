@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.core.tree import Params
+from fedpeft.models import attention
 from fedpeft.models.adapters import delta, head
 from fedpeft.models.families import Slot
 from fedpeft.models.hf import HFModel
@@ -48,6 +49,8 @@ def token_classifier(base: Base, labels: Sequence[str]) -> TokenClassifier:
     from transformers import AutoModelForTokenClassification
 
     config = copy.deepcopy(base.module.config)
+    if config._attn_implementation == attention.NAME:
+        config._attn_implementation = attention.STOCK  # a process without fedpeft does not know ours
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.dtype = torch.float32
@@ -69,15 +72,15 @@ def check_labels(model: HFModel, params: Params, labels: Sequence[str] | None) -
     """The names of the classes (LABEL_0, ... where none are given), after a check of the params.
 
     Raises:
-        ModelError: params that are not this model's, without a head, or with another number of classes.
+        ModelError: params that are not this model's, that lack their head, or with another number of classes.
     """
     try:
         model.check_params(params)
     except FitError as error:
         raise ModelError(str(error)) from None
-    if head.WEIGHT not in params:
+    if head.WEIGHT not in params and head.WEIGHT in model.readout.params:
         raise ModelError(f"there is no {head.WEIGHT!r} among the params; give the head with the adapter")
-    classes = params[head.WEIGHT].shape[0]
+    classes = params[head.WEIGHT].shape[0] if head.WEIGHT in params else model.classes
     names = [f"LABEL_{i}" for i in range(classes)] if labels is None else [str(label) for label in labels]
     if len(names) != classes or len(set(names)) != classes:
         raise ModelError(f"there are {len(set(names))} different labels for a head of {classes} classes: {names[:20]}")
@@ -96,6 +99,7 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
         ModelError: params that do not fit, or a family without a token classifier.
     """
     names = check_labels(model, params, labels)
+    _check_foldable(model, params)
     shell = token_classifier(model.base, names)
     body = model.base.copy_module(torch.float32)
     with torch.no_grad():
@@ -109,6 +113,22 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     linear.load_state_dict({"weight": params[head.WEIGHT], "bias": params[head.BIAS]})
     setattr(merged, shell.head, linear.requires_grad_(False))
     return merged.eval()
+
+
+def _check_foldable(model: HFModel, params: Params) -> None:
+    """Raise ModelError unless everything is a change of weights, or the head."""
+    if head.WEIGHT not in params:
+        raise ModelError(
+            "a model is merged as a text classifier with a head, and task.format cloze and verbalizer train none; "
+            "export the adapter without --merge"
+        )
+    folded = {f"{name}.{side}" for name in model.places for side in ("A", "B")}
+    odd = [name for name in params if name not in folded and not name.startswith((delta.PREFIX, "head."))]
+    if odd:
+        raise ModelError(
+            f"an adapter of kind {model.spec.kind!r} ({odd[0]}) cannot be folded into the weights; export it without "
+            "--merge"
+        )
 
 
 def _change(params: Params, slot: str, scale: float) -> Tensor | None:

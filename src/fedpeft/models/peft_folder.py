@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.models.adapters import head
-from fedpeft.models.families import Slot
+from fedpeft.models.families import Slot, key_value_size
 from fedpeft.models.hf import HFModel
 from fedpeft.models.merge import HEADS
 
@@ -26,7 +26,7 @@ Modules = Mapping[str, list[tuple[str, int]]]  # by path: the slots that share t
 
 
 def import_adapter(folder: Path, model: HFModel) -> dict[str, Tensor]:
-    """The params that `export_adapter` wrote, bit for bit, or those of a LoRA that peft wrote.
+    """The params that `export_adapter` wrote, bit for bit, or those of a LoRA, prefix or prompt that peft wrote.
 
     A LoRA of peft is taken over module by module; on a fused module (GPT-2's c_attn) every slot gets the same A. Its
     head is taken where there is one. A merged export gives its head where nothing else had been trained.
@@ -43,8 +43,10 @@ def import_adapter(folder: Path, model: HFModel) -> dict[str, Tensor]:
     form = note.get("form", "adapter")
     if form == "head":
         params = _head_of_merged(folder)
+    elif form == "own":
+        params = _read_tensors(folder / WEIGHTS)
     elif form == "adapter":
-        params = _from_peft(folder, model, _modules(note, model, folder) if note else None)
+        params = _from_peft(folder, model, note)
     else:
         raise ModelError(
             f"{folder} holds a merged model, whose adapter cannot be told from its base; give it as model.name"
@@ -73,10 +75,14 @@ def _modules(note: Mapping[str, Any], model: HFModel, folder: Path) -> Modules:
     return modules
 
 
-def _from_peft(folder: Path, model: HFModel, modules: Modules | None) -> dict[str, Tensor]:
+def _from_peft(folder: Path, model: HFModel, note: Mapping[str, Any]) -> dict[str, Tensor]:
     config, tensors = read_json(folder / CONFIG), _read_tensors(folder / WEIGHTS)
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} holds a {config.get('peft_type')} adapter of PEFT; give a LORA")
+    kind = config.get("peft_type")
+    if kind in ("PREFIX_TUNING", "PROMPT_TUNING"):
+        return _virtual(folder, model, config, tensors)
+    if kind != "LORA":
+        raise ModelError(f"{folder} holds a {kind} adapter of PEFT; give a LORA, a PREFIX_TUNING or a PROMPT_TUNING")
+    modules = _modules(note, model, folder) if note else None
     if modules is None:
         _check_lora(config, model, folder)
     params = _take_head(tensors, config, model, folder)
@@ -93,6 +99,27 @@ def _from_peft(folder: Path, model: HFModel, modules: Modules | None) -> dict[st
         params[f"{name}.A"] = torch.zeros(0, slot.d_in, dtype=dtype)
         params[f"{name}.B"] = torch.zeros(slot.d_out, 0, dtype=dtype)
     return params
+
+
+def _virtual(folder: Path, model: HFModel, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A prefix in all layers, or a prompt, with its head."""
+    weight = tensors.pop("prompt_embeddings", None)
+    if weight is None or config.get("prefix_projection"):
+        raise ModelError(f"{folder} has no plain 'prompt_embeddings'; give an adapter without a projection")
+    bare = {name.removeprefix("base_model."): t for name, t in tensors.items()}
+    params = _take_head(bare, config, model, folder)
+    if bare:
+        raise ModelError(f"{folder} holds {min(bare)!r}, which this model has no place for")
+    if config["peft_type"] == "PROMPT_TUNING":
+        return params | {"prompt.tokens": weight}
+    heads, size = key_value_size(model.base.module.config)
+    if weight.shape[1] != model.blocks * 2 * heads * size:
+        raise ModelError(
+            f"{folder}: a row of its prefix has {weight.shape[1]} numbers, this model needs "
+            f"{model.blocks} x 2 x {heads} x {size}"
+        )
+    layers = weight.view(len(weight), model.blocks, 2, heads, size).permute(1, 2, 0, 3, 4)
+    return params | {f"prefix.{block}": layer.contiguous() for block, layer in enumerate(layers)}
 
 
 def _check_lora(config: Mapping[str, Any], model: HFModel, folder: Path) -> None:

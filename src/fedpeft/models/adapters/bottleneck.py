@@ -154,9 +154,10 @@ def gain(norm: nn.Module) -> Tensor:
 
 
 def normalised(norm: Any, x: Tensor) -> Tensor:
-    """The norm without gain and shift, in float32 or wider."""
+    """The norm without gain and shift; RMS norms in float32, as transformers computes them at any precision."""
     if isinstance(norm, nn.LayerNorm):
         return F.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    wide = x.float()
     epsilon = getattr(norm, "variance_epsilon", None)
-    return F.rms_norm(wide, x.shape[-1:], None, norm.eps if epsilon is None else epsilon)
+    mean_square = wide.square().mean(dim=-1, keepdim=True)
+    return (wide * torch.rsqrt(mean_square + (norm.eps if epsilon is None else epsilon))).to(x.dtype)

@@ -1,0 +1,134 @@
+"""Adapters of every kind as folders: back bit for bit, and as PEFT holds them where it can."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tiny
+from fedpeft.core import tree
+from fedpeft.core.adapter import AdapterSpec, Bottleneck, InstancePrompt, LatePrompt, Lora, MixedPrompt, Prefix, Prompt
+from fedpeft.core.errors import ModelError
+from fedpeft.models.export import export_adapter, export_merged, import_adapter
+from fedpeft.models.families import key_value_size
+from fedpeft.models.hf import HFModel
+from fedpeft.models.merge import merge
+
+LABELS = ("a", "b", "c")
+P = 4
+KINDS: dict[str, AdapterSpec] = {
+    "prefix": Prefix(length=P),
+    "some layers": Prefix(length=P, blocks=(0, 2)),
+    "prompt": Prompt(length=P),
+    "bottleneck": Bottleneck(size=3),
+    "idpg": InstancePrompt(length=P, size=3),
+    "lpt": LatePrompt(length=P, size=3),
+    "lora": Lora(rank=2),
+}
+PEFT = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING", "lora": "LORA"}
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's own
+
+
+def drawn(model: HFModel, seed: int = 0) -> dict[str, Tensor]:
+    """Parameters whose every number matters."""
+    rng = tiny.place(seed)
+    return {n: t + torch.from_numpy(rng.normal(0, 0.2, size=t.shape)).float() for n, t in model.init(rng).items()}
+
+
+def exported(model: HFModel, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    params = drawn(model)
+    export_adapter(model, params, folder, labels=LABELS, card={"task": "t"})
+    return params, json.loads((folder / "fedpeft.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_back_bit_for_bit(kind: str, family: str, tmp_path: Path) -> None:
+    model = tiny.model(family, KINDS[kind], dtype="float32")
+    params, note = exported(model, tmp_path / "adapter")
+    again = import_adapter(tmp_path / "adapter", model)
+    assert tree.sha256(again) == tree.sha256(params)
+    assert note["form"] == ("adapter" if kind in PEFT else "own") and note["adapter"]["kind"] == model.spec.kind
+    config = tmp_path / "adapter" / "adapter_config.json"
+    assert config.is_file() == (kind in PEFT)
+    if kind in PEFT:
+        assert json.loads(config.read_text())["peft_type"] == PEFT[kind]
+    else:
+        assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys() == params.keys()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert ("PeftModel" in card) == (kind in ("lora", "prompt"))
+
+
+def test_clients_of_unequal_prefixes_need_our_own_form(tmp_path: Path) -> None:
+    model = tiny.model("bert", Prefix(length=P), dtype="float32")
+    params = drawn(model) | {"prefix.1": torch.ones(2, P + 1, 4, 8)}
+    export_adapter(model, params, tmp_path / "a", labels=LABELS, card={})
+    assert json.loads((tmp_path / "a" / "fedpeft.json").read_text())["form"] == "own"
+    assert tree.sha256(import_adapter(tmp_path / "a", model)) == tree.sha256(params)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_prompt_gives_equal_logits_in_peft(family: str, tmp_path: Path) -> None:
+    """PEFT's logits of the text's own tokens, pooled, are ours."""
+    model = tiny.model(family, Prompt(length=P), dtype="float32")
+    params, _ = exported(model, tmp_path / "adapter")
+    data = tiny.examples(tiny.place(1), 6)
+    classifier = tiny.token_classifier(tiny.saved(family, tmp_path / "base", "float32"), 3, "float32")
+    wrapped = peft.PeftModel.from_pretrained(classifier, tmp_path / "adapter").eval()
+    batch = tiny.padded(data, 1)
+    with torch.no_grad():
+        logits = wrapped(**batch).logits[:, -batch["input_ids"].shape[1] :]
+    assert torch.allclose(
+        model.logits(params, data), tiny.pooled(logits, batch["attention_mask"], model.pooling), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_prefix_has_pefts_layout(family: str, tmp_path: Path) -> None:
+    """weight.view(P, layers, 2, heads, size), and PEFT loads it with its head."""
+    model = tiny.model(family, Prefix(length=P), dtype="float32")
+    params, _ = exported(model, tmp_path / "adapter")
+    classifier = tiny.token_classifier(tiny.saved(family, tmp_path / "base", "float32"), 3, "float32")
+    wrapped = peft.PeftModel.from_pretrained(classifier, tmp_path / "adapter").eval()
+    heads, size = key_value_size(model.base.module.config)
+    weight = wrapped.prompt_encoder["default"].embedding.weight.detach().view(P, tiny.BLOCKS, 2, heads, size)
+    for block in range(tiny.BLOCKS):
+        assert torch.equal(weight[:, block].transpose(0, 1), params[f"prefix.{block}"])
+    head = next(m for n, m in wrapped.base_model.named_children() if n in ("classifier", "score"))
+    assert torch.equal(head.modules_to_save["default"].weight, params["head.weight"])
+
+
+def test_an_exported_prompt_is_a_source_of_a_mixture(tmp_path: Path) -> None:
+    model = tiny.model("bert", Prompt(length=P), dtype="float32")
+    params, _ = exported(model, tmp_path / "run" / "adapter")
+    mixed = tiny.model("bert", MixedPrompt(length=P, size=3, sources=(str(tmp_path / "run"),)), dtype="float32")
+    sources = [t for t in vars(mixed.adapter).values() if isinstance(t, Tensor)]
+    assert any(torch.equal(t.view(-1, P, tiny.WIDTH)[0], params["prompt.tokens"]) for t in sources)
+    own, _ = exported(mixed, tmp_path / "mixed")
+    assert tree.sha256(import_adapter(tmp_path / "mixed", mixed)) == tree.sha256(own)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+def test_what_is_no_change_of_weights_cannot_be_merged(kind: str, tmp_path: Path) -> None:
+    model = tiny.model("bert", KINDS[kind], dtype="float32")
+    with pytest.raises(ModelError, match="cannot be folded into the weights; export it without --merge"):
+        export_merged(model, drawn(model), tmp_path / "m", labels=LABELS, card={})
+
+
+def test_a_merged_model_is_of_stock_attention() -> None:
+    model = tiny.model("bert", Lora(rank=2), dtype="float32")
+    assert merge(model, drawn(model)).config._attn_implementation == "sdpa"
+
+
+def test_a_prefix_of_another_model_is_refused(tmp_path: Path) -> None:
+    exported(tiny.model("llama", Prefix(length=P), dtype="float32"), tmp_path / "adapter")
+    with pytest.raises(ModelError, match="a row of its prefix has 96 numbers, this model needs 3 x 2 x 4 x 8"):
+        import_adapter(tmp_path / "adapter", tiny.model("bert", Prefix(length=P), dtype="float32"))
