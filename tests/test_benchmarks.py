@@ -99,3 +99,35 @@ def test_every_benchmark_is_tested_and_part_of_make_bench():
     assert modules == RUNS.keys()
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"-m benchmarks.{name}" in makefile for name in modules)
+
+
+def test_finished_cells_of_a_study_are_collected(tmp_path):
+    """Two methods at two rates: the better one on validation is in the table; unfinished cells are left out."""
+    collect = importlib.import_module("benchmarks.studies.collect")
+    for label, lr, value in (("A", 0.1, 0.6), ("A", 0.2, 0.7), ("B", 0.1, 0.5)):
+        folder = tmp_path / "study" / f"{label}-{lr}"
+        folder.mkdir(parents=True)
+        scores = {"global": {"accuracy": value, "loss": 1.0}}
+        best = {"round": 2, "validation": scores, "test": {"global": {"accuracy": value - 0.1, "loss": 1.0}}}
+        manifest = {
+            "status": "finished",
+            "metric": "accuracy",
+            "label": label,
+            "metrics": {"best": best, "final": best},
+        }
+        manifest |= {"bytes_down": 10, "bytes_up": 20, "simulated_seconds": 1.5, "seconds": 9.0, "rounds_done": 2}
+        manifest |= {"params_sha256": f"{label}{lr}", "status": "finished" if label == "A" else "running"}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        config = {"task": {"name": "t"}, "method": {"name": "fedavg", "lr": lr}, "run": {"seed": 0}}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        lines = [
+            {"round": 0, "bytes_down": 1, "bytes_up": 2, "simulated_seconds": 0.5, "metrics": {"validation": scores}},
+            {"round": 2, "bytes_down": 9, "bytes_up": 18, "simulated_seconds": 1.0},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "cells.json"
+    cells = collect.main([str(tmp_path / "study"), "--out", str(out)])
+    assert [(cell["label"], cell["lr"], cell["set_up_bytes"]) for cell in cells] == [("A", 0.1, 3), ("A", 0.2, 3)]
+    assert cells[1]["curve"] == [[0, {"global": 0.7}]] and cells == json.loads(out.read_text())
+    assert collect.table(cells)[2] == "| t | A | 0.2 | 1 | 0.600 |  | 0 | 0 | 1.5 |"
+    assert collect.main(["--out", str(out)]) == cells, "what was kept stays"

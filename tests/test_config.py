@@ -233,7 +233,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"adapter": {"kind": "head", "rank": 3}}, "adapter.rank: unknown key for the kind head; it takes none."),
         ({"method": {"cohorts": 3}}, "method.cohorts is not a field of fedavg; did you mean 'cohort'?"),
         ({"method": {"name": "fedavgg"}}, "method.name: there is no method 'fedavgg'; did you mean 'fedavg'?"),
-        ({"method": {"name": 3}}, "method.name: 3 cannot be used; give one of centralized"),
+        ({"method": {"name": 3}}, "method.name: 3 cannot be used; give one of adapter"),
         ({"method": {"lr": "fast"}}, "method.lr is 'fast'; it must be a number"),
         ({"method": {"lr": -1}}, "method.lr is -1.0; it must be finite and above 0"),
         ({"privacy": {"clip": 1}}, "privacy: not in this version: clipping and noise come with the Flower engine"),

@@ -165,9 +165,7 @@ def test_all_problems_of_the_section_come_at_once(models: Path) -> None:
 
 
 def test_positions_of_a_prompt_and_a_text_must_fit(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpeft.models.adapters.lora import LoraAdapter
-
-    monkeypatch.setattr(LoraAdapter, "positions", 20, raising=False)
+    monkeypatch.setattr("fedpeft.models.virtual.positions", lambda spec: 20)
     message = r"adapter.length 20 and task.max_length 16 need 36 positions; the model has 32: lower one of them"
     with pytest.raises(ModelError, match=message):
         made(models, CLOZE)

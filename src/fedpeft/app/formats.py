@@ -57,8 +57,9 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
                 f"task.format cloze needs a masked language model, and {name} (family {base.family}) has no mask "
                 "token or reads left to right; use task.format verbalizer or head, or a model such as demo"
             )
+        lm_head = load_lm_head(name, base)
         words = word_ids(task.words, base.tokenizer, given=not task.named)
-        return Format(base, section.max_length, ClozeReadout(load_lm_head(name, base), words), task.pattern)
+        return Format(base, section.max_length, ClozeReadout(lm_head, words), task.pattern)
     if not is_decoder(base.family):
         raise ModelError(
             f"task.format verbalizer needs a causal language model (GPT-2, Llama and their like), and {name} is of the "

@@ -207,7 +207,7 @@ def _method(values: dict[str, Any], problems: list[str]) -> Method | None:
 def _adapter(values: dict[str, Any], method: Method | None, problems: list[str]) -> None:
     """Check the adapter and write all of its settings into the values; without any it is the method's own."""
     given = dict(values.get("adapter", {}))
-    own = method.adapter() if method is not None else None
+    own = method.adapter() if method is not None else _usual_adapter(values)
     kind = given.pop("kind", own.kind if own is not None else "lora")
     if not isinstance(kind, str) or kind not in ADAPTERS:
         problems.append(f"adapter.kind: {kind!r} is not available; what exists: {', '.join(ADAPTERS)}.")
@@ -232,6 +232,18 @@ def _adapter(values: dict[str, Any], method: Method | None, problems: list[str])
     if refusal:
         problems.append(f"adapter: {refusal}")
     values["adapter"] = {"kind": kind, **_plain(dataclasses.asdict(spec))}
+
+
+def _usual_adapter(values: Mapping[str, Any]) -> AdapterSpec | None:
+    """The adapter that a method trains by default, for where its fields are wrong; None: there is no such method."""
+    from fedpeft import methods
+
+    section = values.get("method")
+    name = section.get("name", "fedavg") if isinstance(section, Mapping) else None
+    try:
+        return methods.build(name, {}).adapter() if isinstance(name, str) else None
+    except (ConfigError, RequestError):
+        return None
 
 
 def _types(spec: type[Any]) -> dict[str, TypeAdapter[Any]]:

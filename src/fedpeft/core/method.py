@@ -159,6 +159,7 @@ def check_ranges(
     at_least: Mapping[str, float] | None = None,
     above: Mapping[str, float] | None = None,
     below: Mapping[str, float] | None = None,
+    at_most: Mapping[str, float] | None = None,
 ) -> None:
     """Raise ConfigError, with all problems, unless the method's numbers are finite and within their bounds.
 
@@ -166,7 +167,7 @@ def check_ranges(
     """
     rules = [(bounds, "at least", float.__ge__) for bounds in (AT_LEAST, at_least or {})]
     rules += [(bounds, "above", float.__gt__) for bounds in (ABOVE, above or {})]
-    rules += [(below or {}, "below", float.__lt__)]
+    rules += [(below or {}, "below", float.__lt__), (at_most or {}, "at most", float.__le__)]
     problems = []
     for bounds, word, holds in rules:
         for name, bound in bounds.items():

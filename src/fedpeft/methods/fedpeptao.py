@@ -31,7 +31,6 @@ Traffic per client and round: down = params of the shared layers; up = params of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -161,15 +160,9 @@ class FedPepTAO(Defaults):
     memory: ClassVar[type[Memory]] = Memory
 
     def __post_init__(self) -> None:
-        counts = ("calibration_cohort", "score_cohort", "warmup_rounds", "server_lr", "beta", "drift_weight")
-        check_ranges(
-            self,
-            at_least=dict.fromkeys(counts, 0)
-            | {"score_batch": 2, "lanczos_steps": 2, "lanczos_probes": 1}
-            | {"power_steps": 1, "ratio": 0},
-            above={"ratio": 0},
-            below={"beta": 1, "ratio": math.nextafter(1, 2)},
-        )
+        least = {"calibration_cohort": 0, "score_cohort": 0, "warmup_rounds": 0, "server_lr": 0, "beta": 0}
+        least |= {"drift_weight": 0, "score_batch": 2, "lanczos_steps": 2, "lanczos_probes": 1, "power_steps": 1}
+        check_ranges(self, at_least=least, above={"ratio": 0}, below={"beta": 1}, at_most={"ratio": 1})
 
     def adapter(self) -> AdapterSpec:
         """A prefix of 20 tokens in every layer."""

@@ -1,0 +1,129 @@
+"""What the finished cells of studies say, in one file that can be kept, and as a table.
+
+    python -m benchmarks.studies.collect runs/fedpeptao_trec --out benchmarks/results/fedpeptao_trec.json
+
+A study that takes hours is collected while it runs. Per task and method the point of the grid is the one with the best
+validation score at the first seed, as `fedpeft compare` chooses it; the table has the test scores at that point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Cell = dict[str, Any]
+
+
+def read_cell(folder: Path) -> Cell | None:
+    """One finished run, None for one that is not."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest.get("status") != "finished":
+        return None
+    import yaml
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metric, best = manifest["metric"], manifest["metrics"]["best"]
+
+    def score(split: str, of: str = "best") -> dict[str, float]:
+        return {who: v[metric] for who, v in manifest["metrics"][of].get(split, {}).items() if metric in v}
+
+    set_up = [line for line in lines if line["round"] == 0]
+    return {
+        "task": config["task"]["name"],
+        "label": manifest.get("label", config["method"]["name"]),
+        "method": config["method"]["name"],
+        "seed": config["run"]["seed"],
+        "lr": config["method"].get("lr"),
+        "validation": score("validation"),
+        "test": score("test"),
+        "final": score("test", "final"),
+        "best_round": best.get("round"),
+        "curve": [
+            [line["round"], {who: v[metric] for who, v in line["metrics"]["validation"].items() if metric in v}]
+            for line in lines
+            if line.get("metrics", {}).get("validation")
+        ],
+        "bytes": manifest["bytes_down"] + manifest["bytes_up"],
+        "set_up_bytes": sum(line["bytes_down"] + line["bytes_up"] for line in set_up),
+        "simulated_seconds": manifest["simulated_seconds"],
+        "set_up_simulated_seconds": sum(line["simulated_seconds"] for line in set_up),
+        "seconds": manifest["seconds"],
+        "rounds": manifest["rounds_done"],
+        "choices": {k: v for k, v in manifest.get("choices", {}).items() if k in ("layers", "ratio", "ratio_from")},
+        "params_sha256": manifest["params_sha256"],
+        "commit": manifest.get("commit"),
+    }
+
+
+def collect(studies: Sequence[Path], before: Sequence[Cell] = ()) -> list[Cell]:
+    """The cells of the studies and those kept before, newer ones in place of older ones, in a fixed order."""
+    found = {_key(cell): cell for cell in before}
+    for study in studies:
+        for manifest in sorted(study.glob("*/manifest.json")):
+            cell = read_cell(manifest.parent)
+            if cell is not None:
+                found[_key(cell)] = cell
+    return [found[key] for key in sorted(found)]
+
+
+def _key(cell: Mapping[str, Any]) -> tuple[str, str, int, float]:
+    return cell["task"], cell["label"], cell["seed"], float(cell["lr"] or 0.0)
+
+
+def selected(cell: Mapping[str, Any]) -> float:
+    """The validation score that selects: of personal models where there are some."""
+    validation: dict[str, float] = cell["validation"]
+    return validation.get("personalized", validation["global"])
+
+
+def table(cells: Sequence[Cell]) -> list[str]:
+    """A row of Markdown per task and method: mean and range of the test scores at the chosen rate."""
+    rows = [
+        "| task | method | lr | seeds | test, global | test, personal | traffic MB | of it set-up | simulated s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task, label in sorted({(cell["task"], cell["label"]) for cell in cells}):
+        own = [cell for cell in cells if (cell["task"], cell["label"]) == (task, label)]
+        first = min(cell["seed"] for cell in own)
+        lr = max((cell for cell in own if cell["seed"] == first), key=selected)["lr"]
+        chosen = [cell for cell in own if cell["lr"] == lr]
+        scores = f"{_mean(chosen, 'global')} | {_mean(chosen, 'personalized')}"
+        traffic = f"{_average(chosen, 'bytes') / 1e6:.0f} | {_average(chosen, 'set_up_bytes') / 1e6:.0f}"
+        seconds = f"{_average(chosen, 'simulated_seconds'):.1f}"
+        rows.append(f"| {task} | {label} | {lr:g} | {len(chosen)} | {scores} | {traffic} | {seconds} |")
+    return rows
+
+
+def _average(cells: Sequence[Cell], key: str) -> float:
+    return statistics.fmean(cell[key] for cell in cells)
+
+
+def _mean(cells: Sequence[Cell], who: str) -> str:
+    scores = [cell["test"].get(who, cell["final"].get(who)) for cell in cells]
+    known = [score for score in scores if score is not None]
+    if not known:
+        return ""
+    spread = f" ({min(known):.3f} to {max(known):.3f})" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{spread}"
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Cell]:
+    """Collect, keep and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", type=Path, nargs="*", help="folders that `fedpeft compare` wrote")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; cells that it has are kept")
+    options = parser.parse_args(arguments)
+    before = json.loads(options.out.read_text()) if options.out.exists() else []
+    cells = collect(options.studies, before)
+    options.out.write_text(json.dumps(cells, indent=1) + "\n")
+    print("\n".join(table(cells)))
+    return cells
+
+
+if __name__ == "__main__":
+    main()
