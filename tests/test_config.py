@@ -29,7 +29,8 @@ from fedpeft.data.tasks import METRICS, TaskSpec
 from fedpeft.methods.fedavg import FedAvg
 from fedpeft.runs.stopping import Limits
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "benchmarks" / "studies").glob("*.yaml")])
 
 
 def problems(source: Any, overrides: dict[str, Any] | None = None) -> list[str]:
@@ -62,9 +63,9 @@ def test_every_field_has_its_help_text() -> None:
             assert field.description and field.description[-1] in ".;)", f"{section.__name__}.{key}"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_is_valid_and_its_method_can_be_built(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = path.parent.parent.parent / "shared" / "data"
+    data = ROOT.parent / "shared" / "data"
     if "FEDPEFT_DATA" in path.read_text() and not data.is_dir():
         pytest.skip(f"no {data}")
     monkeypatch.delenv("FEDPEFT_DATA", raising=False)

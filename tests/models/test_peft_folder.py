@@ -148,7 +148,8 @@ def test_an_export_for_another_adapter_is_refused(tmp_path: Path) -> None:
 def test_damaged_folders_are_refused(broken: str, tmp_path: Path) -> None:
     model = lora_model("bert")
     folder = export_adapter(model, tiny.params(model, tiny.place()), tmp_path / "out", labels=LABELS, card={})
-    for content in (b"{", b"[1]", b'{"modules": 3, "adapter": {"rank": 4, "alpha": 6}}', b""):
+    spec = b'"adapter": {"rank": 4, "alpha": 6}'
+    for content in (b"{", b"[1]", b'{"modules": 3, %b}' % spec, b'{"format": 1, "modules": 3, %b}' % spec, b""):
         (folder / broken).write_bytes(content)
         with pytest.raises(ModelError, match=r"cannot be read|holds no object|is damaged|holds a None adapter"):
             import_adapter(folder, model)

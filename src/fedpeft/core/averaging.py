@@ -84,4 +84,4 @@ def only(method: Defaults, spec: AdapterSpec) -> str | None:
     if spec.kind == own:
         return None
     name = type(method).__module__.rpartition(".")[2]
-    return f"method {name} trains a {own}, not adapter.kind {spec.kind!r}; use {own}, leave adapter.kind out, or fedavg"
+    return f"method {name} trains adapter.kind {own}, not {spec.kind}; leave adapter.kind out, or use method fedavg"

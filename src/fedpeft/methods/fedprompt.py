@@ -14,7 +14,7 @@ Paper to code
 Departures: in our setting it differs from `prompt_tuning` in the start of the prompt alone, N(0, .02^2) instead of
 rows of the vocabulary: that only prompts are sent and averaged holds for both, and for every adapter here. Number of
 tokens and rate are ours. A classification head, where the format has one, is trained and averaged with the prompt; the
-paper's own format is `cloze`, which has none.
+formats `cloze` and `verbalizer` have none, and there the prompt alone travels.
 
 Traffic per client and round: down = params; up = params
 """

@@ -1,7 +1,8 @@
 """MomD: momentum on the device. Prefixes in every layer, trained by SGD with momentum, and federated averaging.
 
-One of the optimisation baselines of FedPepTAO (Che et al. 2023, arXiv 2310.15080); what it is follows from its name and
-the authors' description, the details are ours. SGD with momentum: Sutskever, Martens, Dahl, Hinton, ICML 2013.
+One of the optimisation baselines of FedPepTAO (Che et al. 2023, arXiv 2310.15080). The body of that paper was not at
+hand: what it is we read from its name, and the details are ours. SGD with momentum: Sutskever, Martens, Dahl, Hinton,
+ICML 2013.
 
 Paper to code
 

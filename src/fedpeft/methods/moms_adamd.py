@@ -1,7 +1,8 @@
 """MomS+AdamD: momentum on the server, Adam on the device, prefixes in every layer.
 
-One of the optimisation baselines of FedPepTAO (Che et al. 2023, arXiv 2310.15080); what it is follows from its name and
-the authors' description, the details are ours. Momentum on the server: Hsu, Qi, Brown 2019, arXiv 1909.06335.
+One of the optimisation baselines of FedPepTAO (Che et al. 2023, arXiv 2310.15080). The body of that paper was not at
+hand: what it is we read from its name, and the details are ours. Momentum on the server: Hsu, Qi, Brown 2019,
+arXiv 1909.06335.
 
 Paper to code
 
@@ -12,7 +13,7 @@ Paper to code
 | momentum on the server | `update`: v <- beta v + (1 - beta) delta; w <- w - `server_lr` v |
 
 Departures: the momentum is damped by (1 - beta), which Hsu et al. do not do: without it it diverges where clients take
-few long steps. Rate, decay and clipping are those of FedPepTAO's device.
+few long steps. Rates, decay and clipping are those of FedPepTAO's device.
 
 Traffic per client and round: down = params; up = params
 """
@@ -55,7 +56,7 @@ class Answer:
 
     params: Params
     examples: int
-    steps: int
+    steps: int  # K_i, local steps
     loss: float
 
 

@@ -11,9 +11,9 @@ Paper to code
 | training of the parameters on a client's rows | `train` |
 | aggregation | `average`, weighted by examples |
 
-Departures: the paper is not federated; the server is FedAvg. Its rate of .3 belongs to Adafactor on T5 and lets AdamW
-diverge on small encoders; the default here is ours. A classification head, where the format has one, is trained with
-the prompt and averaged.
+Departures: the paper is not federated; the server is FedAvg. The paper's rate of .3 belongs to Adafactor on T5; the
+default here, for AdamW, is ours. A classification head, where the format has one, is trained with the prompt and
+averaged.
 
 Traffic per client and round: down = params; up = params
 """

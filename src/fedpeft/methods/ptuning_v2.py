@@ -12,8 +12,9 @@ Paper to code
 | training of the parameters on a client's rows | `train` |
 | aggregation | `average`, weighted by examples |
 
-Departures: the paper is not federated; the server is FedAvg. Rate, decay and clipping are those of FedPepTAO's device,
-so that the two differ in what is shared and in the server alone; a lower rate hardly learns on small encoders.
+Departures: the paper is not federated; the server is FedAvg. Rates, decay and clipping are those of FedPepTAO's device,
+so that with the same `epochs` or `steps` the two differ in what is shared and in the server alone; a lower rate hardly
+learns on small encoders.
 
 Traffic per client and round: down = params; up = params
 """

@@ -31,11 +31,11 @@ from fedpeft.core.adapter import Prefix
 from fedpeft.core.errors import RequestError, StoreError
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import head
-from fedpeft.models.card import model_card
+from fedpeft.models.card import model_card, published
 from fedpeft.models.hf import HFModel
 from fedpeft.models.layouts import layout_of
 from fedpeft.models.merge import check_labels, merge
-from fedpeft.models.peft_folder import CONFIG, NOTE, WEIGHTS, import_adapter, read_json
+from fedpeft.models.peft_folder import CONFIG, FORMAT, NOTE, WEIGHTS, import_adapter, read_json
 
 __all__ = ["export_adapter", "export_merged", "import_adapter", "merge"]
 
@@ -102,9 +102,10 @@ def export_merged(
 
 def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": FORMAT,
         "form": form,  # adapter (of PEFT), own, merged, or head: a merged model whose base is unchanged
         "family": model.base.family,
+        "base": published(model.base.source),  # None: the demo encoder
         "pooling": model.pooling,
         "labels": list(labels),
         "classes": len(labels),

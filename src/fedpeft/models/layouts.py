@@ -32,7 +32,7 @@ from fedpeft.models.card import published
 from fedpeft.models.families import Slot, key_value_size
 from fedpeft.models.hf import HFModel
 from fedpeft.models.merge import HEADS, token_classifier
-from fedpeft.models.peft_folder import PREFIX, plain
+from fedpeft.models.peft_folder import PREFIX, SOURCES, plain, unseen
 
 PROMPTS = "prompt_embeddings"  # PEFT's name of virtual tokens
 
@@ -66,7 +66,10 @@ def layout_of(model: HFModel, params: Params, labels: Sequence[str]) -> Layout:
         raise ModelError("PEFT has no adapter that is a head alone; export with --merge")
     known = _PEFT.get(type(model.spec))
     found = known(model, params, labels) if known else None
-    return found or Layout("own", {name: t.detach().cpu().contiguous() for name, t in params.items()})
+    if found is not None:
+        return found
+    sources = {key: value for key, value in unseen(model).items() if key == SOURCES}  # the rest is in the specification
+    return Layout("own", {name: t.detach().cpu().contiguous() for name, t in params.items()}, note=sources)
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------------

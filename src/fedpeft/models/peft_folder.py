@@ -12,16 +12,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedpeft.core import tree
 from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.models.adapters import head
+from fedpeft.models.adapters.mixed import MixedPromptAdapter
 from fedpeft.models.families import Slot, key_value_size
 from fedpeft.models.hf import HFModel
 from fedpeft.models.merge import HEADS
 
 NOTE, CONFIG, WEIGHTS = "fedpeft.json", "adapter_config.json", "adapter_model.safetensors"
+FORMAT = 1  # of fedpeft.json
 PREFIX = "base_model.model."  # what peft puts before every module path
 UNKNOWN_LORA = ("use_dora", "use_qalora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication")
+UNSEEN = {"bottleneck": ("activation",), "lpt": ("length",)}  # by kind: settings that no shape of a parameter shows
+SOURCES = "sources_sha256"
 Modules = Mapping[str, list[tuple[str, int]]]  # by path: the slots that share the module, with their ranks
 
 
@@ -33,17 +38,23 @@ def import_adapter(folder: Path, model: HFModel) -> dict[str, Tensor]:
 
     Args:
         folder: an export, or the folder of a PEFT adapter.
-        model: on the same base, with the same alpha / rank.
+        model: on the same base, with the same alpha / rank, activation, length or sources where its kind has these.
 
     Raises:
         ModelError: a folder, an adapter or modules that this model cannot take; the message says which.
     """
     folder = Path(folder)
     note = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
+    if note and note.get("format") != FORMAT:
+        raise ModelError(
+            f"{folder / NOTE} is damaged or of another version: its format is {note.get('format')!r}, not {FORMAT}; "
+            "export the adapter again, or read it with the fedpeft that wrote it"
+        )
     form = note.get("form", "adapter")
     if form == "head":
         params = _head_of_merged(folder)
     elif form == "own":
+        _check_settings(note, model, folder)
         params = _read_tensors(folder / WEIGHTS)
     elif form == "adapter":
         params = _from_peft(folder, model, note)
@@ -56,6 +67,40 @@ def import_adapter(folder: Path, model: HFModel) -> dict[str, Tensor]:
     except FitError as error:
         raise ModelError(f"{folder} does not fit this model: {error}") from None
     return params
+
+
+def unseen(model: HFModel) -> dict[str, Any]:
+    """What the outputs of a model's adapter depend on besides its parameters and their shapes."""
+    found = {key: getattr(model.spec, key) for key in UNSEEN.get(model.spec.kind, ())}
+    if isinstance(model.adapter, MixedPromptAdapter):  # by content, as folders are elsewhere on other machines; a
+        found[SOURCES] = sorted(tree.sha256({"source": one}) for one in model.adapter.sources)  # mixture has no order
+    return found
+
+
+def _check_settings(note: Mapping[str, Any], model: HFModel, folder: Path) -> None:
+    """Raise ModelError where parameters under our own names would give other outputs in this model."""
+    try:
+        told = {**note["adapter"], SOURCES: note.get(SOURCES)}
+        kind = told["kind"]
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{folder / NOTE} is damaged ({error!r}); export the adapter again") from None
+    if kind != model.spec.kind:
+        raise ModelError(
+            f"{folder} holds an adapter of kind {kind!r}, this model's is {model.spec.kind!r}; set adapter.kind to "
+            f"{kind!r}"
+        )
+    for key, own in unseen(model).items():
+        if told.get(key) == own:
+            continue
+        if key == SOURCES:
+            raise ModelError(
+                f"{folder}: its prompt was trained with other sources than this model's; name the same runs in "
+                "adapter.sources"
+            )
+        raise ModelError(
+            f"{folder}: its adapter was trained with adapter.{key} {told.get(key)!r}, this model has {own!r}; set "
+            f"adapter.{key} to {told.get(key)!r}"
+        )
 
 
 def _modules(note: Mapping[str, Any], model: HFModel, folder: Path) -> Modules:
