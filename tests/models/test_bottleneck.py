@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tiny
 from cohorts import OPTIMIZERS, alone, assert_close, cohort, together
 from fedpeft.core.adapter import Bottleneck, HeadOnly
-from fedpeft.core.errors import ClientError, FitError, ModelError
+from fedpeft.core.errors import FitError, ModelError
 from fedpeft.core.fit import SGD, Fit
 from fedpeft.core.rng import Rng
 from fedpeft.models.families import block_paths, norm_paths, slots
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(FitError, match=r"'block.0.ffn.up.weight' came without its partner block.0.ffn.up.bias"):
         model.check(Fit(lacking, data, [[0]], SGD(0.1)))
     odd = copy.copy(params) | {"block.0.ffn.up.weight": torch.zeros(tiny.WIDTH, 4, dtype=torch.float64)}
-    with pytest.raises(ClientError, match="do not fit together"):
+    with pytest.raises(FitError, match="do not fit together"):
         model.fit(Fit(odd, data, [[0]], SGD(0.1)))
     for spec, words in (
         (Bottleneck(size=0), "adapter.size is 0"),

@@ -23,6 +23,7 @@ from fedpeft.core.tree import Params, block_of
 from fedpeft.models import probes, virtual
 from fedpeft.models.adapters import Partner, Rows, Shape, delta
 from fedpeft.models.adapters.kinds import build_adapter
+from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.families import is_decoder, slots
 from fedpeft.models.load import Base
 from fedpeft.models.noise import row_keys
@@ -150,6 +151,9 @@ class HFModel:
             if other and t.shape[dim] != params[partner].shape[partner_dim]:
                 both = f"{tuple(t.shape)} and {tuple(params[partner].shape)}"
                 raise FitError(f"parameters {name!r} and {partner!r} do not fit together: {both}")
+        own = {name: (tuple(t.shape),) for name, t in params.items()}
+        for names, down, up in self.adapter.networks:
+            complete(names, down, up, params, own)
 
     def lowest_block(self, names: Iterable[str]) -> int:
         """The lowest block that these parameters act in: no backward pass goes below it.

@@ -6,7 +6,7 @@ puts those of all clients in place, by what it adds to the base's `Acting`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -24,6 +24,7 @@ Layer = Mapping[str, Tensor]  # parameters of one adapter layer, (clients, ...)
 Shape: TypeAlias = tuple[int | None, ...]  # None: a size that may differ between clients
 Sizes: TypeAlias = Mapping[str, tuple[tuple[int, ...] | None, ...]]  # each client's own shape under a name; None: lacks
 Partner: TypeAlias = tuple[str, int, int]  # the other side of a pair, and the two dimensions that must agree
+Network: TypeAlias = tuple[tuple[str, ...], str, str]  # all names of a network, and the two layers that meet inside
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ class Adapter(Protocol):
     @property
     def partners(self) -> Mapping[str, Partner]:
         """By last part of a name: the side without which it means nothing."""
+        ...
+
+    @property
+    def networks(self) -> Sequence[Network]:
+        """Networks of two layers: all of one's names or none, and the inner sizes of its two layers are one."""
         ...
 
     def init(self, rng: Rng) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ values. Clients of unequal m are padded with zeros, which stay zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from fedpeft.core.adapter import Bottleneck
 from fedpeft.core.errors import ModelError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Applied, Layer, Partner, Rows, Shape, Sizes
+from fedpeft.models.adapters import Applied, Layer, Network, Partner, Rows, Shape, Sizes
 from fedpeft.models.adapters.prefix import choose_blocks
 from fedpeft.models.adapters.prompt import at_least_one, complete, linear
 from fedpeft.models.families import Slot, block_paths, norm_paths, slots
@@ -70,6 +70,7 @@ class BottleneckAdapter:
                 self._values[f"{stem}.norm.gain"] = gain(norm)
                 if isinstance(norm, nn.LayerNorm):
                     self._values[f"{stem}.norm.shift"] = norm.bias
+        self.networks: Sequence[Network] = [_network(stem) for stem in self._halves]
         if not any(name.endswith("shift") for name in self._values):
             self.partners = {}
 
@@ -102,8 +103,8 @@ class BottleneckAdapter:
     def bind(self, layer: Layer, sizes: Sizes, rows: Rows, base: Base) -> None:
         """Add every bottleneck that is there to its half, and put every norm that is there in place of the base's."""
         for stem, slot in self._halves.items():
-            names = [f"{stem}.{name}" for name in _NETWORK]
-            if any(complete(names, names[0], names[2], layer, sizes)):
+            names, down, up = _network(stem)
+            if any(complete(names, down, up, layer, sizes)):
                 base.change_output(slot.path, self._bottleneck([layer[name] for name in names], rows))
             if f"{stem}.norm.gain" in layer:
                 base.change_output(self._norms[stem], self._norm(stem, layer, sizes, rows, base))
@@ -145,6 +146,11 @@ class BottleneckAdapter:
     def context(self, params: Params) -> tuple[float, float]:
         """No token and no key more."""
         return 0.0, 0.0
+
+
+def _network(stem: str) -> Network:
+    names = tuple(f"{stem}.{name}" for name in _NETWORK)
+    return names, names[0], names[2]
 
 
 def gain(norm: nn.Module) -> Tensor:

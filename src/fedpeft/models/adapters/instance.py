@@ -13,7 +13,7 @@ e the width of the word embeddings, token after token; m and P may differ betwee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from fedpeft.core.adapter import InstancePrompt
 from fedpeft.core.errors import FitError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Layer, Partner, Rows, Shape, Sizes, Text
+from fedpeft.models.adapters import Layer, Network, Partner, Rows, Shape, Sizes, Text
 from fedpeft.models.adapters.prompt import at_least_one, check, complete, linear, normal, put, width
 from fedpeft.models.families import Slot
 from fedpeft.models.load import Base
@@ -41,6 +41,7 @@ class InstancePromptAdapter:
 
     slots: Mapping[str, Slot] = {}
     partners: Mapping[str, Partner] = {}
+    networks: Sequence[Network] = ((_NAMES, _DOWN, _UP),)
 
     def __init__(self, spec: InstancePrompt, base: Base) -> None:
         check(spec.length, base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from fedpeft.core.adapter import (
 )
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Adapter, Layer, Partner, Rows, Shape, Sizes
+from fedpeft.models.adapters import Adapter, Layer, Network, Partner, Rows, Shape, Sizes
 from fedpeft.models.adapters.bottleneck import BottleneckAdapter
 from fedpeft.models.adapters.instance import InstancePromptAdapter
 from fedpeft.models.adapters.late import LatePromptAdapter
@@ -37,6 +37,7 @@ class NoAdapter:
 
     slots: Mapping[str, Slot] = {}
     partners: Mapping[str, Partner] = {}
+    networks: Sequence[Network] = ()
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
         """Nothing."""

@@ -16,7 +16,7 @@ differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from fedpeft.core.adapter import LatePrompt
 from fedpeft.core.errors import ModelError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Layer, Partner, Rows, Shape, Sizes, Text
+from fedpeft.models.adapters import Layer, Network, Partner, Rows, Shape, Sizes, Text
 from fedpeft.models.adapters.prompt import Make, at_least_one, complete, linear, put, uniform
 from fedpeft.models.families import Slot, block_paths
 from fedpeft.models.load import Base
@@ -56,6 +56,7 @@ class LatePromptAdapter:
         if not 0 <= self.block < self.blocks:
             raise ModelError(f"adapter.block is {self.block}; the model has blocks 0 to {self.blocks - 1}")
         self.width = int(base.module.config.hidden_size)
+        self.networks: Sequence[Network] = [_network(block) for block in range(self.blocks)]
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
         """U(-1, 1) / sqrt(inputs) for weights and biases."""
@@ -79,8 +80,8 @@ class LatePromptAdapter:
     def bind(self, layer: Layer, sizes: Sizes, rows: Rows, base: Base) -> None:
         """Put each row's prompt before the states that enter the block."""
         for block in self._at(layer):
-            names = [f"late.{block}.{name}" for name in _NAMES]
-            there = complete(names, names[0], names[2], layer, sizes)
+            names, down, up = _network(block)
+            there = complete(names, down, up, layer, sizes)
             counts = [self.spec.length if own else 0 for own in there]
             put(_generator([layer[name] for name in names], self.spec.length, rows), counts, rows, base, block)
 
@@ -91,6 +92,11 @@ class LatePromptAdapter:
     def _at(self, names: Iterable[str]) -> list[int]:
         given = set(names)
         return [block for block in range(self.blocks) if any(f"late.{block}.{name}" in given for name in _NAMES)]
+
+
+def _network(block: int) -> Network:
+    names = tuple(f"late.{block}.{name}" for name in _NAMES)
+    return names, names[0], names[2]
 
 
 def _generator(weights: list[Tensor], length: int, rows: Rows) -> Make:

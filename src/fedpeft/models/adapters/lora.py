@@ -8,7 +8,7 @@ the gradient of each is a product with the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import ModelError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Applied, Layer, Partner, Rows, Shape, Sizes
+from fedpeft.models.adapters import Applied, Layer, Network, Partner, Rows, Shape, Sizes
 from fedpeft.models.families import Slot, choose, slots
 from fedpeft.models.load import Base
 from fedpeft.models.noise import keep
@@ -33,6 +33,7 @@ class LoraAdapter:
     """
 
     partners: Mapping[str, Partner] = {"A": ("B", 0, 1), "B": ("A", 1, 0)}
+    networks: Sequence[Network] = ()
 
     def __init__(self, spec: Lora, base: Base) -> None:
         if spec.rank < 1:

@@ -27,7 +27,7 @@ from fedpeft.core.adapter import MixedPrompt
 from fedpeft.core.errors import ModelError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Layer, Partner, Rows, Shape, Sizes, Text
+from fedpeft.models.adapters import Layer, Network, Partner, Rows, Shape, Sizes, Text
 from fedpeft.models.adapters.prompt import (
     TOKENS,
     at_least_one,
@@ -60,6 +60,7 @@ class MixedPromptAdapter:
 
     slots: Mapping[str, Slot] = {}
     partners: Mapping[str, Partner] = {"down": ("up", 0, 1), "up": ("down", 1, 0)}
+    networks: Sequence[Network] = ((_NAMES, _DOWN, _UP),)
 
     def __init__(self, spec: MixedPrompt, base: Base) -> None:
         check(spec.length, base)

@@ -19,7 +19,7 @@ from fedpeft.core.errors import ModelError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.models import attention
-from fedpeft.models.adapters import Layer, Partner, Prefixed, Rows, Shape, Sizes
+from fedpeft.models.adapters import Layer, Network, Partner, Prefixed, Rows, Shape, Sizes
 from fedpeft.models.families import Slot, attention_paths, key_value_size
 from fedpeft.models.load import Base
 from fedpeft.models.noise import keep
@@ -34,6 +34,7 @@ class PrefixAdapter:
 
     slots: Mapping[str, Slot] = {}
     partners: Mapping[str, Partner] = {}
+    networks: Sequence[Network] = ()
 
     def __init__(self, spec: Prefix, base: Base) -> None:
         if spec.length < 1:

@@ -19,7 +19,7 @@ from fedpeft.core.adapter import Prompt
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Layer, Partner, Rows, Shape, Sizes, Text, Virtual
+from fedpeft.models.adapters import Layer, Network, Partner, Rows, Shape, Sizes, Text, Virtual
 from fedpeft.models.families import Slot
 from fedpeft.models.load import Base
 
@@ -40,6 +40,7 @@ class PromptAdapter:
 
     slots: Mapping[str, Slot] = {}
     partners: Mapping[str, Partner] = {}
+    networks: Sequence[Network] = ()
 
     def __init__(self, spec: Prompt, base: Base) -> None:
         check(spec.length, base)
