@@ -351,3 +351,14 @@ def test_default_folder_has_method_task_and_time_and_is_free(tmp_path: Path, mon
 def test_slug_is_one_safe_part_of_a_path(text: str) -> None:
     part = slug(text)
     assert part and part == slug(part) and "/" not in part and part not in (".", "..") and not part.startswith(".")
+
+
+def test_sources_of_a_mixture_are_looked_for_beside_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    path = tmp_path / "c.yaml"
+    path.write_text("method: {name: attempt, sources: [runs/a]}\n")
+    config = load_config(path)
+    assert list(config.method.fields["sources"]) == [str(tmp_path / "runs" / "a")]
+    assert adapter_spec(config).sources == (str(tmp_path / "runs" / "a"),)  # type: ignore[union-attr]
+    path.write_text("method: {name: attempt, sources: [runs/b]}\n")
+    assert only(path).startswith("method.sources.0: there is no ")

@@ -168,17 +168,34 @@ def _find_paths(values: dict[str, Any], folder: Path, problems: list[str]) -> No
         wanted = [(section, key) for section, key in wanted if section != "task"]  # names of splits on the hub
     for section, key in [*wanted, ("model", "name")]:
         text = values.get(section, {}).get(key)
-        if not isinstance(text, str) or text == "" or (section == "model" and text in PACKAGED):
-            continue
-        try:
-            path = find_path(text, folder)
-        except KeyError as error:
-            problems.append(f"{section}.{key}: {text!r} names the variable {error.args[0]}, which is not set; set it.")
-            continue
-        if Path(path).exists() or glob.glob(path):
-            values[section][key] = path
-        elif section != "model" or text.startswith((".", "/", "~", "$")):  # else: the id of a model on the hub
-            problems.append(f"{section}.{key}: there is no {path}; check the path.")
+        if isinstance(text, str) and text and not (section == "model" and text in PACKAGED):
+            hub = section == "model" and not text.startswith((".", "/", "~", "$"))
+            values[section][key] = _path(f"{section}.{key}", text, folder, problems, hub)
+    for section in ("method", "adapter"):  # folders of earlier runs
+        own = values.get(section)
+        sources = own.get("sources") if isinstance(own, Mapping) else None
+        if isinstance(sources, list | tuple) and all(isinstance(text, str) and text for text in sources):
+            values[section]["sources"] = [
+                _path(f"{section}.sources.{i}", text, folder, problems) for i, text in enumerate(sources)
+            ]
+
+
+def _path(key: str, text: str, folder: Path, problems: list[str], hub: bool = False) -> str:
+    """Where a file or folder lies that a key names; the text itself where it lies nowhere, which is a problem.
+
+    Args:
+        hub: whether what lies nowhere may be a name on the hub.
+    """
+    try:
+        path = find_path(text, folder)
+    except KeyError as error:
+        problems.append(f"{key}: {text!r} names the variable {error.args[0]}, which is not set; set it.")
+        return text
+    if Path(path).exists() or glob.glob(path):
+        return path
+    if not hub:
+        problems.append(f"{key}: there is no {path}; check the path.")
+    return text
 
 
 def _method(values: dict[str, Any], problems: list[str]) -> Method | None:
