@@ -125,7 +125,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class FedPepTAO(Defaults):
-    """FedPepTAO (Che et al. 2023); the departures above say what is reconstructed."""
+    """FedPepTAO (Che et al. 2023): prompts in the layers that matter, drift control on the server."""
 
     cohort: int = 10  # m: clients per round; 0: all
     epochs: int = 2  # E: passes over a client's rows per round
