@@ -17,7 +17,7 @@ COLOURS = 8
 
 WIDTH, HEIGHT = 380.0, 236.0
 TOP, BOTTOM, LEFT = 12.0, 40.0, 42.0
-LABEL_PX = 7.6  # width of a letter of a label at its font size
+LABEL_PX = 8.6  # width of a letter of a label at its font size
 LABEL_GAP = 13.0  # least distance of two labels
 
 
@@ -37,8 +37,7 @@ class Line:
 
     label: str
     points: Sequence[Point]
-    colour: int = 0
-    dashed: bool = False
+    colour: int = 0  # beyond the palette the colours start again, dashed
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _draw(line: Line, at_x: Callable[[float], float], at_y: Callable[[float], fl
         lower = [f"{x:.1f} {at_y(p.y - p.spread):.1f}" for x, _, p in reversed(places)]
         parts.append(f'<path class="band {colour}" d="M{"L".join(upper + lower)}Z"/>')
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
-    parts.append(f'<path class="line {colour}{" dashed" if line.dashed else ""}" d="M{path}"/>')
+    parts.append(f'<path class="line {colour}{" dashed" if line.colour >= COLOURS else ""}" d="M{path}"/>')
     for x, y, p in places:
         parts.append(
             f'<g class="mark {colour}"><title>{escape(p.title)}</title><circle class="reach" cx="{x:.1f}" cy="{y:.1f}" '
