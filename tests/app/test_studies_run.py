@@ -195,5 +195,6 @@ def test_several_tasks_make_a_row_each_and_a_file_is_a_study(place: Path, tmp_pa
 
 def test_study_of_the_demo_is_valid() -> None:
     plan = cells(load_study(DEMO))
-    assert [cell.label for cell in plan] == ["Centralized", "FedAvg", "FedProx", "FedOpt (Adam)", "SCAFFOLD", "Local"]
+    labels = ["Centralized", "FedAvg", "FedProx", "FedOpt (Adam)", "SCAFFOLD", "FedPepTAO", "P-tuning v2", "Adapter"]
+    assert [cell.label for cell in plan] == [*labels, "Local"]
     assert all(cell.config.run.rounds == 10 for cell in plan)
