@@ -301,3 +301,11 @@ def test_numbers_of_a_decoded_record_are_checked_together(bad: float, where: str
     params[where].view(-1)[2] = bad
     with pytest.raises(RecordError, match=f"params/{where} of Weights holds 1 numbers that are not finite"):
         records.check_finite(records.decode(records.encode(Weights(params)), Weights))
+
+
+def test_numbers_outside_the_vector_that_a_tensor_is_a_view_of_are_checked() -> None:
+    numbers = torch.ones(8)
+    numbers[6] = math.nan
+    outside = numbers[:4].data.as_strided((4,), (1,), 4)
+    with pytest.raises(RecordError, match="params/a of Weights holds 1 numbers that are not finite, of 4"):
+        records.check_finite(Weights({"a": outside}))

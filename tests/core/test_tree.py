@@ -176,9 +176,10 @@ def test_a_mean_of_decoded_params_has_the_bits_of_one_of_others(dtype: torch.dty
     shapes = {"a": (3, 5), "b": (16,), "c": (0, 2), "d": (2, 2, 7)}
     parts = [
         ({name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}, weight)
-        for weight in (3, 1, 7)
+        for weight in (3, 0.1, 7.3e-5)
     ]
     decoded = [(records.decode(records.encode(Weights(params)), Weights).params, weight) for params, weight in parts]
+    assert all(tree.vector_of(params) is not None for params, _ in decoded)
     expected = tree.mean(parts)
     for mixed in (decoded, [decoded[0], parts[1], decoded[2]], [parts[0], *decoded[1:]]):
         before = [tree.sha256(params) for params, _ in mixed]
@@ -187,3 +188,33 @@ def test_a_mean_of_decoded_params_has_the_bits_of_one_of_others(dtype: torch.dty
         assert [tree.sha256(params) for params, _ in mixed] == before, "the parts stay as they were"
     cut = {name: decoded[0][0][name] for name in ("a", "b")}
     assert tree.sha256(tree.mean([(cut, 1)])) == tree.sha256(cut)
+
+
+BASE = torch.arange(16.0)
+VIEWS = {  # pairs of params that are views of longer vectors, none as a decoded record's
+    "one tensor under two names": ({"a": BASE[:4], "b": BASE[:4]}, {"a": BASE[:4], "b": BASE[4:8]}),
+    "overlapping": ({"a": BASE[:9], "b": BASE[7:]}, {"a": BASE[:9], "b": BASE[7:]}),
+    "vectors that begin elsewhere": ({"a": BASE[:8].data[4:8]}, {"a": BASE[4:12].data[:4]}),
+    "outside their vector": ({"a": BASE[:4].data.as_strided((4,), (1,), 8)}, {"a": BASE[:4].data[:]}),
+    "swapped": ({"a": BASE[:8], "b": BASE[8:]}, {"a": BASE[8:], "b": BASE[:8]}),
+    "a small piece": ({"a": BASE[3:5]}, {"a": BASE[4:6]}),
+}
+
+
+@pytest.mark.parametrize("case", VIEWS)
+def test_a_mean_of_views_is_one_of_their_values(case: str) -> None:
+    first, second = VIEWS[case]
+    for a, b in ((first, second), (second, first), (first, first)):
+        got = tree.mean([(a, 3), (b, 1)])
+        for name, t in got.items():
+            np.testing.assert_array_equal(t.numpy(), (3 * a[name].numpy() + b[name].numpy()) / 4)
+    assert torch.equal(BASE, torch.arange(16.0))
+
+
+def test_a_mean_of_views_of_a_trained_vector_takes_part_in_its_gradient() -> None:
+    leaf = torch.arange(4.0).requires_grad_()
+    tree.mean([({"a": leaf[:3]}, 1), ({"a": leaf[1:]}, 3)])["a"].sum().backward()
+    assert leaf.grad is not None and leaf.grad.tolist() == [0.25, 1.0, 1.0, 0.75]
+    with torch.no_grad():
+        part = leaf[1:]
+        assert tree.mean([({"a": part}, 2)])["a"].tolist() == [1, 2, 3]

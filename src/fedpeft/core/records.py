@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from fedpeft.core import layout
+from fedpeft.core import layout, tree
 from fedpeft.core.errors import RecordError
 from fedpeft.core.exchange import Record
 from fedpeft.core.kinds import Json, Shelf, record_kind
@@ -101,11 +101,8 @@ def check_finite(record: Record) -> None:
 
 def _whole_block_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether one sum over the memory that `decode` gave all of the tensors together shows that they are finite."""
-    first = next(iter(tensors.values()), None)
-    block = None if first is None else first._base
-    if block is None or not block.is_floating_point() or any(t._base is not block for t in tensors.values()):
-        return False
-    return math.isfinite(float(block.sum()))
+    found = tree.vector_of(tensors)
+    return found is not None and math.isfinite(float(found[0].sum()))
 
 
 def finite(t: Tensor) -> bool:

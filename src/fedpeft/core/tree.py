@@ -61,42 +61,52 @@ class _Sums:
 
     def start(self, like: Params) -> dict[str, Tensor]:
         """Zeros in the shapes of `like`, which the sums live in."""
-        self._block = block = _block(like)
-        if block is None:
+        found = vector_of(like)
+        if found is None:
+            self._names = None
             self._total = {name: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for name, t in like.items()}
             return self._total
-        self._names, self._places = list(like), _places(like)
-        self._sum, self._wide = (torch.zeros(len(block), dtype=torch.float64, device=block.device) for _ in range(2))
-        first = block.storage_offset()
-        self._total = {
-            name: self._sum.as_strided(t.shape, t.stride(), t.storage_offset() - first) for name, t in like.items()
-        }
+        vector, self._spans = found
+        self._names, self._length = list(like), len(vector)
+        self._sum, self._wide = (torch.zeros(len(vector), dtype=torch.float64, device=vector.device) for _ in range(2))
+        pairs = zip(like.items(), self._spans, strict=True)
+        self._total = {name: self._sum.as_strided(t.shape, t.stride(), begin) for (name, t), (begin, _) in pairs}
         return self._total
 
     def add(self, params: Params, weight: float) -> None:
         """Add weight times the params."""
-        like, block = self._block, _block(params)
-        alike = like is not None and block is not None and len(block) == len(like) and block.dtype is like.dtype
-        if alike and list(params) == self._names and _places(params) == self._places:
-            self._sum.add_(self._wide.copy_(block), alpha=weight)  # type: ignore[arg-type]
+        found = vector_of(params) if self._names == list(params) else None
+        if found is not None and found[1] == self._spans and len(found[0]) == self._length:
+            self._sum.add_(self._wide.copy_(found[0]), alpha=weight)
             return
         for name, t in params.items():
             self._total[name].add_(t, alpha=weight)
 
 
-def _block(params: Params) -> Tensor | None:
-    """The vector that all the params are pieces of, where they fill most of it; else None."""
+def vector_of(params: Params) -> tuple[Tensor, list[tuple[int, int]]] | None:
+    """The vector that all the params are separate pieces of (as in a decoded record); where each begins and ends in it.
+
+    None where there is no such vector, where they fill less than half of it, or where it requires a gradient.
+    """
     first = next(iter(params.values()), None)
-    block = None if first is None else first._base
-    if block is None or block.dim() != 1 or not block.is_floating_point() or not block.is_contiguous():
+    vector = None if first is None else first._base
+    if vector is None or vector.dim() != 1 or not vector.is_floating_point() or not vector.is_contiguous():
         return None
-    if any(t._base is not block or t.dtype is not block.dtype or not t.is_contiguous() for t in params.values()):
+    if vector.requires_grad:  # what is done to the vector must not become part of a graph that its pieces are not in
         return None
-    return block if 2 * count(params) >= len(block) else None
-
-
-def _places(params: Params) -> list[int]:
-    return [int(t.storage_offset()) for t in params.values()]
+    start, dtype = int(vector.storage_offset()), vector.dtype
+    spans: list[tuple[int, int]] = []
+    for t in params.values():
+        if t._base is not vector or t.dtype is not dtype or not t.is_contiguous():
+            return None
+        place = int(t.storage_offset()) - start
+        spans.append((place, place + int(t.numel())))
+    end = filled = 0
+    for begin, after in sorted(spans):
+        if begin < end:  # two names for the same numbers, or numbers before the vector
+            return None
+        end, filled = after, filled + after - begin
+    return (vector, spans) if end <= len(vector) <= 2 * filled else None
 
 
 def same_layout(a: Params, b: Params) -> None:
