@@ -240,6 +240,10 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"privacy": {"clip": 1}}, "privacy: not in this version: clipping and noise come with the Flower engine"),
         ({"proxy": None}, "proxy: not in this version: proxy tuning comes with the method fedpt"),
         ({"task": {"template": "x"}}, "task.template belongs to the formats cloze and verbalizer, and task.format is"),
+        (
+            {"task": {"loss_over": "labels"}},
+            "task.loss_over: labels belongs to the format cloze, and task.format is head.",
+        ),
         ({"task": {"format": "clozed"}}, "task.format: 'clozed' is not available; what exists: 'head', 'cloze' or"),
         ({"task": {"format": "cloze", "template": "{text} ."}}, "task.template '{text} .' has 0 times <mask>; format"),
         ({"task": {"format": "cloze", "label_words": ["a", "a"]}}, "task.label_words is ['a', 'a']; give a different"),

@@ -94,6 +94,14 @@ def test_a_resumed_run_has_the_same_bits(models: Path, tmp_path: Path) -> None:
     assert small.sha(part.folder) == small.sha(whole.folder)
 
 
+def test_the_loss_may_be_over_the_label_words_alone(models: Path, tmp_path: Path) -> None:
+    """A model that knows nothing starts near ln of what its loss is over: the vocabulary or the three words."""
+    for over, words in (("vocabulary", len(made(models, CLOZE).base.tokenizer)), ("labels", 3)):
+        done = app.run(config(models, {**CLOZE, "loss_over": over}, run__rounds=1), out=tmp_path / over)
+        loss = RunFolder.open(done.folder).metrics()[-1]["train_loss"]
+        assert np.log(words) * 0.5 < loss < np.log(words) * 1.3
+
+
 @pytest.mark.parametrize("method", ["local", "centralized"])
 def test_personal_and_pooled_methods(models: Path, tmp_path: Path, method: str) -> None:
     done = app.run(config(models, CLOZE, method__name=method, run__rounds=1), out=tmp_path / "run")

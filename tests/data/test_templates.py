@@ -94,6 +94,14 @@ def test_nothing_is_wrong_with_what_is_shipped_and_all_problems_come_at_once() -
             assert template_problems(format, known(format, ["trec", "own"], ["a"], pairs)[0], None) == []
     assert template_problems("cloze", TWO, ["No", "Yes"]) == template_problems("head", None, None) == []
     assert len(template_problems("cloze", "{x} %s", ["a", "a"])) == 5
+
+
+def test_what_the_loss_is_over_is_a_matter_of_cloze() -> None:
+    assert template_problems("cloze", None, None, "labels") == []
+    (verbalizer,) = template_problems("verbalizer", None, None, "labels")
+    assert verbalizer == "task.loss_over: labels belongs to the format cloze, and task.format is verbalizer"
+    (unknown,) = template_problems("cloze", None, None, "words")
+    assert unknown == "task.loss_over 'words' does not exist; there are: vocabulary, labels"
     assert len(TaskSpec(name="demo", format="cloze", template="{text}", label_words=["a", "a"]).problems()) == 2
 
 

@@ -70,6 +70,16 @@ def test_loss_and_scores_are_those_of_transformers(family: str) -> None:
     assert of.logits(None, data, [4, 4]).shape == (2, 3) and of.classes == 3
 
 
+def test_a_loss_over_the_labels_is_among_their_words() -> None:
+    of = tiny_lm.model("bert", ClozeReadout(tiny_lm.lm_head("bert"), WORDS, "labels"))
+    data = masked(tiny.place(), 9)
+    nothing = {name: torch.zeros_like(t) for name, t in adapter(of).items()}
+    words = plain("bert", data)[0][:, list(WORDS)].double().numpy()
+    shares = np.exp(words) / np.exp(words).sum(axis=1, keepdims=True)
+    fitted = of.fit(Fit(nothing, data, [[i] for i in range(9)], SGD(0.0)))
+    np.testing.assert_allclose(fitted.losses, -np.log(shares[np.arange(9), data.labels]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_the_same_model_by_finite_differences(family: str) -> None:
     """One step of SGD with rate 1 moves a parameter by minus the slope of the mean loss."""

@@ -59,7 +59,7 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
             )
         lm_head = load_lm_head(name, base)
         words = word_ids(task.words, base.tokenizer, given=not task.named)
-        return Format(base, section.max_length, ClozeReadout(lm_head, words), task.pattern)
+        return Format(base, section.max_length, ClozeReadout(lm_head, words, section.loss_over), task.pattern)
     if not is_decoder(base.family):
         raise ModelError(
             f"task.format verbalizer needs a causal language model (GPT-2, Llama and their like), and {name} is of the "

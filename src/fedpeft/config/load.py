@@ -329,7 +329,8 @@ def _conflicts(parts: Mapping[str, Any]) -> list[str]:
                 "lower it, or use 0 for all clients."
             )
     if task is not None:
-        problems += [f"{said}." for said in template_problems(task.format, task.template, task.label_words)]
+        said = template_problems(task.format, task.template, task.label_words, task.loss_over)
+        problems += [f"{problem}." for problem in said]
         adapter = parts.get("adapter")
         if task.format != "head" and adapter is not None and adapter.kind == "head":
             problems.append(f"adapter.kind: head trains the head, and format {task.format} has none; use lora.")

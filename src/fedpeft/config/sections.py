@@ -72,6 +72,10 @@ class TaskSection(Section):
     """For cloze and verbalizer: a word for each label that is kept, in their order (cloze: of one token); null: those
     of a known data set, else the labels' own names."""
 
+    loss_over: Literal["vocabulary", "labels"] = "vocabulary"
+    """For cloze: what the label word is told from in training, the whole `vocabulary` or the other `labels`' words.
+    Prompts learn more from `labels` where rounds are few."""
+
     text: Annotated[str, Field(min_length=1)] = "text"
     """Column of the text; where there is no column `text`, `sentence1` with `sentence2` is taken."""
 

@@ -36,6 +36,7 @@ class TaskSpec:
     format: str = "head"  # how labels are predicted: head, cloze or verbalizer
     template: str | None = None  # of cloze and verbalizer; null: the known one of the data set, else a general one
     label_words: Sequence[str] | None = None  # in the order of the labels that are kept; null: known ones, else names
+    loss_over: str = "vocabulary"  # of cloze: vocabulary or labels, what the label word is told from in training
     text: str = "text"  # column of the text; where there is no column `text`: sentence1 with sentence2
     text_pair: str | None = None  # column of the second text of a pair; null: single texts
     label: str = "label"  # column of the label: a name or an index
@@ -50,7 +51,7 @@ class TaskSpec:
         found = []
         if self.train is None and not self.name:
             found.append("task.train and task.name are both null; set task.train to a file or task.name to demo")
-        found += template_problems(self.format, self.template, self.label_words)
+        found += template_problems(self.format, self.template, self.label_words, self.loss_over)
         if self.metric is not None and self.metric not in METRICS:
             found.append(f"task.metric {self.metric!r} does not exist; there are: {', '.join(METRICS)}")
         if self.max_length < 3:

@@ -18,6 +18,7 @@ TEXT, PAIR, MASK, ANSWER = "{text}", "{b}", "<mask>", "%s"
 _NAMES = {TEXT: TEXT, "{a}": TEXT, PAIR: PAIR, "{text_pair}": PAIR, MASK: MASK, ANSWER: ANSWER, "{label}": ANSWER}
 _FIELD = re.compile(r"(<mask>|%s|\{\w*\})")
 FORMATS = ("head", "cloze", "verbalizer")
+LOSS_OVER = ("vocabulary", "labels")  # of cloze; the first is the usual one
 GENERAL = {  # (single texts, pairs)
     "cloze": ("{text} . It was <mask> .", "{a} ? <mask> , {b}"),
     "verbalizer": ("{text} It was %s .", "{a} {b} They are %s ."),
@@ -85,10 +86,16 @@ def parse(text: str) -> Template:
     return Template(tuple(_NAMES.get(piece, piece) for piece in _FIELD.split(text) if piece))
 
 
-def template_problems(format: str, template: str | None, words: Sequence[str] | None) -> list[str]:
-    """What is wrong with `task.format`, `task.template` and `task.label_words`, one sentence each."""
+def template_problems(
+    format: str, template: str | None, words: Sequence[str] | None, loss_over: str = LOSS_OVER[0]
+) -> list[str]:
+    """What is wrong with `task.format`, `.template`, `.label_words` and `.loss_over`, one sentence each."""
     if format not in FORMATS:
         return [f"task.format {format!r} does not exist; there are: {', '.join(FORMATS)}"]
+    if loss_over not in LOSS_OVER:
+        return [f"task.loss_over {loss_over!r} does not exist; there are: {', '.join(LOSS_OVER)}"]
+    if loss_over != LOSS_OVER[0] and format != "cloze":
+        return [f"task.loss_over: {loss_over} belongs to the format cloze, and task.format is {format}"]
     if format == "head":
         given = [key for key, value in (("template", template), ("label_words", words)) if value is not None]
         return [f"task.{key} belongs to the formats cloze and verbalizer, and task.format is head" for key in given]
