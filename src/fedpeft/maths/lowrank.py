@@ -1,0 +1,108 @@
+"""Low-rank factors: sums of products, their truncation, and the ways in which servers combine unequal factors.
+
+A pair is (B, A), B (d_out, r) and A (r, d_in), and stands for the product B A. Everything is computed in float64; the
+results are float64 too. Names follow the section on the federated LoRA family of the documentation: M = sum_k p_k B_k
+A_k is the mean of the products, B̄ and Ā are the means of the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Pair: TypeAlias = tuple[Tensor, Tensor]  # (B, A)
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum; equal shares where they sum to zero."""
+    total = sum(weights)
+    return [w / total for w in weights] if total > 0 else [1 / len(weights)] * len(weights)
+
+
+def product(pair: Pair) -> Tensor:
+    """B A, (d_out, d_in)."""
+    b, a = pair
+    return b.double() @ a.double()
+
+
+def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """One pair whose product is sum_k w_k B_k A_k, of the summed rank; the weights sit on B alone."""
+    left = torch.cat([b.double() * w for (b, _), w in zip(pairs, weights, strict=True)], dim=1)
+    return left, torch.cat([a.double() for _, a in pairs], dim=0)
+
+
+def mean(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """(B̄, Ā): the weighted means of the factors, for pairs of equal rank; weights sum to 1."""
+    left = torch.stack([b.double() * w for (b, _), w in zip(pairs, weights, strict=True)]).sum(dim=0)
+    return left, torch.stack([a.double() * w for (_, a), w in zip(pairs, weights, strict=True)]).sum(dim=0)
+
+
+def difference(first: Pair, second: Pair) -> Pair:
+    """One pair whose product is that of the first less that of the second."""
+    return stack((first, second), (1.0, -1.0))
+
+
+def pad(pair: Pair, rank: int) -> Pair:
+    """The pair with zero columns of B and zero rows of A up to the rank."""
+    b, a = pair
+    more = rank - a.shape[0]
+    return torch.nn.functional.pad(b.double(), (0, more)), torch.nn.functional.pad(a.double(), (0, 0, 0, more))
+
+
+def cut(pair: Pair, rank: int) -> Pair:
+    """The first columns of B and rows of A."""
+    return pair[0].double()[:, :rank], pair[1].double()[:rank]
+
+
+def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of B A by way of its small core.
+
+    B = Q_1 R_1, A^T = Q_2 R_2, and R_1 R_2^T has at most r x r numbers. Of each u the largest entry is positive, so
+    that the result does not depend on the library.
+
+    Returns:
+        u (d_out, k), s (k,) descending, v (d_in, k), k = min(r, d_out, d_in).
+    """
+    b, a = (t.double() for t in pair)
+    q1, r1 = torch.linalg.qr(b)
+    q2, r2 = torch.linalg.qr(a.T)
+    inner_u, s, inner_vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
+    u, v = q1 @ inner_u, q2 @ inner_vt.T
+    sign = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True)))
+    sign[sign == 0] = 1
+    return u * sign, s, v * sign
+
+
+def truncate(pair: Pair, rank: int) -> Pair:
+    """The best pair of this rank (Eckart & Young 1936): B = U_r diag(s_r), A = V_r^T; zeros where B A has less rank."""
+    u, s, v = svd(pair)
+    kept = min(rank, len(s))
+    return pad((u[:, :kept] * s[:kept], v[:, :kept].T), rank)
+
+
+def refit(pair: Pair, a: Tensor, ridge: float) -> Tensor:
+    """What to add to B so that (B + ΔB) A comes nearest to the pair's product M, less what B A gives already.
+
+    ΔB = (M - B A) A^T (A A^T + λ I)^-1 minimises ||M - (B + ΔB) A||² + λ ||ΔB||². Give the pair M - B A.
+
+    Args:
+        pair: factors of the residual M - B A.
+        a: (r, d_in)
+        ridge: λ, not negative; 0 needs rows of A that are independent (else the least solution is taken).
+
+    Returns:
+        (d_out, r)
+    """
+    left, right = (t.double() for t in pair)
+    own = a.double()
+    gram = own @ own.T + ridge * torch.eye(len(own), dtype=torch.float64, device=own.device)
+    return left @ (right @ own.T) @ torch.linalg.pinv(gram, hermitian=True)
+
+
+def norm(pair: Pair) -> float:
+    """||B A||_F, from the small Gram matrices."""
+    b, a = (t.double() for t in pair)
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())

@@ -1,0 +1,118 @@
+"""Low-rank factors against dense arithmetic in numpy, and the golden values of the specification."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fedpeft.maths import lowrank
+
+P = (1 / 8, 2 / 8, 5 / 8)
+Array = NDArray[np.float64]
+
+
+def golden(ranks: tuple[int, ...] = (2, 2, 2), d_out: int = 6, d_in: int = 5) -> list[lowrank.Pair]:
+    pairs = []
+    for k, rank in enumerate(ranks):
+        a = [[((3 * i * i + 7 * j + 5 * k * (i + 1) + 1) % 11) / 10 - 0.5 for j in range(d_in)] for i in range(rank)]
+        b = [[((2 * i * i + 5 * j + 3 * k * (i + 1) + 4) % 13) / 12 - 0.5 for j in range(rank)] for i in range(d_out)]
+        pairs.append((torch.tensor(b, dtype=torch.float64), torch.tensor(a, dtype=torch.float64)))
+    return pairs
+
+
+def dense(pairs: list[lowrank.Pair], weights: tuple[float, ...] = P) -> Array:
+    total: Array = sum(w * b.numpy() @ a.numpy() for (b, a), w in zip(pairs, weights, strict=True))
+    return total
+
+
+def error(pair: lowrank.Pair, target: Array) -> float:
+    return float(np.linalg.norm(pair[0].numpy() @ pair[1].numpy() - target) / np.linalg.norm(target))
+
+
+def test_the_golden_mean_of_products() -> None:
+    m = dense(golden())
+    assert np.linalg.norm(m) == pytest.approx(0.4433072, abs=1e-7)
+    np.testing.assert_allclose(np.linalg.svd(m)[1], [0.3861995, 0.1936898, 0.0760166, 0.0610856, 0.0185884], atol=1e-7)
+
+
+def test_golden_errors_of_means_stacks_and_truncations() -> None:
+    pairs, m = golden(), dense(golden())
+    assert error(lowrank.mean(pairs, P), m) == pytest.approx(0.7276248, abs=1e-6)
+    stacked = lowrank.stack(pairs, P)
+    assert error(stacked, m) < 1e-15 and stacked[1].shape == (6, 5)
+    both = stacked[0], torch.cat([a * p for (_, a), p in zip(pairs, P, strict=True)])
+    assert error(both, m) == pytest.approx(0.4322009, abs=1e-6), "weights on both factors, the mistake"
+    wanted = {1: 0.4909673, 2: 0.2239416, 4: 0.0419312, 5: 0.0}
+    for rank, expected in wanted.items():
+        assert error(lowrank.truncate(stacked, rank), m) == pytest.approx(expected, abs=1e-6)
+
+
+def test_golden_errors_of_the_refitted_factor() -> None:
+    pairs, m = golden(), dense(golden())
+    b, a = lowrank.mean(pairs, P)
+    residual = lowrank.difference(lowrank.stack(pairs, P), (b, a))
+    wanted = {0.0: 0.4757494, 0.01: 0.4764938, 0.1: 0.5098814, 1.0: 0.6579703}
+    for ridge, expected in wanted.items():
+        change = lowrank.refit(residual, a, ridge)
+        assert error((b + change, a), m) == pytest.approx(expected, abs=1e-6)
+
+
+def test_golden_errors_of_padding_by_norms() -> None:
+    pairs = golden((1, 2, 4))
+    norms = lowrank.shares([lowrank.norm(pair) for pair in pairs])
+    np.testing.assert_allclose(norms, [0.1998183, 0.3528530, 0.4473286], atol=1e-7)
+    padded = lowrank.mean([lowrank.pad(pair, 4) for pair in pairs], norms)
+    assert error(padded, dense(pairs, tuple(norms))) == pytest.approx(0.7596213, abs=1e-6)
+
+
+def test_golden_scalars() -> None:
+    pairs = [(torch.tensor([[b]]).double(), torch.tensor([[a]]).double()) for a, b in ((1.0, 2.0), (3.0, 0.0))]
+    half = (0.5, 0.5)
+    b, a = lowrank.mean(pairs, half)
+    whole = lowrank.stack(pairs, half)
+    residual = lowrank.difference(whole, (b, a))
+    assert lowrank.product(whole).item() == 1 and lowrank.product((b, a)).item() == 2
+    assert lowrank.product(residual).item() == -1 and lowrank.refit(residual, a, 0.0).item() == -0.5
+
+
+shape = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9), st.integers(0, 2**16))
+
+
+@given(shape)
+def test_a_decomposition_is_that_of_the_dense_product(drawn: tuple[int, int, int, int]) -> None:
+    d_out, d_in, rank, seed = drawn
+    rng = np.random.default_rng(seed)
+    b, a = rng.normal(size=(d_out, rank)), rng.normal(size=(rank, d_in))
+    u, s, v = (t.numpy() for t in lowrank.svd((torch.from_numpy(b), torch.from_numpy(a))))
+    np.testing.assert_allclose(u * s @ v.T, b @ a, atol=1e-9)
+    np.testing.assert_allclose(s, np.linalg.svd(b @ a, compute_uv=False)[: len(s)], atol=1e-9)
+    assert (np.diff(s) <= 1e-12).all() and (u[np.abs(u).argmax(axis=0), np.arange(len(s))] > 0).all()
+    assert lowrank.norm((torch.from_numpy(b), torch.from_numpy(a))) == pytest.approx(np.linalg.norm(b @ a), rel=1e-9)
+
+
+@given(shape, st.sampled_from([0.0, 0.3]))
+def test_a_refit_is_the_least_squares_solution(drawn: tuple[int, int, int, int], ridge: float) -> None:
+    d_out, d_in, rank, seed = drawn
+    rng = np.random.default_rng(seed)
+    target, a = rng.normal(size=(d_out, d_in)), rng.normal(size=(min(rank, d_in), d_in))
+    got = lowrank.refit((torch.from_numpy(target), torch.eye(d_in).double()), torch.from_numpy(a), ridge)
+    tall = np.vstack([a.T, np.sqrt(ridge) * np.eye(len(a))])
+    wanted = np.linalg.lstsq(tall, np.vstack([target.T, np.zeros((len(a), d_out))]), rcond=None)[0].T
+    np.testing.assert_allclose(got.numpy(), wanted, atol=1e-6 * max(1, np.abs(wanted).max()))
+
+
+def test_what_has_less_rank_is_padded_with_zeros() -> None:
+    b, a = lowrank.truncate((torch.ones(3, 1), torch.ones(1, 2)), 4)
+    assert b.shape == (3, 4) and a.shape == (4, 2) and not b[:, 1:].any() and not a[1:].any()
+    np.testing.assert_allclose((b @ a).numpy(), np.ones((3, 2)), atol=1e-12)
+    zero = lowrank.truncate((torch.zeros(3, 2), torch.ones(2, 2)), 1)
+    assert not lowrank.product(zero).any() and torch.isfinite(zero[1]).all()
+    assert lowrank.shares([0, 0]) == [0.5, 0.5]
+    assert torch.equal(
+        lowrank.cut((torch.arange(6.0).view(2, 3), torch.arange(6.0).view(3, 2)), 1)[1],
+        torch.tensor([[0.0, 1]]).double(),
+    )
