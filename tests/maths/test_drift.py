@@ -39,7 +39,7 @@ def test_two_rounds_of_peptao() -> None:
 
 
 def test_the_difference_of_two_steps_as_input_of_the_momentum() -> None:
-    """Round 1: g = 0. Round 2: delta went from .5 to 1 - .3725 = .1250 (w stays at wbar - drift)."""
+    """Round 1: g = 0. Round 2: delta went from .5 to .5 - .3725 = .1275."""
     w, m, controls = peptao(p(1.0), FIRST, Momentum(rate=0.05), {}, beta=0.9, drift_weight=0.0, difference=True)
     assert (number(w), number(m.v), number(m.previous)) == pytest.approx((0.5, 0.0, 0.5))
     w2, m2, _ = peptao(w, SECOND, m, controls, beta=0.9, drift_weight=0.0, difference=True)
@@ -210,3 +210,13 @@ def train(start: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Genera
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
             w = w - 4e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
     return Step({"w": torch.from_numpy(w)}, len(x), t)
+
+
+def test_the_servers_rate_falls_to_its_floor_and_no_further() -> None:
+    w, m, controls = p(1.0), Momentum(rate=0.05), {}
+    rates = []
+    for _ in range(800):
+        w, m, controls = peptao(w, FIRST, m, controls, beta=0.9, drift_weight=0.0)
+        rates.append(m.rate)
+    assert rates[0] == pytest.approx(0.0495) and rates[600] == pytest.approx(0.05 * 0.99**601)
+    assert rates[-1] == rates[-2] == pytest.approx(1e-4)

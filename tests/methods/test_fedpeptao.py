@@ -15,14 +15,14 @@ import tiny
 import toy
 from fedpeft.core import tree
 from fedpeft.core.adapter import Lora, Prefix
-from fedpeft.core.errors import ConfigError, RecordError
+from fedpeft.core.errors import ConfigError, DivergedError, RecordError
 from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import ClientEnv, ServerEnv
 from fedpeft.core.federate import Done, federate
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.tree import block_of
 from fedpeft.engines.inprocess import InProcess
-from fedpeft.maths import drift
+from fedpeft.maths import drift, spectrum
 from fedpeft.methods.fedavg import FedAvg
 from fedpeft.methods.fedpeptao import Answer, Ask, FedPepTAO, Memory, Prompts, Ratio, Scores, State, scored, shares
 from fedpeft.models.hf import HFModel
@@ -116,7 +116,7 @@ def test_without_set_up_init_chooses() -> None:
 
 def test_scores_are_means_over_the_clients_with_rows_to_compare() -> None:
     method = FedPepTAO(ratio_rule="fixed")
-    state = State(P0, P0, ratio=0.5)
+    state = State(P0, P0, scores=torch.zeros(4), ratio=0.5)
     ups = {
         "a": Scores(torch.tensor([1.0, 2.0, 3.0, 4.0]), 8, 30),
         "b": Scores(torch.tensor([5.0, 2.0, 1.0, 4.0]), 2, 10),
@@ -125,6 +125,43 @@ def test_scores_are_means_over_the_clients_with_rows_to_compare() -> None:
     state = method.rank_layers(state, ups, env())
     assert state.scores.tolist() == pytest.approx([2.0, 2.0, 2.5, 4.0])
     assert state.layers == (2, 3) and state.client_scores.keys() == {"a", "b", "c"}
+    assert "warning" not in method.choices(state)
+    nobody = method.rank_layers(State(P0, P0, scores=torch.zeros(4), ratio=0.5), {"c": ups["c"]}, env())
+    assert nobody.layers == (0, 1) and "no client has two different rows" in method.choices(nobody)["warning"]
+
+
+def test_scores_are_of_the_bare_base() -> None:
+    """Not of the adapter that training starts from."""
+
+    class Bare(toy.ToyModel):
+        def hidden(self, params: Any, data: Any, rows: Any) -> Tensor:
+            assert params is None
+            return super().hidden(params, data, rows)
+
+    data = toy.points([1.0, 2, 3, 4, 5], [2.0, -1, 0, 3, 1])
+    up, _ = FedPepTAO().score_layers(Ask(4), Memory(), ClientEnv("a", Bare(blocks=4), {"train": data}, 0, 1))
+    assert up.used == 2 and bool((up.scores >= 1 - 1e-6).all())
+
+
+def test_the_share_is_of_all_layers_also_where_the_last_is_no_candidate() -> None:
+    """ceil(.6 * 4) = 3 of the first three, not ceil(.6 * 3) = 2."""
+    method = FedPepTAO(**FIXED, ratio=0.6, candidate_last=False)
+    assert method.init(env()).layers == (0, 1, 2)
+
+
+def test_layers_without_prompts_are_scored_and_never_chosen() -> None:
+    model = tiny.model("bert", Prefix(length=2, blocks=(0, 2)), dtype="float32")
+    data = {c: {"train": tiny.examples(tiny.place(i), 6)} for i, c in enumerate("abc")}
+    method = FedPepTAO(ratio_rule="fixed", ratio=1.0)
+    done = next(federate(method, InProcess(lambda: method, model, data, 0), model, rounds=1, seed=0))
+    assert done.state.layers == (0, 2) and len(done.state.scores) == tiny.BLOCKS
+    assert method.choices(done.state)["of_layers"] == tiny.BLOCKS
+
+
+def test_warm_up_is_a_mean_weighted_by_examples() -> None:
+    ups = {"a": answer(1.0, 3, 2), "b": answer(5.0, 1, 1)}
+    state = FedPepTAO().average(State(P0, {"w": torch.zeros(1, dtype=torch.float64)}), ups, env())
+    assert float(state.prompts["w"]) == 2.0
 
 
 def ratio(value: float, usable: bool, n: int) -> Ratio:
@@ -134,7 +171,7 @@ def ratio(value: float, usable: bool, n: int) -> Ratio:
 def test_the_ratio_is_the_mean_of_usable_ones_or_the_given_one() -> None:
     """Usable on half of the examples is enough, on less it is not."""
     method = FedPepTAO(layers_by="first", ratio=0.75)
-    state = State(P0, P0)
+    state = State(P0, P0, scores=torch.zeros(4))
     good = method.choose_ratio(
         state, {"a": ratio(0.2, True, 30), "b": ratio(0.6, True, 10), "c": ratio(0, False, 40)}, env()
     )
@@ -184,9 +221,112 @@ def test_answers_that_lie_are_refused() -> None:
             scored(Ask(4), bad)
     with pytest.raises(RecordError, match="between 0 and 1"):
         shares(Prompts(P0), ratio(1.5, True, 3))
+    FedPepTAO().credible(Prompts(P0), ratio(0.05, True, 3))
+    FedPepTAO(ratio_rule="plateau").credible(Prompts(P0), ratio(0.99, True, 3))
+    with pytest.raises(RecordError, match=r"a usable ratio is 0\.0; the rule eigengap gives 0.05 to"):
+        FedPepTAO().credible(Prompts(P0), ratio(0.0, True, 3))
     exchange = FedPepTAO(**FIXED).round()[0]
     with pytest.raises(RecordError, match="0 steps"):
         exchange.accept(Prompts(P0), Answer(P0, 3, 0, 1.0))
+
+
+@pytest.mark.parametrize("rule", ["eigengap", "plateau"])
+def test_the_measured_ratio_is_that_of_the_dense_hessian(rule: Any) -> None:
+    """Krylov spaces by numpy, of the Hessian over the prompts alone, at w; its change on the way to an epoch's end."""
+    model = tiny.model("bert", Prefix(length=1, dropout=0.0))
+    data = tiny.examples(tiny.place(1), 10)
+    client = ClientEnv("a", model, {"train": data}, 0, 5, exchange="ratio")
+    params = {name: t.double() * 20 for name, t in model.init(tiny.place()).items()}
+    method = FedPepTAO(ratio_rule=rule, lanczos_steps=12, power_steps=5)
+    work = method.measure_ratio(Prompts(params), Memory(), client)
+    there = model.fit(next(work)).params
+    with pytest.raises(StopIteration) as stop:
+        work.send(model.fit(next(method.measure_ratio(Prompts(params), Memory(), client))))
+    up: Ratio = stop.value.value[0]
+    rows, names = data.epochs(1, 8, client.rng("batch"))[0], sorted(n for n in params if "prefix" in n)
+    here, moved = (dense(model, at, data, rows, names) for at in (params, there))
+    rng = client.rng("probe")
+    start = 2.0 * rng.integers(0, 2, size=len(here)) - 1
+    krylov = [start]
+    for _ in range(11):
+        krylov.append(here @ krylov[-1] / np.linalg.norm(krylov[-1]))
+        for _ in range(3):
+            for known in krylov[:-1]:
+                krylov[-1] = krylov[-1] - known * (known @ krylov[-1]) / (known @ known)
+    basis = np.stack([vector / np.linalg.norm(vector) for vector in krylov], axis=1)
+    theta, vectors = np.linalg.eigh(basis.T @ here @ basis)
+    change = 2.0 * rng.integers(0, 2, size=len(here)) - 1
+    for _ in range(5):
+        change = (moved - here) @ (change / np.linalg.norm(change))
+    assert up.lipschitz == pytest.approx(np.linalg.norm(change), rel=1e-6)
+    theta_t, omega_t = torch.from_numpy(theta), torch.from_numpy(vectors[0] ** 2)
+    kept = (
+        spectrum.eigengap(theta_t, omega_t, up.lipschitz) if rule == "eigengap" else spectrum.plateau(theta_t, omega_t)
+    )
+    assert (up.ratio, up.usable) == (pytest.approx(kept.ratio, abs=1e-6), kept.usable)
+    assert (up.low, up.high) == (pytest.approx(kept.low, abs=1e-6), pytest.approx(kept.high, abs=1e-6))
+
+
+def dense(model: HFModel, params: Any, data: Any, rows: Any, names: list[str]) -> Any:
+    product, like = model.hessian(params, data, rows, names), {name: params[name] for name in names}
+    unit = torch.eye(sum(t.numel() for t in like.values()), dtype=torch.float64)
+    return np.stack([tree.flatten(product(tree.unflatten(own, like))).numpy() for own in unit])
+
+
+def test_a_device_that_diverges_has_no_usable_ratio() -> None:
+    client = ClientEnv("a", toy.ToyModel(blocks=4, width=5), {"train": toy.points([1.0] * 5)}, 0, 1)
+    down = Prompts(client.initial())
+    work = FedPepTAO().measure_ratio(down, Memory(), client)
+    next(work)
+    with pytest.raises(StopIteration) as stop:
+        work.throw(DivergedError("training diverged"))
+    assert stop.value.value[0] == Ratio(0.0, False, 0.0, 0.0, 0.0, 1)
+
+
+@pytest.mark.parametrize("rule", ["eigengap", "plateau"])
+def test_a_hessian_that_is_not_finite_does_not_end_the_run(rule: Any) -> None:
+    class Broken(toy.ToyModel):
+        def hessian(self, params: Any, data: Any, rows: Any, names: Any = None) -> Any:
+            product = super().hessian(params, data, rows, names)
+            return lambda v: {name: t * float("nan") for name, t in product(v).items()}
+
+    model, method = Broken(blocks=4, width=5), FedPepTAO(warmup_rounds=0, layers_by="first", ratio_rule=rule)
+    engine = InProcess(lambda: method, model, toy.federation(False, width=5), 0)
+    done = list(federate(method, engine, model, rounds=1, seed=0))
+    assert done[0].state.ratio_from == "fallback" and done[0].state.layers == (0, 1)
+
+
+@pytest.mark.parametrize("options", [
+    {"server": "peptao", "beta": 0.5, "drift_weight": 0.3},
+    {"server": "peptao", "momentum_input": "difference", "control": "off"},
+    {"server": "fedavgm", "beta": 0.3},
+    {"server": "reference", "lr": 0.02},
+    {"server": "reference", "lr": 0.02, "control": "off"},
+])  # fmt: skip
+def test_options_of_the_server_reach_its_arithmetic(options: dict[str, Any]) -> None:
+    """Three rounds of `update` are three steps of `maths.drift` with these numbers."""
+    method, w = FedPepTAO(**options), {"w": torch.ones(1, dtype=torch.float64)}
+    state = State(w, w, (0,), momentum=drift.Momentum(rate=0.3))
+    momentum, controls = drift.Momentum(rate=0.3), {}
+    rounds = [{"a": (0.6, 3, 2), "b": (0.2, 1, 1)}, {"a": (0.3, 3, 2), "d": (0.1, 1, 2)}, {"b": (0.4, 1, 3)}]
+    for own in rounds:
+        steps = {c: drift.Step({"w": torch.tensor([v], dtype=torch.float64)}, n, k) for c, (v, n, k) in own.items()}
+        keep = options.get("control") != "off"
+        if options["server"] == "peptao":
+            w, momentum, controls = drift.peptao(
+                w, steps, momentum, controls, beta=options.get("beta", 0.9),
+                drift_weight=options.get("drift_weight", 1.0),
+                difference="momentum_input" in options, keep_controls=keep,
+            )  # fmt: skip
+        elif options["server"] == "fedavgm":
+            w, momentum = drift.damped_momentum(w, steps, momentum, options["beta"])
+        else:
+            w, momentum, controls = drift.reference(
+                w, steps, momentum, controls, lr=0.02, share=len(own) / 4, keep_controls=keep
+            )
+        ups = {c: answer(*values) for c, values in own.items()}
+        state = method.update(state, ups, env(cohort=tuple(own)))
+    assert float(state.prompts["w"]) == pytest.approx(float(w["w"]), rel=1e-12)
 
 
 # --- the device -----------------------------------------------------------------------------------------------------
@@ -246,7 +386,8 @@ def test_what_the_other_layers_are(unselected: Any) -> None:
         memory = engine.memories.load(client, version, Memory)
         assert memory.local.keys() == (others if unselected == "local" else set())
         own = method.personal(result, memory)
-        assert all(torch.equal(own[name], p0[name]) == (unselected == "frozen") for name in others if name in own)
+        assert own.keys() == result.keys()
+        assert all(torch.equal(own[name], p0[name]) == (unselected == "frozen") for name in own.keys() & others)
     assert method.personalised is (unselected == "local")
 
 
@@ -285,6 +426,8 @@ def test_a_device_starts_anew_or_goes_on() -> None:
             ends[state].append((up, memory))
     first, second = ends["reset"]
     assert tree.sha256(first[0].prompts) == tree.sha256(second[0].prompts) and second[1] == Memory()
+    kept = finish(FedPepTAO(**SAME, **FIXED, device_state="persist"), down, Memory(), client)[1]
+    assert kept.moments.first.keys() == client.initial().keys(), "those of its own layers live on too"
     first, second = ends["persist"]
     assert first[1].moments.step == first[0].steps == 6 and second[1].moments.step == 12
     assert tree.sha256(first[0].prompts) != tree.sha256(second[0].prompts)

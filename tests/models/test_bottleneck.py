@@ -139,3 +139,20 @@ def test_what_does_not_fit_is_refused() -> None:
             tiny.model("bert", spec)
     with pytest.raises(ModelError, match="not 'distilbert'"):
         HFModel(freeze(tiny.module("distilbert"), None, "own", tiny.CPU), SPEC, 3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_change_of_the_base_comes_before_the_bottleneck(family: str) -> None:
+    """A base delta is a change of the frozen weight, whose output the bottleneck then takes."""
+    model = tiny.model(family, SPEC)
+    params, data = params_of(model, tiny.place()), tiny.examples(tiny.place(1), 9)
+    slot = model.places["block.1.output"]
+    dense = torch.from_numpy(tiny.place(2).normal(0, 0.3, size=(slot.d_out, slot.d_in)))
+    body = model.base.copy_module(model.base.dtype)
+    with torch.no_grad():
+        weight = body.get_submodule(slot.path).weight
+        weight += dense if isinstance(body.get_submodule(slot.path), nn.Linear) else dense.T
+    merged = HFModel(freeze(body, None, "merged", tiny.CPU), SPEC, 3)
+    got = model.logits(params | {"delta.block.1.output.dense": dense}, data)
+    assert torch.allclose(got, merged.logits(params, data), atol=1e-5)
+    assert (got - model.logits(params, data)).abs().max() > 0.05

@@ -96,3 +96,15 @@ def test_a_hessian_over_what_is_not_there_is_refused() -> None:
     with pytest.raises(FitError, match="row 7"):
         model.hessian(params, data, [7])
     assert np.isfinite(float(model.hessian(params, data, [0])(params)["head.bias"].sum()))
+
+
+def test_probes_take_a_narrow_base_in_float32() -> None:
+    """States and products of a bfloat16 base are those of the same weights in float32."""
+    narrow = tiny.model("bert", dtype="bfloat16")
+    exact = HFModel(tiny.freeze(narrow.base.copy_module(torch.float32), None, "exact", tiny.CPU), narrow.spec, 3)
+    params, data = tiny.params(exact, tiny.place()), tiny.examples(tiny.place(1), 5)
+    params = {name: t.float() for name, t in params.items()}
+    assert torch.equal(narrow.hidden(params, data, [0, 2]), exact.hidden(params, data, [0, 2]))
+    ones = {name: torch.ones_like(t) for name, t in params.items()}
+    got, wanted = (model.hessian(params, data, [0, 2])(ones) for model in (narrow, exact))
+    assert all(torch.equal(got[name], t) for name, t in wanted.items())

@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import tiny
@@ -186,6 +187,25 @@ def test_the_start() -> None:
     assert normal.dtype == torch.float32
     assert float(normal.std()) == pytest.approx(0.02, rel=0.1)
     assert vocabulary(model.base, 100, tiny.place()).shape == (100, tiny.WIDTH)  # more than there are
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gemma"])
+def test_a_prompt_of_words_is_those_words(family: str) -> None:
+    """Rows of the vocabulary as a prompt give the states of these tokens, also where a family scales its embeddings."""
+    if family == "gemma":
+        config = transformers.GemmaConfig(
+            vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=48, head_dim=8, max_position_embeddings=64,
+        )  # fmt: skip
+        module = transformers.AutoModel.from_config(config)
+    else:
+        module = tiny.module(family).float()
+    model = HFModel(tiny.freeze(module, None, "own", tiny.CPU), Prompt(3), 2)
+    table, tokens = module.get_input_embeddings().weight, model.init(tiny.place())["prompt.tokens"]
+    scale = 32**0.5 if family == "gemma" else 1.0
+    distances = (tokens[:, None] - table.detach() * scale).norm(dim=2)
+    ids = distances.argmin(dim=1)
+    assert float(distances.min(dim=1).values.max()) < 1e-4 and len(set(ids.tolist())) == 3
 
 
 def test_special_and_unused_tokens_are_no_start() -> None:

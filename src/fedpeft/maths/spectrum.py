@@ -18,6 +18,7 @@ from fedpeft.core.rng import Rng
 
 Operator = Callable[[Tensor], Tensor]  # (n,) float64 -> (n,) float64
 
+USABLE = (0.05, 0.95)  # ratios of the eigengap rule that say something
 GRID = 10_000  # points of the density of the plateau rule
 VARIANCE = 1e-5  # of its kernels, relative to the grid's span where that is above 1
 STEP, STILL, HALVINGS = 0.1, 0.005, 40  # first step, change below which a plateau lies, most halvings of the step
@@ -45,7 +46,7 @@ def lanczos(operator: Operator, size: int, steps: int, rng: Rng, probes: int = 1
 
 
 def tridiagonal(operator: Operator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Ritz values and weights from one start vector."""
+    """Ritz values and weights from one start vector; NaN where a product was not finite."""
     basis = [start / start.norm()]
     alphas: list[float] = []
     betas: list[float] = []
@@ -57,6 +58,8 @@ def tridiagonal(operator: Operator, start: Tensor, steps: int) -> tuple[Tensor, 
         for _ in range(2):  # once is not enough: rounding leaves parts of the converged directions
             rest = rest - sum((vector * (vector @ rest) for vector in basis), torch.zeros_like(rest))
         beta = float(rest.norm())
+        if not (np.isfinite(alphas[-1]) and np.isfinite(beta)):
+            return torch.full((1,), np.nan, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         scale = max(scale, abs(alphas[-1]), beta)
         if beta <= 1e-10 * scale:
             break
@@ -110,13 +113,14 @@ def eigengap(theta: Tensor, omega: Tensor, lipschitz: float) -> Kept:
     """
     if not (bool(torch.isfinite(theta).all() & torch.isfinite(omega).all()) and np.isfinite(lipschitz)):
         return Kept()
+    least, most = USABLE
     tol = 1e-6 * float(theta.abs().max())
     wide = (theta[1:] > tol) & (theta[1:] - theta[:-1] > 4 * max(lipschitz, tol))
     if not bool(wide.any()):
         return Kept()
     m = int(wide.to(torch.int8).argmax())
     ratio = min(float(omega[m + 1 :].sum()), 1.0)
-    return Kept(ratio, 0.05 <= ratio <= 0.95, float(theta[m]), float(theta[m + 1]))
+    return Kept(ratio, least <= ratio <= most, float(theta[m]), float(theta[m + 1]))
 
 
 def plateau(theta: Tensor, omega: Tensor) -> Kept:

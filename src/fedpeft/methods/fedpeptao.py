@@ -22,7 +22,8 @@ base; a cohort measures the share of large eigenvalues of its Hessian. The last 
 Departures: the body of the paper was not at hand. Certain are the parts (a layer score, a ratio from each device, Adam
 on the device, momentum and drift control on the server, moments not sent) and, in the authors' code, its arithmetic and
 example settings. Reconstructed by us are the server's equations (`server: peptao`; `reference` is the code's loop as it
-is written, which depends on the order of visits and diverged where we tried it), moments that start from zero, the form
+is written, which depends on the order of visits, takes the head's steps for steps of `lr`, and diverged where we tried
+it), moments that start from zero, the form
 of the eigengap rule and what happens where it gives no usable number (half of the layers, said in the report), zeroed
 padding and the mean over samples in the score, the head's own rate. No table of the paper is reproduced.
 
@@ -31,6 +32,7 @@ Traffic per client and round: down = params of the shared layers; up = params of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -41,7 +43,7 @@ from torch import Tensor
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Prefix
 from fedpeft.core.cohort import sample
-from fedpeft.core.errors import RecordError
+from fedpeft.core.errors import DivergedError, RecordError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, matching
 from fedpeft.core.fit import Fit, Fitted, Moments
 from fedpeft.core.method import Defaults, check_ranges, mean_loss, ordinary_fit
@@ -184,7 +186,7 @@ class FedPepTAO(Defaults):
     def init(self, env: ServerEnv) -> State:
         """P0, and the layers where nothing has to be asked for."""
         start = env.initial()
-        state = State(start, start, ratio=self.ratio)
+        state = State(start, start, scores=torch.zeros(env.model.blocks), ratio=self.ratio)
         return state if self.setup() else self.chosen(state, env)
 
     def init_client(self, env: ClientEnv) -> Memory:
@@ -205,7 +207,7 @@ class FedPepTAO(Defaults):
         if calibrate:
             pick = sample(self.calibration_cohort)
             steps.append(
-                Exchange("ratio", Prompts, Ratio, pick, self.send, self.measure_ratio, self.choose_ratio, shares)
+                Exchange("ratio", Prompts, Ratio, pick, self.send, self.measure_ratio, self.choose_ratio, self.credible)
             )
         return tuple(steps)
 
@@ -220,8 +222,8 @@ class FedPepTAO(Defaults):
         return replace(state, prompts=prompts, loss=mean_loss(ups.values()))
 
     def ask(self, state: State, client: ClientId) -> Ask:
-        """The number of layers: those that have prompts."""
-        return Ask(len(blocks(state.start)))
+        """The number of layers of the base; those without prompts are scored too, and never chosen."""
+        return Ask(len(state.scores))
 
     def score_layers(self, down: Ask, memory: Memory, env: ClientEnv) -> tuple[Scores, Memory]:
         """zeta of every block's output over the client's first different rows; the base alone, without prompts."""
@@ -235,17 +237,25 @@ class FedPepTAO(Defaults):
     def rank_layers(self, state: State, ups: Mapping[ClientId, Scores], env: ServerEnv) -> State:
         """sum_i n_i zeta_i / sum_i n_i over the clients that had two rows to compare."""
         parts = [({"zeta": up.scores.double()}, up.examples) for up in ups.values() if up.used >= 2]
-        scores = tree.mean(parts)["zeta"].float() if parts else torch.zeros(len(blocks(state.start)))
+        scores = tree.mean(parts)["zeta"].float() if parts else torch.zeros_like(state.scores)
         state = replace(state, scores=scores, client_scores=dict(ups))
         return state if self.ratio_rule != "fixed" else self.chosen(state, env)
 
     def measure_ratio(
         self, down: Prompts, memory: Memory, env: ClientEnv
     ) -> Generator[Fit, Fitted, tuple[Ratio, Memory]]:
-        """The spectrum of the Hessian at w, and how much it changes on the way to where one epoch leads."""
-        fitted = yield ordinary_fit(
-            self, down.prompts, env, batches=env.data.epochs(1, self.batch_size, env.rng("epoch"))
-        )
+        """The spectrum of the Hessian at w, and how much it changes on the way to where one epoch leads.
+
+        A device whose epoch diverges, or whose Hessian is not finite, has no usable ratio. The head moves in that epoch
+        too, and is part of how much the Hessian over the prompts changes.
+        """
+        nothing = Ratio(0.0, False, 0.0, 0.0, 0.0, len(env.data))
+        try:
+            fitted = yield ordinary_fit(
+                self, down.prompts, env, batches=env.data.epochs(1, self.batch_size, env.rng("epoch"))
+            )
+        except DivergedError:
+            return nothing, memory
         rows = env.data.epochs(1, self.batch_size, env.rng("batch"))[0]
         names = sorted(name for name in down.prompts if block_of(name) is not None)
         here, there = (_operator(env, params, rows, names) for params in (down.prompts, fitted.params))
@@ -253,12 +263,21 @@ class FedPepTAO(Defaults):
         rng = env.rng("probe")
         theta, omega = spectrum.lanczos(here, size, self.lanczos_steps, rng, self.lanczos_probes)
         lipschitz = spectrum.largest(lambda v: there(v) - here(v), size, self.power_steps, rng)
+        if not math.isfinite(lipschitz):
+            return nothing, memory
         gap = (
             spectrum.eigengap(theta, omega, lipschitz)
             if self.ratio_rule == "eigengap"
             else spectrum.plateau(theta, omega)
         )
         return Ratio(gap.ratio, gap.usable, lipschitz, gap.low, gap.high, len(env.data)), memory
+
+    def credible(self, down: Prompts, up: Ratio) -> None:
+        """Raise RecordError unless the ratio is a share, and one that its rule can give where it is called usable."""
+        shares(down, up)
+        least, most = spectrum.USABLE if self.ratio_rule == "eigengap" else (0.0, 1.0)
+        if up.usable and not least <= up.ratio <= most:
+            raise RecordError(f"a usable ratio is {up.ratio}; the rule {self.ratio_rule} gives {least} to {most}")
 
     def choose_ratio(self, state: State, ups: Mapping[ClientId, Ratio], env: ServerEnv) -> State:
         """The mean of the usable ratios, or `ratio` where they stand for less than half of the examples."""
@@ -275,9 +294,8 @@ class FedPepTAO(Defaults):
         """The state with its layers; everything that is shared is cut down to them."""
         every = blocks(state.start)
         candidates = every if self.candidate_last or len(every) == 1 else every[:-1]
-        scores = state.scores if len(state.scores) else torch.zeros(len(every))
         count = layer_count(state.ratio, len(every), len(candidates))
-        layers = choose_layers(scores, count, self.layers_by, candidates, env.rng("layers"))
+        layers = choose_layers(state.scores, count, self.layers_by, candidates, env.rng("layers"))
         prompts = shared(state.prompts if self.keep_warmup else state.start, layers)
         rate = (1.0 if self.server == "fedavgm" else 0.05) if self.server_lr is None else self.server_lr
         return replace(state, prompts=prompts, layers=layers, momentum=drift.Momentum(rate=rate))
@@ -353,7 +371,7 @@ class FedPepTAO(Defaults):
         ratios = {client: vars(own) for client, own in state.measured.items()}
         told: dict[str, Any] = {
             "layers": list(state.layers),
-            "of_layers": len(blocks(state.start)),
+            "of_layers": len(state.scores),
             "layers_by": self.layers_by,
             "layer_scores": state.scores.tolist(),
             "ratio": state.ratio,
@@ -361,7 +379,10 @@ class FedPepTAO(Defaults):
             "ratios": ratios,
             "client_scores": {client: own.scores.tolist() for client, own in state.client_scores.items()},
         }
-        return told | ({"warning": state.note} if state.ratio_from == "fallback" else {})
+        warnings = [state.note] if state.ratio_from == "fallback" else []
+        if state.client_scores and all(own.used < 2 for own in state.client_scores.values()):
+            warnings.append("no client has two different rows to score the layers by; using the first layers")
+        return told | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
 def blocks(params: Params) -> tuple[int, ...]:

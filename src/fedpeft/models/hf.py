@@ -239,9 +239,11 @@ class HFModel:
         batch = collate([self.readout.sequence(item) for item in items], self._pad, self.device, self._segments)
         base.acting.clear()
         try:
-            for layer, sizes in ((stack.params, stack.sizes), *zip(stack.also, stack.also_sizes, strict=True)):
-                self.adapter.bind(layer, sizes, whose, base)
+            layers = ((stack.params, stack.sizes), *zip(stack.also, stack.also_sizes, strict=True))
+            for layer, _ in layers:  # a change of the base comes before what acts on the base's outputs
                 delta.bind(layer, self.places, whose, base)
+            for layer, sizes in layers:
+                self.adapter.bind(layer, sizes, whose, base)
             yield Seen(base, stack, items, batch, whose, self._hidden(base, batch, items))
         finally:
             base.acting.clear()

@@ -20,10 +20,13 @@ from fedpeft.models.readouts import Item
 
 if TYPE_CHECKING:
     from fedpeft.models.hf import HFModel
+    from fedpeft.models.load import Base
 
 
 def hidden(model: HFModel, params: Params, data: Examples, rows: Sequence[int]) -> Tensor:
     """(blocks, rows, tokens, d) outputs of the blocks, zero at padding, without gradient, on the CPU.
+
+    A base in bfloat16 is taken in float32: its noise would count as a difference of rows.
 
     They are taken from the blocks themselves: the last entry of transformers' `output_hidden_states` is after the
     final norm in decoders. No dropout; tokens of a soft prompt are not among them.
@@ -39,13 +42,14 @@ def hidden(model: HFModel, params: Params, data: Examples, rows: Sequence[int]) 
         raise ModelError(
             f"the blocks of the family {model.base.family!r} are not known; use a BERT, RoBERTa, GPT-2 or Llama model"
         )
+    base = model.base.at(_exact(model))
     stack = stack_params([params], model.device)
     longest = int(data.lengths[list(rows)].max())
     found = torch.zeros(len(paths), len(rows), longest, model.width)
-    with torch.no_grad(), _outputs(model, paths) as outputs:
+    with torch.no_grad(), _outputs(base, paths) as outputs:
         items = [Item(0, data, row) for row in rows]  # without any answer
         for part in model.parts(items):
-            with model.seen(model.base, stack, [items[i] for i in part], 0) as seen:
+            with model.seen(base, stack, [items[i] for i in part], 0) as seen:
                 own = seen.batch.mask
                 for block, state in zip(found, outputs, strict=True):
                     text = state[:, state.shape[1] - own.shape[1] :] * own[:, :, None]
@@ -55,7 +59,7 @@ def hidden(model: HFModel, params: Params, data: Examples, rows: Sequence[int]) 
 
 
 @contextmanager
-def _outputs(model: HFModel, paths: Sequence[str]) -> Iterator[list[Tensor]]:
+def _outputs(base: Base, paths: Sequence[str]) -> Iterator[list[Tensor]]:
     """The newest output of every block, as long as the context lasts."""
     outputs: list[Tensor] = [torch.empty(0)] * len(paths)
 
@@ -67,7 +71,7 @@ def _outputs(model: HFModel, paths: Sequence[str]) -> Iterator[list[Tensor]]:
 
         return hook
 
-    handles = [model.base.module.get_submodule(path).register_forward_hook(keep(i)) for i, path in enumerate(paths)]
+    handles = [base.module.get_submodule(path).register_forward_hook(keep(i)) for i, path in enumerate(paths)]
     try:
         yield outputs
     finally:
@@ -75,10 +79,17 @@ def _outputs(model: HFModel, paths: Sequence[str]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def _exact(model: HFModel) -> str:
+    """The precision that probes take the base in: float32 at least."""
+    return "float32" if model.base.dtype == torch.bfloat16 else ""
+
+
 def hessian(
     model: HFModel, params: Params, data: Examples, rows: Sequence[int], names: frozenset[str]
 ) -> Callable[[Params], dict[str, Tensor]]:
     """v -> H v, with H the Hessian of the mean loss of the rows over the named parameters; exact, without dropout.
+
+    A base in bfloat16 is taken in float32: differences of Hessians would drown in its noise.
 
     Second derivatives need attention that can be differentiated twice, so these passes use plain products. The graph of
     the gradient is kept for all products: memory grows with the rows, so give one batch.
@@ -95,7 +106,7 @@ def hessian(
     """
     if unknown := names - params.keys():
         raise FitError(f"a Hessian over {min(unknown)!r} was asked, which is not among the parameters")
-    fit = Fit(params, data, [list(rows)], SGD(0.0), train=names)
+    fit = Fit(params, data, [list(rows)], SGD(0.0), train=names, base=_exact(model))
     check_fit(fit)
     model.check(fit)
     leaves = {name: params[name].detach().to(model.device).clone().requires_grad_() for name in sorted(names)}

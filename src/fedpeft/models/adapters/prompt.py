@@ -164,15 +164,16 @@ def uniform(d_in: int, shape: tuple[int, ...], rng: Rng) -> Tensor:
 
 
 def vocabulary(base: Base, count: int, rng: Rng) -> Tensor:
-    """(count, d) rows of the word embeddings, drawn from the common tokens, float32.
+    """(count, d) embeddings of words as the base makes them of their ids, drawn from the common tokens, float32.
 
     Lester et al. draw from the 5,000 commonest tokens of a vocabulary in order of frequency. Most vocabularies are
     roughly in that order, so these are the first 5,000 ids here, without special and unused tokens.
     """
     known = ordinary(base)[:COMMON]
     ids = rng.choice(known, size=count, replace=len(known) < count)
-    table: Tensor = base.module.get_input_embeddings().weight
-    return table[torch.from_numpy(ids).to(table.device)].detach().float().cpu().clone()
+    with torch.no_grad():  # the module, not its table: Gemma scales the rows
+        rows: Tensor = base.module.get_input_embeddings()(torch.from_numpy(ids).to(base.device))
+    return rows.float().cpu().clone()
 
 
 def ordinary(base: Base) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
