@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.core.evaluate import Evaluate, Question, personalises
+from fedpeft.core.evaluate import Evaluate, Question
 from fedpeft.core.exchange import Call
 from fedpeft.core.federate import federate
 from fedpeft.engines.inprocess import InProcess
@@ -30,7 +30,7 @@ def asked(engine: InProcess, method: object, split: str = "validation", versions
 
 
 def test_which_methods_make_personal_models() -> None:
-    assert [personalises(build(name, {})) for name in ("fedavg", "scaffold", "local")] == [False, False, True]
+    assert [build(name, {}).personalised for name in ("fedavg", "scaffold", "local")] == [False, False, True]
 
 
 def test_global_model_is_scored_on_the_rows_of_each_client() -> None:

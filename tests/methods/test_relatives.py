@@ -30,7 +30,7 @@ from fedpeft.core.adapter import (
 )
 from fedpeft.core.averaging import Averaging
 from fedpeft.core.errors import ConfigError, ModelError
-from fedpeft.core.exchange import Method, ServerEnv
+from fedpeft.core.exchange import Method, ServerEnv, Update
 from fedpeft.core.federate import Done, federate
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.maths import drift
@@ -40,7 +40,7 @@ from fedpeft.methods.fedavg import FedAvg
 from fedpeft.methods.fedpeptao import FedPepTAO
 from fedpeft.methods.fedprompt import FedPrompt
 from fedpeft.methods.momd import MomD
-from fedpeft.methods.moms_adamd import Answer, Memory, MomSAdamD, State
+from fedpeft.methods.moms_adamd import Memory, MomSAdamD, State
 from fedpeft.methods.prompt_tuning import PromptTuning
 from fedpeft.methods.ptuning_v2 import PTuningV2
 
@@ -253,11 +253,11 @@ def test_two_rounds_of_the_servers_momentum() -> None:
     """
     method, env = MomSAdamD(), ServerEnv(toy.ToyModel(), ("a", "b"), 0, 2)
     state = State(scalar(1.0), drift.Momentum(rate=method.server_lr))
-    ups: Mapping[str, Answer] = {"a": Answer(scalar(0.6), 3, 2, 1.0), "b": Answer(scalar(0.2), 1, 9, 5.0)}
+    ups: Mapping[str, Update] = {"a": Update(scalar(0.6), 3, 1.0), "b": Update(scalar(0.2), 1, 5.0)}
     state = method.update(state, ups, env)
     assert (float(state.params["w"]), float(state.momentum.v["w"])) == pytest.approx((0.95, 0.05))
     assert state.loss == 2.0
-    state = method.update(state, {"a": Answer(scalar(0.75), 3, 2, 0.0)}, env)
+    state = method.update(state, {"a": Update(scalar(0.75), 3, 0.0)}, env)
     assert (float(state.params["w"]), float(state.momentum.v["w"])) == pytest.approx((0.885, 0.065))
 
 

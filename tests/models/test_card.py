@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tiny
 from exports import CARD, LABELS, lora_model
-from fedpeft.core.adapter import Lora
+from fedpeft.core.adapter import Lora, Prompt
 from fedpeft.core.examples import Examples
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.models.hf import HFModel
@@ -63,6 +63,25 @@ def test_the_cards_code_runs_and_says_what_the_model_says(
     data = Examples(tuple(torch.tensor(i).int().numpy() for i in ids), torch.zeros(2).long().numpy())
     expected = [LABELS[i] for i in model.logits(params, data).argmax(dim=1)]
     card = (folder / "README.md").read_text()
+    assert labels_of_code(card, folder, monkeypatch, capsys) == expected
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_code_of_a_prompts_card_leaves_its_tokens_out(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = word_tokenizer("<pad>" if family == "bert" else None)
+    source = tiny.saved(family, tmp_path / "base", "float32")
+    tokenizer.save_pretrained(source)
+    model = HFModel(load_base(str(source), device="cpu"), Prompt(length=5), 3)
+    rng = tiny.place()
+    params = {n: t + torch.from_numpy(rng.normal(0, 1, t.shape)).float() for n, t in model.init(rng).items()}
+    folder = export_adapter(model, params, tmp_path / "out", labels=LABELS, card={"max_length": 16})
+    ids = [tokenizer(t)["input_ids"] for t in ("One text.", "Another text, a longer one.")]
+    data = Examples(tuple(torch.tensor(i).int().numpy() for i in ids), torch.zeros(2).long().numpy())
+    expected = [LABELS[i] for i in model.logits(params, data).argmax(dim=1)]
+    card = (folder / "README.md").read_text()
+    assert ".logits[:, 5:]  #" in card
     assert labels_of_code(card, folder, monkeypatch, capsys) == expected
 
 

@@ -188,7 +188,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     shares = Partition.from_json(json.dumps(saved)) if saved else partition(_partition_spec(config), task)
     shares.check_task(task)
     data = _client_data(format, task, shares)
-    if getattr(method, "pooled", False):
+    if method.pooled:
         data = {POOLED: {split: _joined([own[split] for own in data.values()]) for split in SPLITS}}
     _check_cohort(method, list(data))
     resources: Mapping[ClientId, Profile] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedpeft.app.federation import Federation
-from fedpeft.core.evaluate import Question, personalises
+from fedpeft.core.evaluate import Question
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.memories import Memories
 from fedpeft.core.tree import Params
@@ -68,7 +68,7 @@ def evaluate(
         return None
     by_client: dict[str, dict[ClientId, Any]] = {GLOBAL: score_global(fed, params, split)}
     down = up = 0
-    if personal and personalises(fed.method):
+    if personal and fed.method.personalised:
         call = fed.evaluation(number, round, versions)
         holders = [c for c in fed.clients if len(fed.data[c][split])]
         answers = fed.bare_engine(memories).exchange(call, {c: Question(params, split) for c in holders})

@@ -16,7 +16,6 @@ from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
 from fedpeft.config import load_config
 from fedpeft.core.errors import RequestError
-from fedpeft.core.evaluate import personalises
 from fedpeft.core.exchange import ClientEnv, Meter
 from fedpeft.core.tree import Params
 from fedpeft.core.turn import initial_memory
@@ -61,7 +60,7 @@ def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, An
             if best is None:
                 continue
             found[split] = best.metrics
-            if personalises(fed.method):  # own models stand on the newest global one
+            if fed.method.personalised:  # own models stand on the newest global one
                 current = score_split(fed, fed.method.result(checkpoint.state), split, **state)
                 assert current is not None, "a split with rows has a score"
                 found[split] = current.metrics | {GLOBAL: best.metrics[GLOBAL]}

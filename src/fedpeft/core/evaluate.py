@@ -11,7 +11,6 @@ from fedpeft.core import tree
 from fedpeft.core.cohort import everyone
 from fedpeft.core.errors import RecordError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Method, Record, ServerEnv
-from fedpeft.core.method import Defaults
 from fedpeft.core.tree import Params
 
 
@@ -44,12 +43,6 @@ def countable(down: Question, up: Scores) -> None:
         tree.same_layout(up.shared, up.personal)
 
 
-def personalises(method: Method) -> bool:
-    """Whether a client's own model can differ from the global one; a method with `personalised` says so itself."""
-    own = getattr(type(method), "personal", None) is not Defaults.personal
-    return own and bool(getattr(method, "personalised", True))
-
-
 @dataclass(frozen=True)
 class Evaluate:
     """Score the global and every client's own model on the client's own rows; memories stay as they are."""
@@ -70,7 +63,7 @@ class Evaluate:
         if data is None or not len(data):
             return Scores({}, {}), memory
         shared = env.model.score(down.params, data)
-        if not personalises(self.method):
+        if not self.method.personalised:
             return Scores(shared, shared), memory
         return Scores(shared, env.model.score(self.method.personal(down.params, memory), data)), memory
 

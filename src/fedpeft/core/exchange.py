@@ -251,6 +251,12 @@ class Method(Protocol):
 
     state: ClassVar[type[Record]]
     memory: ClassVar[type[Record]]
+    pooled: ClassVar[bool]  # whether it runs on one client that holds everybody's rows
+
+    @property
+    def personalised(self) -> bool:
+        """Whether a client's own model can differ from the global one."""
+        ...
 
     def adapter(self) -> AdapterSpec:
         """The adapter that the method trains unless the configuration names another."""

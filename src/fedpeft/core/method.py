@@ -42,6 +42,11 @@ class Defaults:
         """Everybody's model is the global one."""
         return params
 
+    @property
+    def personalised(self) -> bool:
+        """Where the method says what a client's own model is, it has one."""
+        return type(self).personal is not Defaults.personal
+
     def choices(self, state: Any) -> Mapping[str, Any]:
         """Nothing was decided."""
         return {}

@@ -22,7 +22,7 @@ class Step:
 
     params: Params  # w_i
     examples: int  # n_i
-    steps: int  # K_i, at least 1
+    steps: int = 1  # K_i, at least 1; control variates alone need it
 
 
 @dataclass(frozen=True)

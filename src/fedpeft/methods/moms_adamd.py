@@ -27,7 +27,7 @@ from typing import ClassVar
 from fedpeft.core.adapter import AdapterSpec, Prefix
 from fedpeft.core.averaging import only
 from fedpeft.core.cohort import sample
-from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, Weights
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, Update, Weights
 from fedpeft.core.fit import Fit, Fitted, Moments
 from fedpeft.core.method import Defaults, check_ranges, mean_loss, ordinary_fit
 from fedpeft.core.tree import Params
@@ -48,16 +48,6 @@ class Memory:
     """What a client keeps between its turns."""
 
     moments: Moments = field(default_factory=Moments)  # of Adam; none before the first turn
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client answers."""
-
-    params: Params
-    examples: int
-    steps: int  # K_i, local steps
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -99,20 +89,20 @@ class MomSAdamD(Defaults):
 
     def round(self) -> tuple[Exchange, ...]:
         """One round."""
-        return (Exchange("train", Weights, Answer, sample(self.cohort), self.send, self.train, self.update),)
+        return (Exchange("train", Weights, Update, sample(self.cohort), self.send, self.train, self.update),)
 
     def send(self, state: State, client: ClientId) -> Weights:
         """w."""
         return Weights(state.params)
 
-    def train(self, down: Weights, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Answer, Memory]]:
+    def train(self, down: Weights, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Memory]]:
         """Adam that goes on from the moments of the client's last turn."""
         fitted = yield ordinary_fit(self, down.params, env, moments=memory.moments)
-        return Answer(fitted.params, len(env.data), fitted.steps, fitted.loss), Memory(fitted.moments)
+        return Update(fitted.params, len(env.data), fitted.loss), Memory(fitted.moments)
 
-    def update(self, state: State, ups: Mapping[ClientId, Answer], env: ServerEnv) -> State:
+    def update(self, state: State, ups: Mapping[ClientId, Update], env: ServerEnv) -> State:
         """Damped momentum of the mean step."""
-        steps = {client: drift.Step(up.params, up.examples, up.steps) for client, up in ups.items()}
+        steps = {client: drift.Step(up.params, up.examples) for client, up in ups.items()}
         params, momentum = drift.damped_momentum(state.params, steps, state.momentum, self.beta)
         return State(params, momentum, mean_loss(ups.values()))
 

@@ -71,7 +71,13 @@ def published(source: str) -> str | None:
 
 
 def model_card(
-    form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any]
+    form: str,
+    base: str,
+    labels: Sequence[str],
+    pooling: str,
+    tokenizer: Any,
+    facts: Mapping[str, Any],
+    prompt: int = 0,
 ) -> str:
     """Markdown with YAML front matter.
 
@@ -84,6 +90,7 @@ def model_card(
         facts: what is known about data, method and scores; nested mappings become rows with dotted names. The key
             `base_model` is the name that readers see, but for the models that come with a package; `max_length` is
             the bound on tokens per text.
+        prompt: how many tokens of its own peft puts before the text, whose logits belong to no text.
     """
     known = published(base)
     name = known or DEMO
@@ -109,7 +116,7 @@ def model_card(
         "",
     ]
     if form in _LOADING:
-        lines += ["```python", _code(form, base, labels, pooling, tokenizer, facts) + "```", ""]
+        lines += ["```python", _code(form, base, labels, pooling, tokenizer, facts, prompt) + "```", ""]
     rows = list(_rows(facts))
     if rows:
         lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows), ""]
@@ -124,7 +131,9 @@ def _use(form: str, sentence: str, pooling: str) -> list[str]:
     return [f"{sentence} Its head scores every token;", f"the scores of a text are {where}."]
 
 
-def _code(form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any]) -> str:
+def _code(
+    form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any], prompt: int
+) -> str:
     known = published(base)
     imports, loaded = ("", json.dumps(known)) if known else ("from importlib import resources\n\n", DEMO_CODE)
     lines = [_LOADING[form].format(imports=imports, base=loaded, classes=len(labels))]
@@ -137,7 +146,7 @@ def _code(form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: 
         'texts = ["One text.", "Another text, a longer one."]\n'
         f'batch = tokenizer(texts, padding=True, padding_side="right", truncation=True{bound}, return_tensors="pt")\n'
     )
-    lines.append(POOLING[pooling])
+    lines.append(POOLING[pooling].replace(".logits  #", f".logits[:, {prompt}:]  #" if prompt else ".logits  #"))
     lines.append(
         f"labels = {json.dumps(list(labels), ensure_ascii=False)}\nprint([labels[i] for i in scores.argmax(dim=1)])\n"
     )

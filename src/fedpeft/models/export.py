@@ -31,6 +31,7 @@ from fedpeft.core.adapter import Prefix
 from fedpeft.core.errors import RequestError, StoreError
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import head
+from fedpeft.models.adapters.prompt import TOKENS
 from fedpeft.models.card import model_card, published
 from fedpeft.models.hf import HFModel
 from fedpeft.models.layouts import layout_of
@@ -73,7 +74,8 @@ def export_adapter(
         save_file(dict(layout.tensors), draft / WEIGHTS, metadata={"format": "pt"})
         if layout.config is not None:
             _write_json(draft / CONFIG, layout.config)
-        _finish(model, draft, _card_form(model, params, layout.form), names, card)
+        prompt = len(params[TOKENS]) if TOKENS in params else 0
+        _finish(model, draft, _card_form(model, params, layout.form), names, card, prompt)
     return Path(folder)
 
 
@@ -121,11 +123,13 @@ def _card_form(model: HFModel, params: Params, form: str) -> str:
     return "prefix" if form == "adapter" and isinstance(model.spec, Prefix) else form
 
 
-def _finish(model: HFModel, draft: Path, form: str, labels: Sequence[str], card: Mapping[str, Any]) -> None:
-    """Tokenizer and card, which both forms have."""
+def _finish(
+    model: HFModel, draft: Path, form: str, labels: Sequence[str], card: Mapping[str, Any], prompt: int = 0
+) -> None:
+    """Tokenizer and card, which both forms have; `prompt` is the number of tokens that peft puts before the text."""
     if model.base.tokenizer is not None:
         model.base.tokenizer.save_pretrained(draft)
-    text = model_card(form, model.base.source, labels, model.pooling, model.base.tokenizer, card)
+    text = model_card(form, model.base.source, labels, model.pooling, model.base.tokenizer, card, prompt)
     (draft / CARD).write_text(text, encoding="utf-8")
 
 
