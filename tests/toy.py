@@ -4,6 +4,9 @@ The parameters are one point w, cut into two tensors so that names matter: `bloc
 `head.w` the last one; a model of several blocks shares the former out among `block.0.w`, `block.1.w`, .... A row of
 data is a point x and its loss is 1/2 ||w - x||², so the gradient of a batch is w - mean(x), a step of SGD moves w by
 lr (mean(x) - w), and a client's optimum is the mean of its rows. A block without parameters stands at 0.
+
+With a rank, the numbers of a block are 2 B A instead, a product of LoRA's factors `block.0.w.B` (1, rank) and
+`block.0.w.A` (rank, numbers), and a base delta (`delta.block.0.w.left` and so on) is added to them.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from fedpeft.core.tree import Params, block_of
 from fedpeft.engines.inprocess import InProcess
 
 BODY, HEAD = "block.0.w", "head.w"
+BODIES = {f"{start}block.{i}" for i in range(4) for start in ("", "delta.")}
+SCALE = 2.0  # alpha / rank of the factors
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class ToyModel:
         dtype: of the parameters, by name.
         dropout: of the adapter's specification.
         blocks: how many blocks it has.
+        rank: of LoRA's factors; 0: the blocks hold their numbers themselves.
     """
 
     device = torch.device("cpu")
@@ -93,18 +99,27 @@ class ToyModel:
         dtype: str = "float64",
         dropout: float = 0.0,
         blocks: int = 1,
+        rank: int = 0,
     ) -> None:
         self.blocks = blocks
+        self.rank = rank
         self.start = start
         self.width = width
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.spec: AdapterSpec = Lora(dropout=dropout)
+        self.spec: AdapterSpec = Lora(rank or 8, SCALE * (rank or 8), dropout=dropout)
         self.dirt: Any = None
         self.calls: list[int] = []  # how many fits each call of fit_many was given
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
         numbers = rng.standard_normal(self.width) if self.start is None else self.start
-        return cut(torch.tensor(numbers, dtype=self.dtype), self.blocks)
+        plain = cut(torch.tensor(numbers, dtype=self.dtype), self.blocks)
+        if not self.rank:
+            return plain
+        made = {HEAD: plain.pop(HEAD)}
+        for name, own in plain.items():
+            made[f"{name}.A"] = torch.from_numpy(rng.standard_normal((self.rank, len(own)))).to(self.dtype)
+            made[f"{name}.B"] = torch.zeros(1, self.rank, dtype=self.dtype)
+        return made
 
     def lowest_block(self, names: Iterable[str]) -> int:
         return min((block for name in names if (block := block_of(name)) is not None), default=self.blocks)
@@ -118,6 +133,10 @@ class ToyModel:
 
     def check(self, fit: Fit) -> None:
         known = cut(torch.zeros(3), self.blocks).keys()
+        if self.rank:
+            if HEAD not in fit.params or any(name.split(".w.")[0] not in BODIES for name in fit.params.keys() - {HEAD}):
+                raise FitError(f"the toy has factors, deltas and a head, the fit has {sorted(fit.params)}")
+            return
         if not (HEAD in fit.params and fit.params.keys() <= known and (self.blocks > 1 or len(fit.params) == 2)):
             raise FitError(f"the toy has {sorted(known)}, the fit has {sorted(fit.params)}")
 
@@ -133,7 +152,20 @@ class ToyModel:
 
     def point(self, params: Params, width: int) -> Tensor:
         """w, with zeros for what is not there."""
-        return torch.cat([params.get(name, zeros) for name, zeros in cut(torch.zeros(width), self.blocks).items()])
+        return torch.cat(
+            [self.own(params, name, zeros) for name, zeros in cut(torch.zeros(width), self.blocks).items()]
+        )
+
+    def own(self, params: Params, name: str, zeros: Tensor) -> Tensor:
+        """The numbers of one block, or of the head."""
+        if not self.rank or name == HEAD:
+            return params.get(name, zeros)
+        total = zeros
+        if f"{name}.A" in params:
+            total = total + SCALE * (params[f"{name}.B"] @ params[f"{name}.A"])[0]
+        if f"delta.{name}.left" in params:
+            total = total + (params[f"delta.{name}.left"] @ params[f"delta.{name}.right"])[0]
+        return total + params.get(f"delta.{name}.dense", zeros[None])[0]
 
     def logits(self, params: Params | None, data: Points, rows: Sequence[int] | None = None) -> Tensor:
         x = torch.from_numpy(data.x if rows is None else data.x[list(rows)])
@@ -161,6 +193,8 @@ class ToyModel:
         losses = []
         for i, fit in enumerate(stack.fits):
             w = self.point({name: t[i] for name, t in stack.params.items()}, fit.data.x.shape[1])
+            for layer in stack.also:
+                w = w + self.point({name: t[i] for name, t in layer.items()}, fit.data.x.shape[1])
             x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
             if fit.dropout:
                 x = x * torch.from_numpy(_noise(fit, step, rows[i], x.shape[1])).to(w)

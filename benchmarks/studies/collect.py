@@ -82,7 +82,11 @@ def selected(cell: Mapping[str, Any]) -> float:
 
 
 def table(cells: Sequence[Cell]) -> list[str]:
-    """A row of Markdown per task and method: mean and range of the test scores at the chosen rate."""
+    """A row of Markdown per task and method: mean and range of the test scores at the chosen rate.
+
+    The global score is that of the best-validated parameters, the personal one that of the last round: memories of
+    earlier rounds are not kept.
+    """
     rows = [
         "| task | method | lr | seeds | test, global | test, personal | traffic MB | of it set-up | simulated s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -104,7 +108,7 @@ def _average(cells: Sequence[Cell], key: str) -> float:
 
 
 def _mean(cells: Sequence[Cell], who: str) -> str:
-    scores = [cell["test"].get(who, cell["final"].get(who)) for cell in cells]
+    scores = [cell["final" if who == "personalized" else "test"].get(who) for cell in cells]
     known = [score for score in scores if score is not None]
     if not known:
         return ""

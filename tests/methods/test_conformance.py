@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ import torch
 import toy
 from fedpeft import methods
 from fedpeft.core import records
+from fedpeft.core.adapter import HeadOnly, Lora
 from fedpeft.core.client import answer
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.exchange import Call, ClientEnv, Exchange, Method, Record, ServerEnv
@@ -36,7 +37,8 @@ from fedpeft.engines.inprocess import InProcess
 from transports import Direct, Pipes, Recording, Rewritten, Silent, backwards
 
 ROUNDS, SEED = 3, 11
-MODEL = {"width": 3, "dtype": "float32", "dropout": 0.1, "blocks": 2}
+RANK = 2
+MODEL: dict[str, Any] = {"width": 3, "dtype": "float32", "dropout": 0.1, "blocks": 2}
 SETTINGS = {
     "cohort": 3,
     "lr": 0.05,
@@ -65,14 +67,21 @@ class Case:
     def make(self) -> Method:
         return methods.build(self.name, self.values)
 
+    @functools.cached_property
+    def model(self) -> dict[str, Any]:
+        """Arguments of the toy: with LoRA's factors for methods that tune nothing else."""
+        method = self.make()
+        factors = isinstance(method.adapter(), Lora) and method.accepts(HeadOnly()) is not None
+        return MODEL | ({"rank": RANK} if factors else {})
+
     def data(self, width: int = MODEL["width"]) -> dict[str, dict[str, toy.Points]]:
         return toy.federation(self.cls.pooled, width=width)
 
     def engine(self, model: toy.ToyModel | None = None, seed: int = SEED, batch: int = 1) -> InProcess:
-        return InProcess(self.make, model or toy.ToyModel(**MODEL), self.data(), seed, batch=batch)
+        return InProcess(self.make, model or toy.ToyModel(**self.model), self.data(), seed, batch=batch)
 
     def run(self, transport: Any, seed: int = SEED, rounds: int = ROUNDS, start: Start | None = None) -> list[Done]:
-        model = toy.ToyModel(**MODEL)
+        model = toy.ToyModel(**self.model)
         return list(federate(self.make(), transport, model, rounds=rounds, seed=seed, start=start))
 
 
@@ -155,11 +164,11 @@ def test_same_seed_same_bits_and_another_seed_other_bits(case: Case) -> None:
 @every
 def test_in_process_equals_direct_hand_over_and_a_fresh_process(case: Case, worker: subprocess.Popen[bytes]) -> None:
     engine = case.engine()
-    model = toy.ToyModel(**MODEL)
+    model = toy.ToyModel(**case.model)
     known = set(vars(model))
     direct = Direct(case.make(), model, case.data(), SEED)
     values = json.loads(json.dumps(plain(case.make())))
-    pipes = Pipes(worker, case.name, values, case.cls, toy.plain(case.data()), MODEL, SEED)
+    pipes = Pipes(worker, case.name, values, case.cls, toy.plain(case.data()), case.model, SEED)
     ends = []
     for transport in (engine, direct, pipes):
         done = case.run(transport)
@@ -182,12 +191,12 @@ def test_resume_from_every_exchange_equals_uninterrupted(case: Case) -> None:
     whole = case.run(whole_engine)
     for stop in range(1, len(whole)):
         engine = case.engine()
-        loop = federate(case.make(), engine, toy.ToyModel(**MODEL), rounds=ROUNDS, seed=SEED)
+        loop = federate(case.make(), engine, toy.ToyModel(**case.model), rounds=ROUNDS, seed=SEED)
         done = [next(loop) for _ in range(stop)]
         loop.close()
         start = done[-1].start
         saved = Start(start.number, records.decode(records.encode(start.state), case.cls.state), start.versions)
-        lost = federate(case.make(), engine, toy.ToyModel(**MODEL), rounds=ROUNDS, seed=SEED, start=saved)
+        lost = federate(case.make(), engine, toy.ToyModel(**case.model), rounds=ROUNDS, seed=SEED, start=saved)
         next(lost)  # killed after the clients staged their memories, before anything was saved
         lost.close()
         rest = case.run(engine, start=saved)
@@ -206,7 +215,7 @@ def test_order_of_answers_is_irrelevant(case: Case) -> None:
 @every
 def test_a_dirty_model_is_harmless(case: Case) -> None:
     """Left-overs in the model and the global generators change nothing."""
-    model = toy.ToyModel(**MODEL)
+    model = toy.ToyModel(**case.model)
     engine = case.engine(model)
     soil = np.random.default_rng(0)
 
@@ -222,7 +231,7 @@ def test_a_dirty_model_is_harmless(case: Case) -> None:
 @every
 def test_received_records_are_unchanged(case: Case) -> None:
     """`send`, `work` and `fold` leave state, messages and memory as they got them."""
-    method, model, data = case.make(), toy.ToyModel(**MODEL), case.data()
+    method, model, data = case.make(), toy.ToyModel(**case.model), case.data()
     clients = sorted(data)
     server = ServerEnv(model, clients, SEED, ROUNDS)
     state = method.init(server)
@@ -269,7 +278,7 @@ def test_a_lost_client_does_not_stop_the_run(case: Case, place: int) -> None:
     assert {c: bits(up) for c, up in some.ups.items()} == {c: bits(all_answers.ups[c]) for c in some.ups}
     for step in done:
         assert step.answered and any(r.lost for r in step.receipts)
-    fresh = case.make().init(ServerEnv(toy.ToyModel(**MODEL), tuple(engine.clients()), SEED, ROUNDS))
+    fresh = case.make().init(ServerEnv(toy.ToyModel(**case.model), tuple(engine.clients()), SEED, ROUNDS))
     assert own_loss(case, engine, done[-1].state, done[-1].versions) < FALLS * own_loss(case, case.engine(), fresh, {})
 
 
@@ -324,7 +333,7 @@ def test_every_field_has_a_default_and_a_meaning(name: str) -> None:
 def test_the_loss_falls(case: Case) -> None:
     engine = case.engine()
     done = case.run(engine, rounds=2 * ROUNDS)
-    fresh = case.make().init(ServerEnv(toy.ToyModel(**MODEL), tuple(engine.clients()), SEED, ROUNDS))
+    fresh = case.make().init(ServerEnv(toy.ToyModel(**case.model), tuple(engine.clients()), SEED, ROUNDS))
     assert own_loss(case, engine, done[-1].state, done[-1].versions) < FALLS * own_loss(case, case.engine(), fresh, {})
 
 
@@ -332,16 +341,18 @@ def test_the_loss_falls(case: Case) -> None:
 def test_bytes_are_what_the_docstring_says(case: Case) -> None:
     """`Traffic per client and round: down = 2 params; up = params`, to within the headers of the records."""
     width = 5000
-    engine = InProcess(case.make, toy.ToyModel(**MODEL | {"width": width}), case.data(width), SEED)
+    engine = Recording(InProcess(case.make, toy.ToyModel(**case.model | {"width": width}), case.data(width), SEED))
     says = traffic_of(case.name)
     step = None
     measured: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    for step in federate(case.make(), engine, engine.model, rounds=2, seed=SEED):
+    downs: dict[tuple[int, str], list[Record]] = {}
+    for step in federate(case.make(), engine, toy.ToyModel(**case.model | {"width": width}), rounds=2, seed=SEED):
         for receipt in step.receipts if step.round else ():
             measured.setdefault((step.round, receipt.client), []).append((receipt.bytes_down, receipt.bytes_up))
+            downs.setdefault((step.round, receipt.client), []).append(engine.calls[-1][1][receipt.client])
     assert measured and step is not None
-    numbers = {kind: copies(text, step.state, width) for kind, text in says.items()}
-    for exchanges in measured.values():
+    for place, exchanges in measured.items():
+        numbers = {way: copies(text, case, step.state, width, place[0], downs[place]) for way, text in says.items()}
         down, up = (sum(way) for way in zip(*exchanges, strict=True))
         assert 0 < down - 4 * numbers["down"] <= HEADER_BYTES * len(exchanges)
         assert 0 < up - 4 * numbers["up"] <= HEADER_BYTES * len(exchanges)
@@ -355,15 +366,39 @@ def traffic_of(name: str) -> dict[str, str]:
     return dict(zip(("down", "up"), found.groups(), strict=True))
 
 
-def copies(text: str, state: Any, width: int) -> float:
-    """How many numbers a phrase of the traffic line stands for: those of the blocks in `state.layers`, or all."""
+PART = re.compile(r"(?:([\d.]+) )?(params|A|B|head|the changes that it missed)( of the shared layers)?")
+
+
+def copies(text: str, case: Case, state: Any, width: int, round: int, downs: list[Record]) -> float:
+    """How many numbers a phrase of the traffic line stands for.
+
+    Parts joined by "and": all parameters, the factors A or B, the head, those of the blocks in `state.layers`, or what
+    the records sent bring of the base's changes. "... in odd rounds, ... in even ones" where the rounds differ.
+    """
     if text == "nothing":
         return 0.0
-    found = re.fullmatch(r"(?:([\d.]+) )?params( of the shared layers)?", text)
-    assert found, f"traffic {text!r} must be 'nothing', '[2 ]params' or '[2 ]params of the shared layers'"
-    names = toy.cut(torch.zeros(width), MODEL["blocks"])
-    kept = [t for name, t in names.items() if not found[2] or block_of(name) in (None, *state.layers)]
-    return float(found[1] or 1) * sum(t.numel() for t in kept)
+    turns = re.fullmatch(r"(.+) in odd rounds, (.+) in even ones", text)
+    if turns:
+        text = turns[1 if round % 2 else 2]
+    every = toy.ToyModel(**case.model | {"width": width}).init(np.random.default_rng(0))
+    total = 0.0
+    for part in text.split(" and "):
+        found = PART.fullmatch(part)
+        assert found, f"traffic {part!r} must be 'nothing' or fit to {PART.pattern!r}"
+        if found[2] == "the changes that it missed":
+            total += sum(numbers(down.news.steps) + numbers([down.news.whole or {}]) for down in downs)
+            continue
+        kept = [t for name, t in every.items() if found[2] == "params" or name.endswith(f".{found[2]}")]
+        if found[2] == "head":
+            kept = [every[toy.HEAD]]
+        if found[3]:
+            kept = [t for name, t in every.items() if block_of(name) in (None, *state.layers)]
+        total += float(found[1] or 1) * sum(t.numel() for t in kept)
+    return total
+
+
+def numbers(params: Iterable[Mapping[str, torch.Tensor]]) -> int:
+    return sum(t.numel() for own in params for t in own.values())
 
 
 @each

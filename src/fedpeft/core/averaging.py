@@ -28,10 +28,11 @@ class Averaged:
 
 
 @dataclass(frozen=True)
-class Averaging(Defaults):
-    """Every client of a cohort trains the adapter it is sent; the server takes the mean, weighted by examples.
+class Tuning(Defaults):
+    """The fields of ordinary local training, for methods of one kind of adapter.
 
-    A subclass is a frozen dataclass with an `adapter()`; it may give the fields other defaults.
+    A subclass is a frozen dataclass, and brings an `adapter()` unless it tunes LoRA; it may give the fields other
+    defaults.
     """
 
     cohort: int = 10  # clients per round; 0: all
@@ -43,14 +44,19 @@ class Averaging(Defaults):
     clip: float | None = None  # bound on the gradient's norm at every local step; null: none
     steps: int | None = None  # local steps per round, instead of whole epochs
 
-    state: ClassVar[type[Averaged]] = Averaged
-
     def __post_init__(self) -> None:
         check_ranges(self)
 
     def accepts(self, spec: AdapterSpec) -> str | None:
         """The method's own kind of adapter alone: with another it would be another method."""
         return only(self, spec)
+
+
+@dataclass(frozen=True)
+class Averaging(Tuning):
+    """Every client of a cohort trains the adapter it is sent; the server takes the mean, weighted by examples."""
+
+    state: ClassVar[type[Averaged]] = Averaged
 
     def init(self, env: ServerEnv) -> Averaged:
         """The fresh adapter."""
@@ -70,8 +76,9 @@ class Averaging(Defaults):
         return Update(fitted.params, len(env.data), fitted.loss), memory
 
     def average(self, state: Averaged, ups: Mapping[ClientId, Update], env: ServerEnv) -> Averaged:
-        """The mean of the answers, weighted by examples."""
-        return Averaged(tree.mean((up.params, up.examples) for up in ups.values()), mean_loss(ups.values()))
+        """The mean of the answers, weighted by examples; what did not travel stays."""
+        mean = tree.mean((up.params, up.examples) for up in ups.values())
+        return Averaged(tree.overlay(state.params, mean), mean_loss(ups.values()))
 
     def result(self, state: Averaged) -> Params:
         """The mean."""

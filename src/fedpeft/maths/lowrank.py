@@ -99,7 +99,8 @@ def refit(pair: Pair, a: Tensor, ridge: float) -> Tensor:
     left, right = (t.double() for t in pair)
     own = a.double()
     gram = own @ own.T + ridge * torch.eye(len(own), dtype=torch.float64, device=own.device)
-    return left @ (right @ own.T) @ torch.linalg.pinv(gram, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(gram, hermitian=True)
+    return left @ (right @ own.T) @ inverse
 
 
 def norm(pair: Pair) -> float:

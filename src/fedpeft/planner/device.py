@@ -9,6 +9,7 @@ A devices file is TOML. Profiles are named tables; a key that a profile leaves o
     down_bytes_per_s = 2.5e6
     latency_s = 0.08
     availability = 0.9          # probability that the client answers when it is asked
+    rank = 4                    # of its LoRA, in methods that let ranks differ
 
     [profile.laptop]            # equal to the default
 
@@ -53,6 +54,7 @@ class Profile:
     down_bytes_per_s: float = 6.25e6
     latency_s: float = 0.05  # per message and answer together
     availability: float = 1.0  # probability that a picked client answers, in (0, 1]
+    rank: int = 0  # of the LoRA that this machine trains, in methods with unequal ranks; 0: the adapter's
 
 
 DEFAULT = Profile()
@@ -85,6 +87,7 @@ def load_devices(path: Path, clients: Sequence[ClientId], seed: int = 0) -> dict
     return {client: profiles[chosen[client]] for client in clients}
 
 
+_WHOLE = frozenset({"memory_bytes", "rank"})
 _TABLES = frozenset({"profile", "clients"})
 
 
@@ -106,7 +109,7 @@ def _profiles(tables: Any, path: Path, problems: list[str]) -> dict[str, Profile
             elif problem := _bad_value(key, value):
                 problems.append(f"{where} is {value!r}; {problem}")
             else:
-                values[key] = int(value) if key == "memory_bytes" else float(value)
+                values[key] = int(value) if key in _WHOLE else float(value)
         found[name] = dataclasses.replace(found[name], **values)
     return found
 
@@ -116,6 +119,8 @@ def _bad_value(key: str, value: Any) -> str | None:
         return "give a finite number"
     if key == "latency_s":
         return None if value >= 0 else "give a number of seconds that is not negative"
+    if key == "rank":
+        return None if value >= 0 and value == int(value) else "give a whole number of at least 0"
     if key == "availability":
         return None if 0 < value <= 1 else "give a probability above 0 and at most 1"
     return None if value > 0 else "give a number above 0"

@@ -1,0 +1,119 @@
+"""LoRA parameters as pairs of factors: `s.B` (d_out, r) and `s.A` (r, d_in) of every slot s, beside a head.
+
+The methods of the LoRA family differ in what they train, send and combine of the pairs; how is told with these words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedpeft.core import tree
+from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.errors import RecordError
+from fedpeft.core.tree import Params
+
+Pair: TypeAlias = tuple[Tensor, Tensor]  # (B, A)
+Combine: TypeAlias = Callable[[Sequence[Pair], Pair], Pair]  # a slot's pairs, and the server's own -> a new one
+
+
+def stems(params: Params) -> tuple[str, ...]:
+    """The slots that have both factors, sorted."""
+    return tuple(sorted(n.removesuffix(".A") for n in params if n.endswith(".A") and f"{n[:-1]}B" in params))
+
+
+def is_factor(name: str, sides: str = "AB") -> bool:
+    """Whether the name is that of a factor A or B of a block, on one of the sides."""
+    stem, _, side = name.rpartition(".")
+    return len(side) == 1 and side in sides and tree.block_of(name) is not None and bool(stem)
+
+
+def factors(params: Params, sides: str = "AB") -> dict[str, Tensor]:
+    """The factors of these sides alone."""
+    return tree.select(params, lambda name: is_factor(name, sides))
+
+
+def others(params: Params, sides: str = "AB") -> dict[str, Tensor]:
+    """Everything but the factors of these sides: the head, and the factors of the other side."""
+    return tree.select(params, lambda name: not is_factor(name, sides))
+
+
+def pair(params: Params, stem: str) -> Pair:
+    """(B, A) of a slot."""
+    return params[f"{stem}.B"], params[f"{stem}.A"]
+
+
+def ranks(params: Params) -> dict[str, int]:
+    """The rank of every slot."""
+    return {stem: int(params[f"{stem}.A"].shape[0]) for stem in stems(params)}
+
+
+def cut(params: Params, rank: int) -> dict[str, Tensor]:
+    """The first `rank` rows of every A and columns of every B; slots of less rank and the head stay as they are."""
+    own = dict(params)
+    for stem in stems(params):
+        own[f"{stem}.B"] = params[f"{stem}.B"][:, :rank].clone()
+        own[f"{stem}.A"] = params[f"{stem}.A"][:rank].clone()
+    return own
+
+
+def combined(parts: Sequence[Params], how: Combine, before: Params) -> dict[str, Tensor]:
+    """Slot by slot, one pair from everybody's, in the dtype that they came in.
+
+    Args:
+        parts: params that have the same slots, perhaps of unequal rank.
+        how: gives (B, A) from the slot's pairs, in the order of the parts, and the one that the server has.
+        before: the server's pairs.
+    """
+    made: dict[str, Tensor] = {}
+    for stem in stems(before):
+        b, a = how([pair(part, stem) for part in parts], pair(before, stem))
+        dtype = before[f"{stem}.A"].dtype
+        made |= {f"{stem}.B": b.to(dtype), f"{stem}.A": a.to(dtype)}
+    return made
+
+
+def as_delta(pairs: Params, scale: float) -> dict[str, Tensor]:
+    """The base delta that adds scale * B A to every slot's weight: the scale sits on the left factor."""
+    made: dict[str, Tensor] = {}
+    for stem in stems(pairs):
+        b, a = pair(pairs, stem)
+        made |= {f"delta.{stem}.left": b * scale, f"delta.{stem}.right": a.clone()}
+    return made
+
+
+def scale_of(spec: AdapterSpec) -> float:
+    """c = alpha / rank, which is the same for every client, also where ranks differ."""
+    return spec.alpha / spec.rank if isinstance(spec, Lora) else 1.0
+
+
+def same_slots(sent: Params, got: Params, most: int) -> None:
+    """Check pairs whose rank may differ from what was sent.
+
+    Args:
+        sent, got: pairs of the same slots.
+        most: the largest rank that an answer may have.
+
+    Raises:
+        RecordError: other names, other widths, other dtypes, factors that do not fit together, or a rank above `most`.
+    """
+    if sent.keys() != got.keys():
+        raise RecordError(f"an answer has other parameters than were sent, first: {min(sent.keys() ^ got.keys())!r}")
+    tree.same_dtypes(sent, got)
+    for stem in stems(sent):
+        (b, a), (own_b, own_a) = pair(sent, stem), pair(got, stem)
+        fits = own_b.dim() == own_a.dim() == 2 and own_b.shape[1] == own_a.shape[0]
+        if not fits or own_b.shape[0] != b.shape[0] or own_a.shape[1] != a.shape[1]:
+            shown = f"{tuple(own_b.shape)} and {tuple(own_a.shape)}"
+            raise RecordError(f"the factors of {stem!r} have shapes {shown}; they do not fit to the slot")
+        if not 1 <= own_a.shape[0] <= most:
+            raise RecordError(f"the factors of {stem!r} have rank {own_a.shape[0]}; it lies between 1 and {most}")
+    tree.same_layout(others(sent), others(got))
+
+
+def fresh_b(params: Params) -> dict[str, Tensor]:
+    """The params with every B at zero, so that the adapter changes nothing."""
+    return {name: torch.zeros_like(t) if is_factor(name, "B") else t for name, t in params.items()}
