@@ -60,8 +60,8 @@ def layout_of(model: HFModel, params: Params, labels: Sequence[str]) -> Layout:
     Raises:
         ModelError: parameters that only a merged model can hold.
     """
-    if folded := [name for name in params if name.startswith(delta.PREFIX)]:
-        raise ModelError(f"a PEFT adapter cannot hold a change of the base ({folded[0]}); export with --merge")
+    if any(name.startswith(delta.PREFIX) for name in params):  # PEFT has no change of the base; `merge` folds it in
+        return Layout("own", {name: t.detach().cpu().contiguous() for name, t in params.items()})
     if params.keys() <= {head.WEIGHT, head.BIAS}:
         raise ModelError("PEFT has no adapter that is a head alone; export with --merge")
     known = _PEFT.get(type(model.spec))
