@@ -22,7 +22,7 @@ from torch import Tensor
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
-from fedpeft.core.exchange import Method
+from fedpeft.core.exchange import Fisher, Method, Perturbation, TokenNorm
 from fedpeft.core.federate import Done, federate
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.rng import Rng, key_for, rng_for
@@ -186,6 +186,28 @@ class ToyModel:
         """Of 1/2 ||w - x||²: the identity."""
         over = set(params if names is None else names)
         return lambda vector: {name: vector[name].clone() for name in over}
+
+    def fisher(self, params: Params, data: Points, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+        """By autograd, row by row."""
+        names = sorted(name for name in params if name.endswith((".A", ".B")))
+        trace, sums = [], {name: torch.zeros(len(params[name])) for name in names}
+        for row in rows:
+            leaves = {name: params[name].clone().requires_grad_() for name in names}
+            w = self.point({**params, **leaves}, data.x.shape[1])
+            loss = 0.5 * (w - torch.from_numpy(data.x[row]).to(w)).square().sum()
+            squares = [g.square() for g in torch.autograd.grad(loss, list(leaves.values()))]
+            trace.append(sum(float(g.sum()) for g in squares))
+            for name, g in zip(leaves, squares, strict=True):
+                sums[name] += g.mean(dim=1).float()
+        return Fisher(torch.tensor(trace), {name: t / len(rows) for name, t in sums.items()})
+
+    def sensitivity(
+        self, params: Params, data: Points, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """Every block adds what comes in to the numbers of the row: the later it is, the less it changes."""
+        sizes = torch.from_numpy(np.linalg.norm(data.x[list(rows)], axis=1)).float()
+        layers = torch.arange(self.blocks + 1)[:, None]
+        return size * sizes.expand(self.blocks + 1, -1), sizes * (1 + layers)
 
     def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
         """Mean losses and their gradients, client by client, so that company changes no bit."""

@@ -7,8 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
+from fedpeft.core import pairs
 from fedpeft.core.errors import ClientError, FedpeftError
-from fedpeft.core.exchange import ClientEnv, Exchange, Meter, Method, Model, Record
+from fedpeft.core.exchange import (
+    ClientEnv,
+    Exchange,
+    Fisher,
+    Meter,
+    Method,
+    Model,
+    Perturbation,
+    Record,
+    TokenNorm,
+)
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
@@ -145,6 +156,19 @@ class Metered:
             return multiply(vector)
 
         return product
+
+    def fisher(self, params: Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+        """See `Model.fisher`: forward, and backward to the lowest factor."""
+        self._meter.train(*self._model.passes(params, data, rows), self._model.lowest_block(pairs.factors(params)))
+        return self._model.fisher(params, data, rows, token_norm)
+
+    def sensitivity(
+        self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """See `Model.sensitivity`: forward, and backward through all blocks; forward once more."""
+        self._meter.train(*self._model.passes(params, data, rows), 0)
+        self._count(params, data, rows)
+        return self._model.sensitivity(params, data, rows, perturbation, size, rng)
 
     def _count(self, params: Params | None, data: Data, rows: Sequence[int] | None) -> None:
         tokens, pairs = self._model.passes(params, data, rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from fedpeft.core.tree import Params
 
 ClientId: TypeAlias = str
 Record: TypeAlias = Any  # a frozen dataclass that `records.encode` can write
+TokenNorm: TypeAlias = Literal["sqrt", "mean", "sum"]
+Perturbation: TypeAlias = Literal["l2", "inf", "random"]
 Work: TypeAlias = "tuple[Record, Record] | Generator[Fit, Fitted, tuple[Record, Record]]"
 
 
@@ -105,6 +107,43 @@ class Model(Protocol):
     ) -> Callable[[Params], dict[str, Tensor]]:
         """v -> H v: H of the mean loss of the rows over the named parameters (None: all), without dropout."""
         ...
+
+    def fisher(self, params: Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+        """The Fisher information of LoRA's factors at the observed labels, sample by sample, without dropout.
+
+        Args:
+            token_norm: what the gradient of an answer of several tokens is: the "sum" over them, their "mean", or the
+                sum divided by the square root of their number, which prefers neither short nor long answers.
+        """
+        ...
+
+    def sensitivity(
+        self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """How the blocks' outputs change when the embeddings are perturbed by `size` times their mean norm.
+
+        Args:
+            perturbation: along the loss's gradient (`l2`), along its signs (`inf`), or in a `random` direction.
+            rng: of the random directions.
+
+        Returns:
+            changes, sizes: (blocks + 1, rows) Frobenius norms over real tokens of h_l(e + ε) - h_l(e) and of h_l(e);
+            first those of what enters the lowest block.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """The diagonal Fisher information of LoRA's factors: squared gradients of the log-likelihood.
+
+    Attributes:
+        trace: (rows,) float32, of each row of data: the squared norm of its gradient.
+        rows: per factor, (rows of the matrix,): the mean over the data, and over the numbers of that row.
+    """
+
+    trace: Tensor
+    rows: dict[str, Tensor]
 
 
 @dataclass

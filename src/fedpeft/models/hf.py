@@ -16,6 +16,7 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
+from fedpeft.core.exchange import Fisher, Perturbation, TokenNorm
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
@@ -25,11 +26,13 @@ from fedpeft.models.adapters import Partner, Rows, Shape, delta
 from fedpeft.models.adapters.kinds import build_adapter
 from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.families import is_decoder, slots
+from fedpeft.models.fisher import fisher
 from fedpeft.models.load import Base
 from fedpeft.models.noise import row_keys
 from fedpeft.models.parts import Batch, collate, cut
 from fedpeft.models.readouts import Item, Readout, Seen
 from fedpeft.models.readouts.head import HeadReadout
+from fedpeft.models.sensitivity import sensitivity
 
 TOKEN_BUDGET = 2048  # padded tokens of one forward pass
 _HEAD_PARTNERS: Mapping[str, Partner] = {"weight": ("bias", 0, 0), "bias": ("weight", 0, 0)}
@@ -314,6 +317,16 @@ class HFModel:
     ) -> Callable[[Params], dict[str, Tensor]]:
         """See `probes.hessian`."""
         return probes.hessian(self, params, cast(Examples, data), rows, frozenset(params if names is None else names))
+
+    def fisher(self, params: Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+        """See `fisher.fisher`."""
+        return fisher(self, params, cast(Examples, data), rows, token_norm)
+
+    def sensitivity(
+        self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """See `sensitivity.sensitivity`."""
+        return sensitivity(self, params, cast(Examples, data), rows, perturbation, size, rng)
 
 
 def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,150 @@
+"""The Fisher information by hooks against autograd sample by sample, and the specification's golden numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+import tiny_lm
+from fedpeft.core.adapter import Lora, Prefix
+from fedpeft.core.errors import FitError
+from fedpeft.core.examples import Examples
+from fedpeft.core.fit import SGD, Fit
+from fedpeft.core.tree import Params
+from fedpeft.models import fisher as module
+from fedpeft.models.hf import HFModel
+from fedpeft.models.readouts.cloze import ClozeReadout
+from fedpeft.models.readouts.verbalizer import VerbalizerReadout
+
+
+def gradients(model: HFModel, params: Params, data: Examples, row: int) -> dict[str, Tensor]:
+    """Of one row's own loss with respect to the factors, by one step of SGD at rate 1."""
+    names = frozenset(name for name in params if name.endswith((".A", ".B")))
+    fitted = model.fit(Fit(params, data, [[row]], SGD(1.0), train=names))
+    return {name: params[name] - fitted.params[name] for name in sorted(names)}
+
+
+def expected(model: HFModel, params: Params, data: Examples, rows: list[int], weights: Any = None) -> Any:
+    traces, sums = [], {}
+    for row in rows:
+        weight = 1.0 if weights is None else weights[row]
+        squares = {name: (weight * g).square() for name, g in gradients(model, params, data, row).items()}
+        traces.append(sum(float(g.sum()) for g in squares.values()))
+        for name, g in squares.items():
+            sums[name] = sums.get(name, 0) + g.mean(dim=1) / len(rows)
+    return torch.tensor(traces), sums
+
+
+def assert_same(got: Any, wanted: Any, rtol: float = 1e-5) -> None:
+    torch.testing.assert_close(got.trace.double(), wanted[0].double(), rtol=rtol, atol=0)
+    assert got.rows.keys() == wanted[1].keys()
+    for name, t in wanted[1].items():
+        torch.testing.assert_close(got.rows[name].double(), t.double(), rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("budget", [2048, 30])
+def test_it_is_the_square_of_every_samples_own_gradient(family: str, budget: int) -> None:
+    """All projections at once (GPT-2's share a module), padded rows, rows that come twice."""
+    spec = Lora(rank=3, alpha=6.0, targets=tiny.everything(family))
+    model = tiny.model(family, spec, budget=budget)
+    params, data = tiny.params(model, tiny.place()), tiny.examples(tiny.place(1), 7)
+    rows = [5, 0, 3, 3]
+    got = model.fisher(params, data, rows)
+    assert_same(got, expected(model, params, data, rows))
+    alone = torch.cat([model.fisher(params, data, [row]).trace for row in rows])
+    torch.testing.assert_close(got.trace, alone, rtol=1e-5, atol=0)
+
+
+def test_golden_numbers_of_one_module() -> None:
+    """X, G, A, B and c of the specification: ∂B (2, -6), ∂A (8, -4), f 120; row means A (40), B (4, 36)."""
+    linear = torch.nn.Linear(2, 2, bias=False)
+    body = torch.nn.Module()
+    body.add_module("linear", linear)
+    slot = module.Slot("block.0.query", "linear", 2, 2, 0, 2)
+    for b, f, rows in (([[3.0], [1.0]], 120.0, {"A": [40.0], "B": [4.0, 36.0]}), ([[0.0], [0.0]], 40.0, {"A": [0.0]})):
+        params = {"block.0.query.A": torch.tensor([[1.0, 2.0]]), "block.0.query.B": torch.tensor(b)}
+        fake: Any = type("Fake", (), {"scale": 2.0, "device": tiny.CPU, "base": type("Base", (), {"module": body})})
+        with module._taps(fake, params, {"block.0.query": slot}) as found:
+            y = linear(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]))
+            y.backward(torch.tensor([[[1.0, 1.0], [0.0, -1.0]]]))
+        assert float(sum(g.square().sum() for g in found.values())) == f
+        for side, own in rows.items():
+            assert found[f"block.0.query.{side}"].square().mean(dim=2)[0].tolist() == own
+        assert found["block.0.query.B"][0].flatten().tolist() == [2.0, -6.0]
+
+
+def test_a_module_that_is_called_again_adds_up_before_squaring() -> None:
+    linear = torch.nn.Linear(2, 2, bias=False)
+    body = torch.nn.Module()
+    body.add_module("linear", linear)
+    slot = module.Slot("block.0.query", "linear", 2, 2, 0, 2)
+    params = {"block.0.query.A": torch.tensor([[1.0, 2.0]]), "block.0.query.B": torch.tensor([[3.0], [1.0]])}
+    fake: Any = type("Fake", (), {"scale": 1.0, "device": tiny.CPU, "base": type("Base", (), {"module": body})})
+    with module._taps(fake, params, {"block.0.query": slot}) as found:
+        x = torch.ones(1, 1, 2)
+        (linear(x).sum() - linear(x).sum()).backward()
+    assert not any(g.any() for g in found.values())
+
+
+def test_a_zero_b_gives_a_zero_gradient_of_a() -> None:
+    model = tiny.model("bert")
+    params = {n: torch.zeros_like(t) if n.endswith(".B") else t for n, t in tiny.params(model, tiny.place()).items()}
+    got = model.fisher(params, tiny.examples(tiny.place(1), 5), [0, 1, 2, 3, 4])
+    assert all(t.any() if name.endswith(".B") else not t.any() for name, t in got.rows.items())
+
+
+def test_memory_is_bounded_without_any_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("bert")
+    params, data = tiny.params(model, tiny.place()), tiny.examples(tiny.place(1), 9)
+    whole = model.fisher(params, data, range(9))
+    monkeypatch.setattr(module, "MOST_NUMBERS", 1)
+    single = model.fisher(params, data, range(9))
+    torch.testing.assert_close(whole.trace, single.trace, rtol=1e-5, atol=0)
+    for name, t in whole.rows.items():
+        torch.testing.assert_close(t, single.rows[name], rtol=1e-5, atol=1e-12)
+
+
+def test_nothing_is_left_behind() -> None:
+    model = tiny.model("bert")
+    params, data = tiny.params(model, tiny.place()), tiny.examples(tiny.place(1), 5)
+    before = model.logits(params, data)
+    model.fisher(params, data, [0, 1])
+    assert torch.equal(model.logits(params, data), before)
+    assert not any(t.requires_grad or t.grad is not None for t in params.values())
+    hooks = [len(inner._forward_hooks) for inner in model.base.module.modules()]
+    model.fisher(params, data, [0, 1])
+    assert [len(inner._forward_hooks) for inner in model.base.module.modules()] == hooks
+
+
+def test_cloze() -> None:
+    model = tiny_lm.model("bert", ClozeReadout(tiny_lm.lm_head("bert"), (11, 31, 7)))
+    drawn = tiny.examples(tiny.place(2), 5)
+    data = Examples(drawn.tokens, drawn.labels, None, np.zeros(5, dtype=np.int64))
+    params = {n: t for n, t in tiny.params(model, tiny.place()).items() if "head" not in n}
+    assert_same(model.fisher(params, data, [0, 2, 4]), expected(model, params, data, [0, 2, 4]))
+
+
+@pytest.mark.parametrize(("norm", "power"), [("mean", 0.0), ("sqrt", 0.5), ("sum", 1.0)])
+def test_answers_of_several_tokens(norm: Any, power: float) -> None:
+    """The loss is the mean over an answer's tokens; the gradient is what `token_norm` says."""
+    answers = [(5,), (7, 8, 9), (4, 6)]
+    model = tiny_lm.model("gpt2", VerbalizerReadout(tiny_lm.lm_head("gpt2"), answers))
+    data = tiny.examples(tiny.place(2), 6)
+    params = {n: t for n, t in tiny.params(model, tiny.place()).items() if "head" not in n}
+    weights = [len(answers[label]) ** power for label in data.labels]
+    assert len(set(weights)) > 1 or norm == "mean"
+    got = model.fisher(params, data, range(6), norm)
+    assert_same(got, expected(model, params, data, list(range(6)), weights))
+
+
+def test_it_needs_factors() -> None:
+    model = tiny.model("bert", Prefix(length=2))
+    params = {n: t.double() for n, t in model.init(tiny.place()).items()}
+    with pytest.raises(FitError, match="is of LoRA's factors, and there are none"):
+        model.fisher(params, tiny.examples(tiny.place(1), 3), [0])
