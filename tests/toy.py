@@ -49,6 +49,11 @@ class Points:
         """Every point counts as three tokens."""
         return np.full(len(self), 3)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The side of zero on which a point's first number is."""
+        return (self.x[:, 0] > 0).astype(np.int64)
+
     def epochs(self, epochs: int, batch_size: int, rng: Rng) -> Sequence[Sequence[int]]:
         return epoch_batches(len(self), epochs, batch_size, rng)
 
@@ -170,6 +175,10 @@ class ToyModel:
     def logits(self, params: Params | None, data: Points, rows: Sequence[int] | None = None) -> Tensor:
         x = torch.from_numpy(data.x if rows is None else data.x[list(rows)])
         return x * 0 if params is None else x * self.point(params, x.shape[1])
+
+    def losses(self, params: Params, data: Points, rows: Sequence[int]) -> Tensor:
+        w = self.point(params, data.x.shape[1]).double()
+        return (0.5 * (w - torch.from_numpy(data.x[list(rows)])).square().sum(dim=1)).float()
 
     def score(self, params: Params, data: Points) -> dict[str, Tensor]:
         w = self.point(params, data.x.shape[1]).double()

@@ -366,7 +366,9 @@ def traffic_of(name: str) -> dict[str, str]:
     return dict(zip(("down", "up"), found.groups(), strict=True))
 
 
-PART = re.compile(r"(?:([\d.]+) )?(params|A|B|head|the changes that it missed)( of the shared layers)?")
+PART = re.compile(
+    r"(?:([\d.]+) )?(params|A|B|head|the changes that it missed|what it lacks of the others)( of the shared layers)?"
+)
 
 
 def copies(text: str, case: Case, state: Any, width: int, round: int, downs: list[Record]) -> float:
@@ -387,6 +389,9 @@ def copies(text: str, case: Case, state: Any, width: int, round: int, downs: lis
         assert found, f"traffic {part!r} must be 'nothing' or fit to {PART.pattern!r}"
         if found[2] == "the changes that it missed":
             total += sum(numbers(down.news.steps) + numbers([down.news.whole or {}]) for down in downs)
+            continue
+        if found[2] == "what it lacks of the others":
+            total += sum(numbers([down.rest or {}]) for down in downs)
             continue
         kept = [t for name, t in every.items() if found[2] == "params" or name.endswith(f".{found[2]}")]
         if found[2] == "head":

@@ -133,6 +133,11 @@ class Metered:
         self._count(params, data, rows)
         return self._model.logits(params, data, rows)
 
+    def losses(self, params: Params, data: Data, rows: Sequence[int]) -> Tensor:
+        """See `Model.losses`."""
+        self._count(params, data, rows)
+        return self._model.losses(params, data, rows)
+
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """See `Model.score`."""
         self._count(params, data, None)

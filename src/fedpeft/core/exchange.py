@@ -81,6 +81,10 @@ class Model(Protocol):
         """Predictions before the softmax, (rows, classes), without gradient; params None: the base alone."""
         ...
 
+    def losses(self, params: Params, data: Data, rows: Sequence[int]) -> Tensor:
+        """(rows,) the loss of each row's own label, without gradient and dropout."""
+        ...
+
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """Sums that pool over clients by addition and from which every metric follows (`confusion`, `loss`, `n`)."""
         ...

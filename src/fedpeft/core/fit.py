@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.core import tree
@@ -70,6 +72,16 @@ class Data(Protocol):
     """The examples of one client, already tokenised; a model knows how to collate them."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of every row."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The class of every row."""
+        ...
 
     def epochs(self, epochs: int, batch_size: int, rng: Rng) -> Sequence[Sequence[int]]:
         """Row indices: each epoch a fresh permutation, cut into batches; the last batch may be short."""

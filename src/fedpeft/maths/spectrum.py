@@ -6,9 +6,9 @@ density (Golub & Welsch 1969; Ghorbani, Krishnan, Xiao 2019, arXiv 1901.10159). 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
@@ -121,6 +121,21 @@ def eigengap(theta: Tensor, omega: Tensor, lipschitz: float) -> Kept:
     m = int(wide.to(torch.int8).argmax())
     ratio = min(float(omega[m + 1 :].sum()), 1.0)
     return Kept(ratio, least <= ratio <= most, float(theta[m]), float(theta[m + 1]))
+
+
+def first_gap(values: Tensor, lipschitz: float) -> float | None:
+    """1 - m / R, with m the first place of a gap above four Lipschitz constants between R values; None without one.
+
+    Args:
+        values: (R,) ascending.
+    """
+    wide = torch.nonzero(values[1:] - values[:-1] > 4 * lipschitz)
+    return 1 - (int(wide[0]) + 1) / len(values) if len(wide) else None
+
+
+def steepest(points: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """max ||b - b'|| / ||x - x'|| over all pairs of points (x, b)."""
+    return max(float((b - other).norm() / (x - at).norm()) for (x, b), (at, other) in combinations(points, 2))
 
 
 def plateau(theta: Tensor, omega: Tensor) -> Kept:

@@ -302,6 +302,16 @@ class HFModel:
                 found[torch.from_numpy(part)] = logits
         return torch.empty(0, self.classes) if found is None else found.view(len(index), -1)
 
+    def losses(self, params: Params, data: Data, rows: Sequence[int]) -> Tensor:
+        """(rows,) the loss of each row's own label, without gradient and dropout, on the CPU."""
+        items = [self.readout.training(0, cast(Examples, data), row) for row in rows]
+        stack, found = stack_params([params], self.device), torch.zeros(len(rows))
+        with torch.no_grad():
+            for part in self.parts(items):
+                with self.seen(self.base, stack, [items[i] for i in part], 0) as seen:
+                    found[torch.from_numpy(part)] = self.readout.losses(seen).float().cpu()
+        return found
+
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """Sums over the rows: `confusion` (true, predicted) int64, `loss` summed cross-entropy, `n` rows."""
         return classification_sums(self.logits(params, data), torch.from_numpy(cast(Examples, data).labels))

@@ -1,0 +1,80 @@
+"""Pacing, orders and rows against the specification's golden values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpeft.maths.curriculum import easy_first, ends, enough, kept_rows, pace, stratified
+
+TIMES = (0, 10, 20, 40, 60, 79, 80, 99)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("linear", [12, 13, 14, 16, 18, 20, 20, 20]),
+        ("exp", [12, 13, 14, 16, 18, 20, 20, 20]),
+        ("sqrt", [12, 14, 15, 17, 19, 20, 20, 20]),
+        ("quad", [12, 13, 13, 14, 17, 20, 20, 20]),
+        ("step", [12, 12, 12, 12, 12, 12, 20, 20]),
+    ],
+)
+def test_golden_paces(kind: Any, wanted: list[int]) -> None:
+    assert [pace(t, 100, 20, kind, 0.6, 0.8) for t in TIMES] == wanted
+
+
+def test_golden_paces_of_few_batches_and_their_means() -> None:
+    assert [pace(t, 10, 5, "linear", 0.6, 0.8) for t in range(10)] == [3, 4, 4, 4, 4, 5, 5, 5, 5, 5]
+    assert {pace(t, 100, 1, "linear", 0.6, 0.8) for t in range(100)} == {1}
+    assert [pace(t, 100, 3, "linear", 0.6, 0.8) for t in (0, 13, 14, 99)] == [2, 2, 3, 3]
+    kinds: tuple[Any, ...] = ("linear", "sqrt", "exp", "quad", "step")
+    means = [np.mean([pace(t, 100, 20, kind, 0.6, 0.8) / 20 for t in range(100)]) for kind in kinds]
+    assert means == pytest.approx([0.856, 0.8705, 0.8445, 0.807, 0.68], abs=1e-9)
+
+
+@given(st.sampled_from(["linear", "sqrt", "exp", "quad", "step"]), st.integers(1, 60), st.integers(1, 40),
+       st.floats(0.01, 1), st.floats(0.01, 1))  # fmt: skip
+def test_a_pace_grows_to_everything(kind: Any, rounds: int, parts: int, beta: float, alpha: float) -> None:
+    found = [pace(t, rounds, parts, kind, beta, alpha) for t in range(rounds + 1)]
+    assert found == sorted(found) and found[0] >= 1 and found[-1] == parts
+
+
+def test_orders() -> None:
+    assert easy_first([3.0, 1.0, 2.0, 1.0]) == [1, 3, 2, 0]
+    assert ends(10, 4) == [4, 8, 10] and ends(8, 4) == [4, 8] and ends(3, 4) == [3]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.randoms(use_true_random=False))
+def test_every_beginning_of_a_stratified_order_has_the_labels_proportions(labels: list[int], random: Any) -> None:
+    order = list(range(len(labels)))
+    random.shuffle(order)
+    got = stratified(order, labels)
+    assert sorted(got) == sorted(order)
+    for label in set(labels):
+        share = labels.count(label) / len(labels)
+        assert [r for r in got if labels[r] == label] == [r for r in order if labels[r] == label]
+        for n in range(len(got) + 1):
+            assert abs(sum(labels[r] == label for r in got[:n]) - share * n) <= len(set(labels))
+
+
+def test_rows_that_are_kept() -> None:
+    scores = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])
+    assert kept_rows(scores, 0.4).tolist() == [False, True, True, False, False]
+    assert kept_rows(scores, 0.6 * (1 + 1e-12)).sum() == 3
+    assert kept_rows(torch.zeros(4), 0.5).all() and kept_rows(scores, 1.0).all()
+    assert kept_rows(scores, 0.01).sum() == 1
+    many = torch.cat([torch.tensor([100.0]), torch.full((39,), 1e-3)])
+    assert kept_rows(many, 0.5, "energy", 0.9).sum() == 4, "a tenth of the rows at least"
+    assert kept_rows(torch.tensor([5.0, 3.0, 2.0]), 0.5, "energy", 0.8).tolist() == [True, True, False]
+
+
+def test_golden_number_of_layers_by_energy() -> None:
+    """Scores (.05 .3 .1 .25 .2 .1): .9 of their sum needs the five largest."""
+    assert enough(sorted([0.05, 0.3, 0.1, 0.25, 0.2, 0.1], reverse=True), 0.9) == 5
+    assert enough([1.0, 1.0], 0.5) == 1 and enough([0.0, 0.0], 0.9) == 1
