@@ -200,7 +200,9 @@ def test_data_folder_has_a_default_beside_the_repository(rows: Path, monkeypatch
     (repository / "examples" / "c.yaml").write_text("task: {train: '${FEDPEFT_DATA}/x.csv'}\n")
     assert load_config(repository / "examples" / "c.yaml").task.train == str(rows / "shared" / "data" / "x.csv")
     monkeypatch.setenv("FEDPEFT_DATA", str(rows / "conf"))
-    assert only(repository / "examples" / "c.yaml").startswith(f"task.train: there is no {rows / 'conf' / 'x.csv'};")
+    assert only(repository / "examples" / "c.yaml").startswith(
+        f"task.train: there is no {rows / 'conf' / 'x.csv'} (from ${{FEDPEFT_DATA}}; set it to the folder with"
+    )
 
 
 def test_folder_or_pattern_of_client_files(rows: Path) -> None:
@@ -234,6 +236,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"adapter": {"kind": "head", "rank": 3}}, "adapter.rank: unknown key for the kind head; it takes none."),
         ({"method": {"cohorts": 3}}, "method.cohorts is not a field of fedavg; did you mean 'cohort'?"),
         ({"method": {"name": "fedavgg"}}, "method.name: there is no method 'fedavgg'; did you mean 'fedavg'?"),
+        ({"method": {"name": "fedpeptoa"}, "adapter": {"length": 3}}, "method.name: there is no method 'fedpeptoa'"),
         ({"method": {"name": 3}}, "method.name: 3 cannot be used; give one of adapter"),
         ({"method": {"lr": "fast"}}, "method.lr is 'fast'; it must be a number"),
         ({"method": {"lr": -1}}, "method.lr is -1.0; it must be finite and above 0"),

@@ -39,6 +39,13 @@ _PLACES = {
     "AdamW": "fedpeft.core.fit",
     "SGD": "fedpeft.core.fit",
     "Lora": "fedpeft.core.adapter",
+    "Bottleneck": "fedpeft.core.adapter",
+    "HeadOnly": "fedpeft.core.adapter",
+    "InstancePrompt": "fedpeft.core.adapter",
+    "LatePrompt": "fedpeft.core.adapter",
+    "MixedPrompt": "fedpeft.core.adapter",
+    "Prefix": "fedpeft.core.adapter",
+    "Prompt": "fedpeft.core.adapter",
     "FedpeftError": "fedpeft.core.errors",
     "RequestError": "fedpeft.core.errors",
     "RunError": "fedpeft.core.errors",
@@ -47,15 +54,22 @@ _PLACES = {
 __all__ = [
     "SGD",
     "AdamW",
+    "Bottleneck",
     "Comparison",
     "Done",
     "Exchange",
     "FedpeftError",
     "Fit",
     "Fitted",
+    "HeadOnly",
+    "InstancePrompt",
+    "LatePrompt",
     "Lora",
     "Method",
+    "MixedPrompt",
     "Model",
+    "Prefix",
+    "Prompt",
     "RequestError",
     "Run",
     "RunConfig",
@@ -78,7 +92,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fedpeft.app import Comparison, Run, check, compare, demo, evaluate, export, predict, resume, run
     from fedpeft.config import RunConfig, load_config
-    from fedpeft.core.adapter import Lora
+    from fedpeft.core.adapter import Bottleneck, HeadOnly, InstancePrompt, LatePrompt, Lora, MixedPrompt, Prefix, Prompt
     from fedpeft.core.errors import FedpeftError, RequestError, RunError
     from fedpeft.core.exchange import Exchange, Method, Model, Transport
     from fedpeft.core.federate import Done, Start, federate

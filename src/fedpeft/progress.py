@@ -18,6 +18,8 @@ class Progress:
     bytes_up: int = 0  # clients to server, so far
     seconds: float = 0.0  # since the run began, resumed parts included
     metrics: Mapping[str, Any] | None = None  # scores of the newest evaluation, as in metrics.jsonl
+    exchange: str | None = None  # the exchange of the set-up that is done, such as "warmup 3"; None in the rounds
+    set_up_seconds: float = 0.0  # of `seconds`, as far as this process knows
     message: str | None = None  # one line for people: the run's folder, a lost client, the cell of a study
 
 

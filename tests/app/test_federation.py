@@ -144,7 +144,9 @@ def test_run_starts_from_the_best_adapter_of_another(place: Path, tmp_path: Path
 def test_start_that_does_not_fit_is_refused(place: Path, tmp_path: Path, finished: app.Run) -> None:
     with pytest.raises(ModelError, match=r"run.init_from .* does not fit this run"):
         made(place, run__init_from=str(finished.folder), adapter__rank=2)
-    with pytest.raises(ModelError, match=r"run.init_from .*does not fit this run's adapter and labels"):
+    with pytest.raises(
+        ModelError, match=r"run.init_from .*does not fit this run's adapter \(lora\) and labels: .*Use the"
+    ):
         made(place, run__init_from=str(finished.folder), task__classes=["cooking", "sailing"])
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -42,7 +42,12 @@ def test_run_as_json_is_one_object(fake: FakeApp) -> None:
 
 
 def test_resume_hands_on_folder_and_overrides(fake: FakeApp, run_dir: Path) -> None:
+    (run_dir / "manifest.json").write_text('{"status": "finished", "rounds_done": 7}')
+    again = call("resume", str(run_dir))
+    assert "finished already, after 7 rounds; to go on, raise run.rounds" in again.stderr
+    fake.calls.clear()
     result = call("resume", str(run_dir), "--set", "run.rounds=99")
+    assert "finished already" not in result.stderr
     assert fake.calls == [("resume", (run_dir, {"run.rounds": 99}))]
     assert result.stdout.splitlines()[0] == f"folder: {run_dir}"
     assert json.loads(call("resume", str(run_dir), "--json").stdout)["metrics"] == METRICS
@@ -92,13 +97,17 @@ def test_predict_prints_json_lines_an_array_or_where_they_are(fake: FakeApp, run
     assert fake.calls[-1][1][2] == Path("p.jsonl")
 
 
-def test_export_hands_on_client_and_merge(fake: FakeApp, run_dir: Path) -> None:
-    result = call("export", str(run_dir), "--to", "there", "--client", "003", "--merge")
-    assert result.stdout == "exported: there\n"
-    assert fake.calls == [("export", (run_dir, Path("there"), "003", True, False))]
-    call("export", str(run_dir), "--to", "there", "--replace")
+def test_export_hands_on_client_and_merge_and_says_what_it_wrote(fake: FakeApp, run_dir: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "fedpeft.json").write_text('{"form": "own"}')
+    result = call("export", str(run_dir), "--to", str(there), "--client", "003", "--merge")
+    assert result.stdout.startswith(f"exported: {there} (an adapter in fedpeft's own form, which peft does not know")
+    assert fake.calls == [("export", (run_dir, there, "003", True, False))]
+    call("export", str(run_dir), "--to", str(there), "--replace")
     assert fake.calls[-1][1][2:] == (None, False, True)
-    assert json.loads(call("export", str(run_dir), "--to", "there", "--json").stdout) == {"exported": "there"}
+    told = json.loads(call("export", str(run_dir), "--to", str(there), "--json").stdout)
+    assert told == {"exported": str(there), "form": "own"}
 
 
 def test_check_prints_nested_facts_with_units(fake: FakeApp) -> None:
@@ -162,6 +171,15 @@ def test_list_tells_defaults_of_a_method_and_of_nested_keys() -> None:
     assert options["cohort"]["default"] == 10
     options = {o["name"]: o for o in json.loads(call("list", "options", "run", "--json").stdout)["options"]}
     assert options["stop.patience"]["type"] == "whole number | null"
+
+
+def test_list_tells_the_adapter_that_a_method_brings() -> None:
+    """Two methods with the same fields differ in it."""
+    told = [json.loads(call("list", "methods", name, "--json").stdout) for name in ("fedprompt", "prompt_tuning")]
+    assert told[0]["options"] == told[1]["options"]
+    assert [t["adapter"]["start"] for t in told] == ["normal", "vocabulary"]
+    assert "adapter: prompt, length 20, start normal\n" in call("list", "methods", "fedprompt").stdout
+    assert "adapter" not in json.loads(call("list", "adapters", "lora", "--json").stdout)
 
 
 def test_list_of_a_section_with_fields_of_its_own_says_where_these_are() -> None:

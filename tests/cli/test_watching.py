@@ -26,6 +26,8 @@ def test_line_has_round_loss_bytes_time_and_scores() -> None:
 
 def test_time_left_is_what_the_pace_so_far_says() -> None:
     assert time_left(Progress(5, 20, seconds=10.0)) == 30.0
+    assert time_left(Progress(5, 20, seconds=110.0, set_up_seconds=100.0)) == 30.0, "the set-up is no round"
+    assert progress_line(Progress(0, 20, exchange="warmup 3")).startswith("set-up: warmup 3  ")
     assert time_left(Progress(0, 20, seconds=10.0)) is None
     assert time_left(Progress(25, 20, seconds=10.0)) == 0.0
 

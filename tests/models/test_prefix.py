@@ -366,7 +366,9 @@ def test_specifications_that_do_not_fit(spec: Prefix, message: str) -> None:
 
 
 def test_bases_that_take_no_prefix() -> None:
-    with pytest.raises(ModelError, match=r"family 'distilbert' is not known; use a BERT, .* or adapter.kind 'lora'"):
+    with pytest.raises(
+        ModelError, match=r"family 'distilbert' is not known; use a BERT, .* or method fedavg with .* 'lora'"
+    ):
         tiny.model("distilbert", Prefix())
     eager: Any = transformers.AutoModel.from_config(tiny.config("bert"), attn_implementation="eager")
     with pytest.raises(ModelError, match=r"this one has 'eager'. Load it with attn_implementation='sdpa'"):

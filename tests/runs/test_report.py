@@ -256,7 +256,7 @@ def test_cost_tells_the_setup_apart_and_adds_up(tmp_path: Path) -> None:
     assert rows["score (set-up)"][1:6] == ["10", "4.00 kB", "90.0 kB", "400 B", "9.00 kB"]
     assert rows["train"][1] == "392"  # 40 rounds of 10, one lost in every fifth
     assert rows["train"][2] == "472 MB" and rows["train"][5] == "1.18 MB"
-    assert rows["whole run"][2] == "472 MB"
+    assert rows["whole run, evaluation included"][2] == "472 MB"
     assert "Peak memory of the process: 812 MB" in page.text
     lost = next(row for row in page.rows if row[-1:] == ["8"] and row[1:2] == ["not available"])
     assert lost[0] == "fedavg"

@@ -74,7 +74,9 @@ def _estimate(fed: Federation) -> dict[str, Any]:
     sent = bytes_down(fed)
     device = next(iter(fed.resources.values()))
     seconds = device.latency_s + sent / device.down_bytes_per_s + sent / device.up_bytes_per_s
+    assumed = "all parameters travel and train in every round, and the set-up is not counted"
     return {
+        **({"assuming_that": assumed} if fed.method.setup() else {}),
         "clients_trained_together": min(cohort, batching(fed.config)),
         "rows_per_client_and_round": rows_per_client(fed),
         "bytes_per_client_and_round": 2 * sent,

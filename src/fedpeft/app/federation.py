@@ -211,7 +211,10 @@ def _warm_start(model: HFModel, folder: Path) -> None:
     try:
         model.warm_start(import_adapter(adapter if ran else folder, model))
     except (ModelError, FitError) as error:
-        raise ModelError(f"run.init_from {folder} does not fit this run's adapter and labels: {error}") from error
+        raise ModelError(
+            f"run.init_from {folder} does not fit this run's adapter ({model.spec.kind}) and labels: {error}. "
+            "Use the adapter.kind, its settings and the labels of that run, or leave run.init_from out."
+        ) from error
 
 
 def _resolved(config: RunConfig, task: Task, model: HFModel, clients: int) -> RunConfig:

@@ -58,6 +58,7 @@ class Journal:
     tell: Listener
     trackers: list[Tracker]
     watch: Watch = field(init=False)
+    set_up_seconds: float = field(default=0.0, init=False)  # as far as this process made the set-up
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.ledger.seconds)
@@ -72,7 +73,9 @@ class Journal:
     def count(self, done: Done) -> None:
         """Add up what the exchange cost and write its lines."""
         self._write(done)
-        self._progress(done.round - (0 if done.last else 1), done.state)
+        if not done.round:
+            self.set_up_seconds = self.watch.seconds()
+        self._progress(done.round - (0 if done.last else 1), done.state, exchange=None if done.round else done.exchange)
 
     def give_up(self, done: Done) -> None:
         """Tell what an exchange cost that stayed below its quorum; a resumed run begins the exchange anew."""
@@ -216,12 +219,20 @@ class Journal:
         log.info(message)
         self._progress(self.ledger.round, None, message=message)
 
-    def _progress(self, round: int, state: Any, metrics: Any = None, message: str | None = None) -> None:
+    def _progress(self, round: int, state: Any, metrics: Any = None, **more: Any) -> None:
         ledger = self.ledger
-        rounds = self.fed.config.run.rounds
-        loss = getattr(state, "loss", None)
-        seconds = self.watch.seconds()
-        self.tell(Progress(max(round, 0), rounds, loss, ledger.bytes_down, ledger.bytes_up, seconds, metrics, message))
+        sign = Progress(
+            max(round, 0),
+            self.fed.config.run.rounds,
+            getattr(state, "loss", None),
+            ledger.bytes_down,
+            ledger.bytes_up,
+            self.watch.seconds(),
+            metrics,
+            set_up_seconds=self.set_up_seconds,
+            **more,
+        )
+        self.tell(sign)
 
 
 def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fedpeft.core.client import reason
 from fedpeft.core.errors import RequestError
 from fedpeft.progress import Listener, Progress
 from fedpeft.runs.files import plain, write_file
-from fedpeft.runs.history import GLOBAL, MAJORITY, PERSONALIZED, History, read_history, spread
+from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED, History, read_history, spread
 from fedpeft.runs.report import write_report
 from fedpeft.runs.store import RunFolder
 
@@ -218,6 +218,8 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
         "of": "personal" if any(PERSONALIZED in score for score in scores) else "global",
         "majority": _mean(score[MAJORITY] for score in scores),
     }
+    if row["of"] == "personal":  # the bar for models that know whose they are
+        row["label_prior"] = _mean(score[LABEL_PRIOR] for score in scores)
     if goal is not None:
         reached = [at for _, found in pairs if (at := _reach(read_history(found.folder), goal)) is not None]
         complete = len(reached) == len(pairs)

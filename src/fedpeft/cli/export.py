@@ -25,9 +25,9 @@ def export(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write a PEFT adapter for plain peft, or a merged model for plain transformers."""
+    """Write an adapter (PEFT's form where peft has its kind, else fedpeft's own), or a merged model."""
     from fedpeft import app
     from fedpeft.cli import render
     from fedpeft.cli.folders import run_folder
 
-    render.print_path("exported", app.export(run_folder(folder), to, client, merge, replace), json)
+    render.print_export(app.export(run_folder(folder), to, client, merge, replace), json)

@@ -17,6 +17,19 @@ def run_folder(path: Path) -> Path:
     raise RequestError(f"{path} {what}; give the folder that `fedpeft run` printed first")
 
 
+def finished_rounds(path: Path) -> str | None:
+    """How long a run was that has come to its end, as words; None for one that has not."""
+    import json
+
+    from fedpeft.runs.units import count_text
+
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return count_text(int(manifest.get("rounds_done", 0)), "round") if manifest.get("status") == "finished" else None
+
+
 def run_folders(path: Path) -> list[Path]:
     """The run that the path holds or, of a study, the runs that its page shows. Raises RequestError without any."""
     study = [] if (path / "config.yaml").is_file() or not path.is_dir() else _cells(path)

@@ -51,7 +51,8 @@ def list_things(
     if name not in found and not (what is Things.methods and ":" in name):
         raise RequestError(_no_such(what, name, found))
     title, options = _options(what, name)
-    render.print_options(name, found.get(name, title), options, json)
+    adapter = _adapter(name) if what is Things.methods else None
+    render.print_options(name, found.get(name, title), options, json, adapter)
     if what is Things.options and name in OWN_FIELDS and not json:
         of, which = OWN_FIELDS[name]
         typer.echo(f"\nEach {name} has fields of its own besides: fedpeft list {of} {which}")
@@ -103,6 +104,20 @@ def _options(what: Things, name: str) -> tuple[str, list[dict[str, Any]]]:
 
     section = {Things.models: "model", Things.tasks: "task"}.get(what, name)
     return _first_line(SECTIONS[section]), _keys(SECTIONS[section])
+
+
+def _adapter(name: str) -> dict[str, Any] | None:
+    """The adapter that a method trains unless another is named; None for a class that cannot be made without fields."""
+    import dataclasses
+
+    from fedpeft import methods
+    from fedpeft.core.errors import FedpeftError
+
+    try:
+        spec = methods.build(name, {}).adapter()
+    except (FedpeftError, TypeError):
+        return None
+    return {"kind": spec.kind, **dataclasses.asdict(spec)}
 
 
 def _keys(section: Any, path: str = "") -> list[dict[str, Any]]:

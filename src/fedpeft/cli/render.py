@@ -47,17 +47,18 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: froz
 
 
 def time_left(progress: Progress) -> float | None:
-    """Seconds to the last round at the pace so far; None before the first round is done."""
-    if progress.round < 1 or progress.seconds <= 0:
+    """Seconds to the last round at the pace of the rounds so far; None before the first round is done."""
+    spent = progress.seconds - progress.set_up_seconds
+    if progress.round < 1 or spent <= 0:
         return None
-    return progress.seconds / progress.round * max(0, progress.rounds - progress.round)
+    return spent / progress.round * max(0, progress.rounds - progress.round)
 
 
 def progress_line(progress: Progress) -> str:
     """One line: round, loss, bytes, time left, and the scores of an evaluation."""
     left = time_left(progress)
     parts = [
-        f"round {progress.round}/{progress.rounds}",
+        f"set-up: {progress.exchange}" if progress.exchange else f"round {progress.round}/{progress.rounds}",
         "" if progress.loss is None else f"loss {progress.loss:.3f}",
         bytes_text(progress.bytes_down + progress.bytes_up),
         f"{seconds_text(progress.seconds)} gone",
@@ -179,6 +180,22 @@ def print_path(what: str, path: Path, json: bool) -> None:
     typer.echo(as_json({what: path}) if json else f"{what}: {path}")
 
 
+FORMS = {  # of an export, as `fedpeft.json` names them
+    "adapter": "a PEFT adapter",
+    "own": "an adapter in fedpeft's own form, which peft does not know; go on with it by run.init_from",
+    "merged": "a model with the adapter folded in",
+    "head": "the base with the trained head",
+}
+
+
+def print_export(path: Path, json: bool) -> None:
+    """Where an export was written, and what it is."""
+    from fedpeft.models.peft_folder import NOTE, read_json
+
+    form = str(read_json(path / NOTE).get("form", "adapter"))
+    typer.echo(as_json({"exported": path, "form": form}) if json else f"exported: {path} ({FORMS.get(form, form)})")
+
+
 def print_facts(facts: Mapping[str, Any], json: bool) -> None:
     """Names and values with their units, nested ones indented."""
     typer.echo(as_json(facts) if json else "\n".join(_fact_lines(facts, "")))
@@ -216,12 +233,22 @@ def print_names(found: Mapping[str, str], json: bool) -> None:
         typer.echo(f"{name.ljust(width)}  {meaning}")
 
 
-def print_options(name: str, meaning: str, options: Sequence[Mapping[str, Any]], json: bool) -> None:
-    """One thing with its options."""
+def print_options(
+    name: str,
+    meaning: str,
+    options: Sequence[Mapping[str, Any]],
+    json: bool,
+    adapter: Mapping[str, Any] | None = None,
+) -> None:
+    """One thing with its options, and the adapter that it brings."""
     if json:
-        typer.echo(as_json({"name": name, "meaning": meaning, "options": list(options)}))
+        told = {"name": name, "meaning": meaning, "options": list(options)}
+        typer.echo(as_json(told if adapter is None else {**told, "adapter": adapter}))
         return
     typer.echo(f"{name}: {meaning}")
+    if adapter is not None:
+        own = [f"{key} {_default(value)}" for key, value in adapter.items() if key != "kind"]
+        typer.echo(f"adapter: {', '.join([str(adapter['kind']), *own])}")
     cells = [[str(o["name"]), _default(o["default"]), str(o["type"])] for o in options]
     if not cells:
         return

@@ -12,7 +12,7 @@ def resume(folder: RunDir, set_: Set = None, json: Json = False) -> None:
     from fedpeft import app
     from fedpeft.cli import render
     from fedpeft.cli.exits import working_in
-    from fedpeft.cli.folders import run_folder
+    from fedpeft.cli.folders import finished_rounds, run_folder
     from fedpeft.cli.watching import Watch
     from fedpeft.config import parse_overrides
 
@@ -20,6 +20,8 @@ def resume(folder: RunDir, set_: Set = None, json: Json = False) -> None:
     working_in(run_folder(folder), f"fedpeft resume {folder}")
     if not json:
         typer.echo(f"folder: {folder}")
+    if not overrides and (done := finished_rounds(folder)):
+        typer.echo(f"finished already, after {done}; to go on, raise run.rounds with --set run.rounds=N", err=True)
     with Watch() as watch:
         finished = app.resume(folder, overrides, progress=watch)
     render.print_run(finished, json)

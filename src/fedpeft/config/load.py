@@ -194,7 +194,8 @@ def _path(key: str, text: str, folder: Path, problems: list[str], hub: bool = Fa
     if Path(path).exists() or glob.glob(path):
         return path
     if not hub:
-        problems.append(f"{key}: there is no {path}; check the path.")
+        hint = " (from ${FEDPEFT_DATA}; set it to the folder with your data)" if "${FEDPEFT_DATA}" in text else ""
+        problems.append(f"{key}: there is no {path}{hint}; check the path.")
     return text
 
 
@@ -225,6 +226,8 @@ def _adapter(values: dict[str, Any], method: Method | None, problems: list[str])
     """Check the adapter and write all of its settings into the values; without any it is the method's own."""
     given = dict(values.get("adapter", {}))
     own = method.adapter() if method is not None else _usual_adapter(values)
+    if own is None and "kind" not in given:
+        return  # there is no such method, which is said already: what its adapter would be nobody knows
     kind = given.pop("kind", own.kind if own is not None else "lora")
     if not isinstance(kind, str) or kind not in ADAPTERS:
         problems.append(f"adapter.kind: {kind!r} is not available; what exists: {', '.join(ADAPTERS)}.")

@@ -120,14 +120,14 @@ def _check_foldable(model: HFModel, params: Params) -> None:
     if head.WEIGHT not in params:
         raise ModelError(
             "a model is merged as a text classifier with a head, and task.format cloze and verbalizer train none; "
-            "export the adapter without --merge"
+            "export the adapter without --merge, or use fedpeft.predict"
         )
     folded = {f"{name}.{side}" for name in model.places for side in ("A", "B")}
     odd = [name for name in params if name not in folded and not name.startswith((delta.PREFIX, "head."))]
     if odd:
         raise ModelError(
             f"an adapter of kind {model.spec.kind!r} ({odd[0]}) cannot be folded into the weights; export it without "
-            "--merge"
+            "--merge, or use fedpeft.predict"
         )
 
 

@@ -12,7 +12,7 @@ from fedpeft.runs.report_sections import definitions, section, table
 from fedpeft.runs.units import count_text
 
 _DRAWN = ("layers", "of_layers", "layers_by", "layer_scores", "ratio", "ratio_from", "ratios", "client_scores")
-BAR, STEP, LEFT, RIGHT = 15.0, 21.0, 64.0, 62.0  # of the ranking: height of a bar, distance of two, margins
+BAR, STEP, LEFT, RIGHT = 15.0, 21.0, 64.0, 110.0  # of the ranking: height of a bar, distance of two, margins
 WIDTH = 460.0
 
 
@@ -34,11 +34,13 @@ def _layers(told: Mapping[str, Any]) -> str:
     total = int(told.get("of_layers", max(layers, default=0) + 1))
     scores = [float(score) for score in told.get("layer_scores") or []]
     how = str(told.get("layers_by", "the method's rule"))
-    words = f"<p>{count_text(len(layers), 'layer')} of {total} shared, chosen by {escape(how)}: "
-    words += f"{', '.join(map(str, layers))}. The share of layers, {float(told.get('ratio', 0.0)):.3g}, is "
-    words += {"fixed": "given.", "fallback": "the given one, because the devices' own were of no use."}.get(
-        str(told.get("ratio_from")), f"measured ({escape(str(told.get('ratio_from')))})."
-    )
+    named = f"layer{'s' if len(layers) != 1 else ''} {', '.join(map(str, layers))}"
+    words = f"<p>{count_text(len(layers), 'layer')} of {total} shared: {named}, chosen by {escape(how)}. "
+    if told.get("ratio") is not None:
+        words += f"The share of layers, {float(told['ratio']):.3g}, is "
+        words += {"fixed": "given.", "fallback": "the given one, because the devices' own were of no use."}.get(
+            str(told.get("ratio_from")), f"measured ({escape(str(told.get('ratio_from')))})."
+        )
     words += f" {escape(str(told['warning']))}.</p>" if told.get("warning") else "</p>"
     picture = ranking(scores, layers) if len(scores) == total and any(scores) else blocks(layers, total)
     return words + picture + _ratios(told.get("ratios") or {})
@@ -101,7 +103,8 @@ def _ratios(ratios: Mapping[str, Any]) -> str:
 
 def _other_seed(run: History, told: Mapping[str, Any]) -> str:
     layers = ", ".join(str(layer) for layer in told["layers"])
-    return f"<p>Seed {run.seed}: layers {escape(layers)}, share {float(told.get('ratio', 0.0)):.3g}.</p>"
+    share = "" if told.get("ratio") is None else f", share {float(told['ratio']):.3g}"
+    return f"<p>Seed {run.seed}: layers {escape(layers)}{share}.</p>"
 
 
 def _short(score: float) -> str:

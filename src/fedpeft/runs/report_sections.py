@@ -154,16 +154,17 @@ AXES: tuple[Axis, ...] = (
 def score_charts(groups: Sequence[Group], suffix: str) -> str:
     """Validation score against rounds, bytes and simulated time, and the training loss."""
     metric = groups[0].runs[0].metric.replace("_", " ")
-    levels = [v for g in groups for run in g.runs for s in run.scores if (v := s.values.get(MAJORITY)) is not None]
-    level = [charts.Level("majority", levels[0])] if levels else []
+    level, own = _level(groups, MAJORITY, "majority"), _level(groups, LABEL_PRIOR, "own majority")
     rows = []
     if len(groups) == 1:
         series = [(groups[0], who) for who in (GLOBAL, PERSONALIZED)]
         labels = {GLOBAL: "global", PERSONALIZED: "personalised"}
-        rows.append(_charts([(labels[who], g, who, i) for i, (g, who) in enumerate(series)], metric, level))
+        both = level + own if groups[0].final(PERSONALIZED) else level
+        rows.append(_charts([(labels[who], g, who, i) for i, (g, who) in enumerate(series)], metric, both))
     else:
         for who in (GLOBAL, PERSONALIZED):
-            drawn = _charts([(g.label, g, who, i) for i, g in enumerate(groups)], f"{metric}, {NAMES[who]}", level)
+            bars = level if who == GLOBAL else level + own
+            drawn = _charts([(g.label, g, who, i) for i, g in enumerate(groups)], f"{metric}, {NAMES[who]}", bars)
             rows.append(f"<h3>{escape(NAMES[who].capitalize())}</h3>{drawn}" if drawn else "")
     losses = _loss_chart(groups)
     inner = "".join(rows) + (f'<h3>Training loss</h3><div class="row">{losses}</div>' if losses else "")
@@ -171,6 +172,12 @@ def score_charts(groups: Sequence[Group], suffix: str) -> str:
     if any(len(g.runs) > 1 for g in groups):
         note += " Lines are means over seeds, bands one standard deviation."
     return section(f"Score against rounds, traffic and time{suffix}", note, inner)
+
+
+def _level(groups: Sequence[Group], who: str, label: str) -> list[charts.Level]:
+    """A baseline that is the same in every round."""
+    found = [v for g in groups for run in g.runs for s in run.scores if (v := s.values.get(who)) is not None]
+    return [charts.Level(label, found[0])] if found else []
 
 
 def _charts(series: Sequence[tuple[str, Group, str, int]], name: str, levels: Sequence[charts.Level]) -> str:
@@ -369,7 +376,8 @@ def _cost_rows(g: Group) -> list[tuple[list[str], str]]:
         )
     total = [bytes_text(g.mean_total("bytes_down")), bytes_text(g.mean_total("bytes_up"))]
     times = [seconds_text(g.mean_total("simulated_seconds")), seconds_text(g.mean_total("seconds"))]
-    return [*((row, "") for row in rows), (["whole run", "", *total, "", "", *times], "total")]
+    label = "whole run, evaluation included"
+    return [*((row, "") for row in rows), ([label, "", *total, "", "", *times], "total")]
 
 
 def _simulated(lines: Sequence[Mapping[str, Any]]) -> float:

@@ -51,7 +51,7 @@ class BottleneckAdapter:
         if not paths:
             raise ModelError(
                 f"bottlenecks need a family whose blocks are known, not {base.family!r}; use a BERT, RoBERTa, GPT-2 or "
-                "Llama model, or LoRA with patterns as adapter.targets"
+                "Llama model, or method fedavg with adapter.kind 'lora' and patterns in adapter.targets"
             )
         if spec.activation not in ACTIVATIONS:
             raise ModelError(f"adapter.activation {spec.activation!r} is not known; use {' or '.join(ACTIVATIONS)}")

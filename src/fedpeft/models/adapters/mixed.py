@@ -15,6 +15,7 @@ they do not train and do not travel, so every site needs them.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,9 +153,20 @@ def _source(folder: Path, shape: tuple[int, int]) -> Tensor:
         raise ModelError(
             f"source {path} holds no prompt (prompt_embeddings or {TOKENS}); give a run of adapter.kind prompt"
         )
+    kind = _peft_kind(path.with_name("adapter_config.json"))
+    if kind not in ("", "PROMPT_TUNING"):
+        raise ModelError(f"source {path} is an adapter of PEFT's kind {kind}; give a run of adapter.kind prompt")
     if tuple(found.shape) != shape:
         raise ModelError(
             f"source {path} has a prompt of shape {tuple(found.shape)}; {shape} is needed: set adapter.length to that "
             "of the sources, and use sources of the same base model"
         )
     return found.float()
+
+
+def _peft_kind(config: Path) -> str:
+    """What PEFT calls the adapter; "" where nothing is said."""
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8")).get("peft_type", ""))
+    except (OSError, ValueError):
+        return ""

@@ -46,8 +46,8 @@ class PrefixAdapter:
         if not self.paths:
             raise ModelError(
                 f"adapter.kind 'prefix' needs to know the attention of the model, and the family {base.family!r} is "
-                "not known; use a BERT, RoBERTa, GPT-2 or Llama model, or adapter.kind 'lora' with a pattern in "
-                "adapter.targets"
+                "not known; use a BERT, RoBERTa, GPT-2 or Llama model, or method fedavg with adapter.kind "
+                "'lora' and a pattern in adapter.targets"
             )
         if not attention.installed(base.module):
             raise ModelError(
