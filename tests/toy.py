@@ -57,6 +57,13 @@ class Points:
     def epochs(self, epochs: int, batch_size: int, rng: Rng) -> Sequence[Sequence[int]]:
         return epoch_batches(len(self), epochs, batch_size, rng)
 
+    @property
+    def rarities(self) -> np.ndarray:
+        return np.abs(self.x).sum(axis=1)
+
+    def truncated(self, tokens: int) -> Points:
+        return self
+
     def distinct(self, limit: int) -> Sequence[int]:
         first = {row.tobytes(): i for i, row in reversed(list(enumerate(self.x)))}
         return sorted(first.values())[:limit]

@@ -227,7 +227,7 @@ def test_run_that_diverges_fails_with_one_line_and_leaves_its_story(place: Path)
 
 def test_interrupted_process_goes_on_to_the_same_bits(place: Path) -> None:
     """The process gets SIGINT as soon as its first round is on disk."""
-    many = ["--set", "run.rounds=30"]
+    many = ["--set", "run.rounds=150"]
     call("run", place / "config.yaml", *many, "--out", place / "whole")
     code = "from fedpeft.cli import main; main()"
     arguments = ["run", place / "config.yaml", *many, "--out", place / "cut"]

@@ -53,6 +53,8 @@ def list_things(
     title, options = _options(what, name)
     adapter = _adapter(name) if what is Things.methods else None
     render.print_options(name, found.get(name, title), options, json, adapter)
+    if what is Things.methods and not json:
+        typer.echo("\nEvery method also takes a curriculum, `schedule`; see docs/interface.md.")
     if what is Things.options and name in OWN_FIELDS and not json:
         of, which = OWN_FIELDS[name]
         typer.echo(f"\nEach {name} has fields of its own besides: fedpeft list {of} {which}")

@@ -43,6 +43,36 @@ class Examples:
         marks = None if self.marks is None else self.marks[index]
         return Examples(tuple(self.tokens[i] for i in index), self.labels[index], segments, marks)
 
+    @cached_property
+    def rarities(self) -> NDArray[np.float64]:
+        """(rows,) -sum over a row's tokens of the log of the token's share among all rows (Platanios et al. 2019)."""
+        every = np.concatenate([*self.tokens, np.zeros(0, np.int32)])
+        known, counts = np.unique(every, return_counts=True)
+        cost = -np.log(counts / max(1, len(every)))
+        return np.array([cost[np.searchsorted(known, own)].sum() for own in self.tokens])
+
+    def truncated(self, tokens: int) -> Examples:
+        """The same rows, cut to so many tokens: the first ones and the last, which may be a special one.
+
+        A mask that stands for the label is never cut, nor what stands behind it: the text before it is.
+        """
+        cuts = [self._kept(row, tokens) for row in range(len(self))]
+        own = tuple(t[kept] for t, kept in zip(self.tokens, cuts, strict=True))
+        segments = self.segments and tuple(s[kept] for s, kept in zip(self.segments, cuts, strict=True))
+        marks = self.marks
+        if marks is not None:
+            marks = np.array([int(np.flatnonzero(k == m)[0]) for k, m in zip(cuts, marks, strict=True)], np.int64)
+        return Examples(own, self.labels, segments, marks)
+
+    def _kept(self, row: int, tokens: int) -> NDArray[np.int64]:
+        """The places of a row that stay."""
+        length = len(self.tokens[row])
+        if length <= tokens:
+            return np.arange(length)
+        behind = 1 if self.marks is None or self.marks[row] < tokens - 1 else length - int(self.marks[row])
+        first = max(1, tokens - behind)
+        return np.concatenate([np.arange(first), np.arange(max(first, length - behind), length)])
+
     def distinct(self, limit: int) -> list[int]:
         """The first rows of which no two have the same tokens, at most `limit` of them."""
         seen: dict[bytes, int] = {}

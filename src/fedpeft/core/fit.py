@@ -87,6 +87,15 @@ class Data(Protocol):
         """Row indices: each epoch a fresh permutation, cut into batches; the last batch may be short."""
         ...
 
+    @property
+    def rarities(self) -> NDArray[np.float64]:
+        """Of every row, how rare its tokens are among all of these rows: -sum of log(share of the token)."""
+        ...
+
+    def truncated(self, tokens: int) -> Data:
+        """The same rows, cut to so many tokens; a mask that stands for the label is never cut."""
+        ...
+
     def distinct(self, limit: int) -> Sequence[int]:
         """The first rows of which no two have the same content, at most `limit` of them."""
         ...

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.errors import ConfigError
+from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import ClientEnv, Exchange, Method, Nothing, Record
 from fedpeft.core.fit import SGD, AdamW, Fit, Optimizer
 from fedpeft.core.tree import Params
@@ -110,13 +111,20 @@ class Training(Schedule, Protocol):
     def clip(self) -> float | None: ...
 
 
-def local_batches(method: Schedule, env: ClientEnv, purpose: str = "batches") -> Sequence[Sequence[int]]:
-    """The batches of one round: whole epochs, or exactly `method.steps` batches of as many epochs as that takes."""
-    rng = env.rng(purpose)
-    if method.steps is None:
-        return env.data.epochs(method.epochs, method.batch_size, rng)
-    per_epoch = max(1, math.ceil(len(env.data) / method.batch_size))
-    return env.data.epochs(math.ceil(method.steps / per_epoch), method.batch_size, rng)[: method.steps]
+def local_batches(
+    method: Schedule, env: ClientEnv, purpose: str = "batches", among: Sequence[int] | None = None
+) -> Sequence[Sequence[int]]:
+    """The batches of one round: whole epochs, or exactly `method.steps` batches of as many epochs as that takes.
+
+    Args:
+        among: the rows that may be used, all of them if None. Of all rows the batches are the same either way.
+    """
+    rng, used = env.rng(purpose), sorted(range(len(env.data)) if among is None else among)
+    epochs, steps = method.epochs, method.steps
+    if steps is not None:
+        epochs = math.ceil(steps / max(1, math.ceil(len(used) / method.batch_size)))
+    batches = epoch_batches(len(used), epochs, method.batch_size, rng)
+    return [[used[i] for i in batch] for batch in batches[:steps]]
 
 
 def local_optimizer(name: str, method: Training) -> Optimizer:

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from fedpeft.core.errors import ConfigError, RequestError
 from fedpeft.core.exchange import Method
+from fedpeft.methods._schedule import with_schedule
 
 
 class Field(NamedTuple):
@@ -61,14 +62,19 @@ def build(name: str, values: Mapping[str, Any]) -> Method:
 
     Args:
         name: as in `load`.
-        values: plain data by field name. Whole numbers pass as floats, lists as tuples, and a text as the float that
-            it spells (YAML reads `1e-3` as a text).
+        values: plain data by field name; with `schedule`, the curriculum that is put around any method. Whole numbers
+            pass as floats, lists as tuples, and a text as the float that it spells (YAML reads `1e-3` as a text).
 
     Raises:
         RequestError: there is no such method.
         ConfigError: unknown fields, wrong types, values out of range: all at once.
     """
     cls = load(name)
+    values = dict(values)
+    if values.get("schedule", 0) is None:
+        del values["schedule"]  # none: the method as it is
+    elif any(key.startswith("schedule") for key in values):
+        cls = with_schedule(cls)
     hints = typing.get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     problems: list[str] = []

@@ -7,7 +7,7 @@ Paper to code
 
 | paper | here |
 |---|---|
-| difficulty of an example: trace of the diagonal Fisher information | `ordered`, `difficulties`; `Model.fisher` |
+| difficulty of an example: trace of the diagonal Fisher information | `ordered`; `maths.curriculum.difficulties` |
 | easy ones first, more of them every round | `in_use`; `maths.curriculum.pace` |
 | importance of a layer: its answer to perturbed inputs | `score`; `Model.sensitivity` |
 | global aggregation layers (GAL), the N most important ones | `choose`; `State.layers` |
@@ -25,6 +25,7 @@ shared layers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -36,7 +37,6 @@ from fedpeft.core import pairs, tree
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import everyone, sample
 from fedpeft.core.errors import RecordError
-from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import (
     ClientEnv,
     ClientId,
@@ -49,11 +49,11 @@ from fedpeft.core.exchange import (
     matching,
 )
 from fedpeft.core.fit import SGD, Fit, Fitted
-from fedpeft.core.method import check_ranges, mean_loss, ordinary_fit
+from fedpeft.core.method import check_ranges, local_batches, mean_loss, ordinary_fit
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params, block_of
 from fedpeft.maths import curriculum, spectrum
-from fedpeft.maths.curriculum import Pacing, RowRule
+from fedpeft.maths.curriculum import Difficulty, Pacing, RowRule
 from fedpeft.maths.layers import choose_layers, layer_count
 
 LANCZOS_STEPS, LANCZOS_PROBES = 50, 4  # of the spectrum, for gal_count eigengap and plateau
@@ -126,7 +126,7 @@ class FibecFed(Tuning):
     alpha_pace: float = 0.8  # share of the rounds after which all examples are in use
     pacing: Pacing = "linear"  # how the share grows
     batching: Literal["sorted_samples", "fixed_random", "sorted_batches"] = "sorted_samples"  # what is ordered
-    difficulty: Literal["fisher", "loss", "length", "random", "reverse"] = "fisher"  # of an example
+    difficulty: Difficulty = "fisher"  # of an example
     stratify_labels: bool = False  # whether every beginning of the order has the client's own shares of labels
     rescore_every: int = 0  # visits after which a client orders its examples anew; 0: never
     layer_score: Literal["output", "amplification"] = "output"  # a layer's own change, or over that of its input
@@ -352,7 +352,7 @@ class FibecFed(Tuning):
 
     def ordered(self, params: Params, memory: Memory, env: ClientEnv) -> Memory:
         """The memory with the examples, or batches of them, from easy to hard."""
-        difficulty, n = self.difficulties(params, env), len(env.data)
+        difficulty = curriculum.difficulties(self.difficulty, params, env, self.token_norm)
         if self.batching == "fixed_random":
             batches = env.data.epochs(1, self.batch_size, env.rng("order"))
             means = [sum(difficulty[row] for row in batch) / len(batch) for batch in batches]
@@ -363,31 +363,19 @@ class FibecFed(Tuning):
             rows = curriculum.easy_first(difficulty)
             if self.stratify_labels:
                 rows = curriculum.stratified(rows, env.data.labels.tolist())
-            ends = torch.tensor(curriculum.ends(n, self.batch_size))
+            ends = torch.tensor(curriculum.ends(len(env.data), self.batch_size))
         return replace(memory, rows=torch.tensor(rows), ends=ends, visits=0)
 
-    def difficulties(self, params: Params, env: ClientEnv) -> list[float]:
-        """Of every example: the trace of its Fisher information, or a control."""
-        rows = range(len(env.data))
-        if self.difficulty == "length":
-            return [float(n) for n in env.data.lengths]
-        if self.difficulty == "random":
-            return [float(u) for u in env.rng("order").random(len(rows))]
-        if self.difficulty == "loss":
-            return [float(loss) for loss in env.model.losses(params, env.data, rows)]
-        sign = -1.0 if self.difficulty == "reverse" else 1.0
-        return [sign * float(f) for f in env.model.fisher(params, env.data, rows, self.token_norm).trace]
-
-    def in_use(self, memory: Memory, env: ClientEnv) -> list[list[int]]:
+    def in_use(self, memory: Memory, env: ClientEnv) -> Sequence[Sequence[int]]:
         """The batches of a round: examples up to the pace, in fresh batches; or whole batches in fresh order."""
         ends = memory.ends.tolist()
         n = curriculum.pace(env.round - 1, env.rounds, len(ends), self.pacing, self.beta, self.alpha_pace)
         rows, rng = memory.rows.tolist(), env.rng("batches")
         if self.batching == "sorted_samples":
-            used = sorted(rows[: ends[n - 1]])
-            return [[used[i] for i in batch] for batch in epoch_batches(len(used), self.epochs, self.batch_size, rng)]
+            return local_batches(self, env, among=rows[: ends[n - 1]])
         whole = [rows[begin:end] for begin, end in zip([0, *ends], ends[:n], strict=False)]
-        return [whole[i] for _ in range(self.epochs) for i in rng.permutation(n).tolist()]
+        epochs = self.epochs if self.steps is None else math.ceil(self.steps / n)
+        return [whole[i] for _ in range(epochs) for i in rng.permutation(n).tolist()][: self.steps]
 
     # --- sparse local updates ---
 

@@ -1,0 +1,206 @@
+"""Curricula around any method, and the three rivals that are one of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny
+import toy
+from fedpeft import methods
+from fedpeft.config.load import load_config
+from fedpeft.core import records, tree
+from fedpeft.core.adapter import Lora, Prefix
+from fedpeft.core.errors import ConfigError
+from fedpeft.core.examples import Examples
+from fedpeft.core.exchange import Call, ClientEnv
+from fedpeft.core.federate import Done, Start, federate
+from fedpeft.core.memories import InMemory
+from fedpeft.core.method import plain, rebuild
+from fedpeft.engines.inprocess import InProcess
+from fedpeft.maths import curriculum
+
+SAME: dict[str, Any] = {"cohort": 3, "epochs": 2, "batch_size": 4, "lr": 5e-3}
+KINDS = ("fisher", "loss", "random", "rarity", "length", "two_stage")
+
+
+class Watched(InProcess):
+    """Keeps every Fit that a client asked for, by round."""
+
+    def exchange(self, call: Call, downs: Any) -> Any:
+        seen, real = self.__dict__.setdefault("fits", []), self.model.fit_many
+        kept = self.model
+
+        class Model:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(kept, name)
+
+            def fit_many(self, fits: Any) -> Any:
+                seen.extend((call.round, fit) for fit in fits)
+                return real(fits)
+
+        watched = replace(self, model=Model())
+        return InProcess.exchange(watched, call, downs)
+
+
+def run(method: Any, rounds: int = 4, rows: int = 20, start: Start | None = None) -> tuple[list[Done], Any]:
+    model = tiny.model("bert", dtype="float32")
+    data = {f"c{i}": {"train": tiny.examples(tiny.place(i), rows + i)} for i in range(3)}
+    engine = Watched(lambda: method, model, data, 0)
+    return list(federate(method, engine, model, rounds=rounds, seed=0, start=start)), engine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["fedavg", "fedsa_lora"])
+def test_any_method_takes_a_schedule(name: str, kind: str) -> None:
+    """It learns, survives JSON, and resumes to the same bits."""
+    method: Any = methods.build(name, {**SAME, "schedule": kind})
+    values = json.loads(json.dumps(plain(method)))
+    assert rebuild(type(method), values) == methods.build(name, values) == method
+    whole, engine = run(method)
+    assert own_loss(method, engine, whole[-1], whole[-1].versions) < own_loss(method, engine, whole[0], {})
+    model, again = engine.model, replace(engine, memories=InMemory())
+    loop = federate(method, again, model, rounds=4, seed=0)
+    start = [next(loop) for _ in range(2)][-1].start
+    loop.close()
+    saved = Start(2, records.decode(records.encode(start.state), type(method).state), start.versions)
+    rest = list(federate(method, again, model, rounds=4, seed=0, start=saved))
+    assert records.encode(rest[-1].state) == records.encode(whole[-1].state)
+    assert method.personalised is (name == "fedsa_lora")
+
+
+def own_loss(method: Any, engine: Any, step: Done, versions: Mapping[str, int]) -> float:
+    """Mean loss of every client's own model, or of the global one where it has no memory, on its own rows."""
+    total = count = 0.0
+    for client in engine.clients():
+        params = method.result(step.state)
+        if client in versions:
+            params = method.personal(params, engine.memories.load(client, versions[client], method.memory))
+        sums = engine.model.score(params, engine.data[client]["train"])
+        total, count = total + float(sums["loss"]), count + int(sums["n"])
+    return total / count
+
+
+def test_without_a_schedule_nothing_changes() -> None:
+    assert type(methods.build("fedavg", {**SAME, "schedule": None})) is methods.load("fedavg")
+    whole, _ = run(methods.build("fedavg", SAME))
+    paced, _ = run(methods.build("fedavg", {**SAME, "schedule": "random", "schedule_beta": 1.0}))
+    assert tree.sha256(whole[-1].state.params) == tree.sha256(paced[-1].state.params), (
+        "all rows from the first round on"
+    )
+
+
+def test_easy_rows_come_first() -> None:
+    """At a rate of .6, .6 + .4 t / (.8 T) of the rows are in use; the easiest by what the first visit's model says."""
+    method = methods.build("fedavg", {**SAME, "schedule": "fisher"})
+    _, engine = run(method, rounds=5)
+    counts = {}
+    for round, fit in engine.fits:
+        used = {row for batch in fit.batches for row in batch}
+        counts.setdefault(round, set()).add(len(used) / len(fit.data))
+        if round == 1:
+            easiest = curriculum.easy_first(
+                engine.model.fisher(fit.params, fit.data, range(len(fit.data))).trace.tolist()
+            )
+            assert used == set(easiest[: len(used)])
+    for round, shares in counts.items():
+        wanted = min(1.0, 0.6 + 0.4 * (round - 1) / 4)
+        assert all(wanted <= share < wanted + 1 / 20 + 1e-9 for share in shares)
+
+
+def test_rows_are_cut_less_and_less() -> None:
+    for kind, expected in (("length", [8, 10, 12, 12]), ("two_stage", [8, 8, 12, 12])):
+        _, engine = run(methods.build("fedavg", {**SAME, "schedule": kind}), rounds=4)
+        longest = {}
+        for round, fit in engine.fits:
+            whole = engine.data["c0"]["train"].lengths.max()
+            longest[round] = max(longest.get(round, 0), int(fit.data.lengths.max()))
+            assert whole <= 12
+        assert [longest[r] for r in (1, 2, 3, 4)] == expected
+
+
+@pytest.mark.parametrize(("name", "kind"), [("voc", "rarity"), ("slw", "length"), ("shortformer", "two_stage")])
+def test_the_rivals_are_schedules_on_lora(name: str, kind: str) -> None:
+    """The same Fits as FedAvg's under the schedule of that name."""
+    alone, first = run(methods.build(name, SAME))
+    paced, second = run(methods.build("fedavg", {**SAME, "schedule": kind}))
+    assert tree.sha256(alone[-1].state.params) == tree.sha256(paced[-1].state.params)
+    assert len(first.fits) == len(second.fits) > 0
+    plainly, _ = run(methods.build("fedavg", SAME))
+    assert tree.sha256(alone[-1].state.params) != tree.sha256(plainly[-1].state.params)
+    assert "not prefix" in str(methods.load(name)().accepts(Prefix()))
+
+
+def test_problems_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"method.schedule_beta is 0\.0; it must be above 0"):
+        methods.build("fedavg", {"schedule": "loss", "schedule_beta": 0.0})
+    with pytest.raises(ConfigError, match=r"method.schedule is 'fishy'; it must be fisher \| loss"):
+        methods.build("fedavg", {"schedule": "fishy"})
+    with pytest.raises(ConfigError, match="schedule_betta is not a field of fedavg; did you mean 'schedule_beta'"):
+        methods.build("fedavg", {"schedule": "loss", "schedule_betta": 0.5})
+    method = methods.build("ptuning_v2", {"schedule": "fisher"})
+    assert "use adapter.kind lora, or method.schedule loss" in str(method.accepts(Prefix()))
+    assert methods.build("fedavg", {"schedule": "fisher"}).accepts(Lora()) is None
+    config = load_config({"method": {"name": "scaffold", "schedule": "loss", "lr": 0.1}})
+    assert config.method.fields["schedule"] == "loss" and config.method.fields["schedule_beta"] == 0.6
+
+
+def test_a_client_that_fails_in_its_work_is_told_so() -> None:
+    """What goes wrong in a Fit is thrown into the method's own work."""
+    method: Any = methods.build("fedavg", {**SAME, "schedule": "random"})
+    here = ClientEnv("a", toy.ToyModel(), {"train": toy.points((1, 2, 3), (2, 3, 4))}, 0, 3, 1, "train")
+    exchange = method.round()[0]
+    work = exchange.work(exchange.down(here.initial()), method.init_client(here), here)
+    assert len(next(work).batches) >= 1
+    with pytest.raises(ValueError, match="out of memory"):
+        work.throw(ValueError("out of memory"))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def texts(*rows: list[int], marks: list[int] | None = None) -> Examples:
+    return Examples(
+        tuple(np.array(row, np.int32) for row in rows),
+        np.zeros(len(rows), np.int64),
+        tuple(np.arange(len(row), dtype=np.int32) for row in rows),
+        None if marks is None else np.array(marks, np.int64),
+    )
+
+
+def test_rarity_is_that_of_the_words_of_all_rows() -> None:
+    data = texts([1, 2], [1, 1], [3])
+    expected = [-math.log(3 / 5) - math.log(1 / 5), -2 * math.log(3 / 5), -math.log(1 / 5)]
+    assert data.rarities.tolist() == pytest.approx(expected)
+    assert curriculum.competence(0, 100, 0.01) == pytest.approx(0.01) and curriculum.competence(
+        100, 100, 0.01
+    ) == pytest.approx(1)
+    assert curriculum.competence(25, 100, 0.01) == pytest.approx(math.sqrt(0.25 * (1 - 1e-4) + 1e-4))
+
+
+def test_rows_are_cut_between_their_first_tokens_and_the_last() -> None:
+    data = texts([0, 1, 2, 3, 4, 5], [7, 8])
+    cut = data.truncated(4)
+    assert [t.tolist() for t in cut.tokens] == [[0, 1, 2, 5], [7, 8]]
+    assert cut.segments is not None and cut.segments[0].tolist() == [0, 1, 2, 5] and cut.labels is data.labels
+    assert [t.tolist() for t in data.truncated(6).tokens] == [t.tolist() for t in data.tokens]
+
+
+def test_a_mask_is_never_cut() -> None:
+    """Nor what stands behind it: the text before it is cut. A mask at the beginning costs nothing."""
+    data = texts([0, 1, 2, 3, 4, 99, 6], [0, 99, 2, 3, 4, 5, 6], marks=[5, 1])
+    cut = data.truncated(4)
+    assert [t.tolist() for t in cut.tokens] == [[0, 1, 99, 6], [0, 99, 2, 6]]
+    assert cut.marks is not None and cut.marks.tolist() == [2, 1]
+    assert [t.tolist() for t in data.truncated(1).tokens] == [[0, 99, 6], [0, 99, 2, 3, 4, 5, 6]]
+
+
+def test_growing_lengths() -> None:
+    assert [curriculum.tokens_at(t, 10, 48) for t in (0, 1, 2, 5, 9)] == [8, 16, 24, 48, 48]
+    assert curriculum.tokens_at(0, 10, 5) == 8
