@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -366,9 +367,8 @@ def traffic_of(name: str) -> dict[str, str]:
     return dict(zip(("down", "up"), found.groups(), strict=True))
 
 
-PART = re.compile(
-    r"(?:([\d.]+) )?(params|A|B|head|the changes that it missed|what it lacks of the others)( of the shared layers)?"
-)
+WHAT = r"params|A|B|head|values|the changes that it missed|what it lacks of the others"
+PART = re.compile(rf"(?:([\d.]+) )?({WHAT})( of the shared layers)?")
 
 
 def copies(text: str, case: Case, state: Any, width: int, round: int, downs: list[Record]) -> float:
@@ -382,6 +382,9 @@ def copies(text: str, case: Case, state: Any, width: int, round: int, downs: lis
     turns = re.fullmatch(r"(.+) in odd rounds, (.+) in even ones", text)
     if turns:
         text = turns[1 if round % 2 else 2]
+    stages = re.fullmatch(r"(.+) at first, (.+) later", text)
+    if stages:
+        text = stages[1 if round == 1 else 2]
     every = toy.ToyModel(**case.model | {"width": width}).init(np.random.default_rng(0))
     total = 0.0
     for part in text.split(" and "):
@@ -389,6 +392,10 @@ def copies(text: str, case: Case, state: Any, width: int, round: int, downs: lis
         assert found, f"traffic {part!r} must be 'nothing' or fit to {PART.pattern!r}"
         if found[2] == "the changes that it missed":
             total += sum(numbers(down.news.steps) + numbers([down.news.whole or {}]) for down in downs)
+            continue
+        if found[2] == "values":  # the share of the weights that a density leaves
+            sizes = [t.shape[1] for name, t in every.items() if name.endswith(".A")]
+            total += sum(math.ceil(case.make().density * size) for size in sizes)  # type: ignore[attr-defined]
             continue
         if found[2] == "what it lacks of the others":
             total += sum(numbers([down.rest or {}]) for down in downs)

@@ -43,7 +43,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_method_is_a_module() -> None:
-    modules = [m.name for m in pkgutil.iter_modules(methods.__path__)]
+    modules = [m.name for m in pkgutil.iter_modules(methods.__path__) if not m.name.startswith("_")]
     assert methods.names() == sorted(modules)
     assert methods.load("fedavg") is FedAvg
 
