@@ -237,7 +237,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"method": {"cohorts": 3}}, "method.cohorts is not a field of fedavg; did you mean 'cohort'?"),
         ({"method": {"name": "fedavgg"}}, "method.name: there is no method 'fedavgg'; did you mean 'fedavg'?"),
         ({"method": {"name": "fedpeptoa"}, "adapter": {"length": 3}}, "method.name: there is no method 'fedpeptoa'"),
-        ({"method": {"name": 3}}, "method.name: 3 cannot be used; give one of adapter"),
+        ({"method": {"name": 3}}, "method.name: 3 cannot be used; give one of adalora, adapter"),
         ({"method": {"lr": "fast"}}, "method.lr is 'fast'; it must be a number"),
         ({"method": {"lr": -1}}, "method.lr is -1.0; it must be finite and above 0"),
         ({"privacy": {"clip": 1}}, "privacy: not in this version: clipping and noise come with the Flower engine"),
@@ -256,7 +256,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"model": {"device": "gpu"}}, "model.device: 'gpu' cannot be used; give auto, cpu, mps, cuda, or cuda with"),
         (
             {"adapter": {"kind": "full"}},
-            "adapter.kind: 'full' is not available; what exists: lora, head, prefix, prompt,",
+            "adapter.kind: 'full' is not available; what exists: lora, adalora, head, prefix, prompt,",
         ),
         ({"run": {"rounds": 0}}, "run.rounds: 0 cannot be used; give at least 1."),
         ({"run": {"rounds": "many"}}, "run.rounds: 'many' cannot be used; give a whole number."),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.adapter import AdaLora, AdapterSpec, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import Fisher, Method, Perturbation, TokenNorm
@@ -100,6 +100,7 @@ class ToyModel:
         dropout: of the adapter's specification.
         blocks: how many blocks it has.
         rank: of LoRA's factors; 0: the blocks hold their numbers themselves.
+        triplets: whether the factors are AdaLoRA's P, E and Q.
     """
 
     device = torch.device("cpu")
@@ -112,13 +113,17 @@ class ToyModel:
         dropout: float = 0.0,
         blocks: int = 1,
         rank: int = 0,
+        triplets: bool = False,
     ) -> None:
+        self.triplets = triplets
         self.blocks = blocks
         self.rank = rank
         self.start = start
         self.width = width
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.spec: AdapterSpec = Lora(rank or 8, SCALE * (rank or 8), dropout=dropout)
+        if triplets:
+            self.spec = AdaLora(rank, SCALE * rank)
         self.dirt: Any = None
         self.calls: list[int] = []  # how many fits each call of fit_many was given
 
@@ -129,6 +134,11 @@ class ToyModel:
             return plain
         made = {HEAD: plain.pop(HEAD)}
         for name, own in plain.items():
+            if self.triplets:
+                for side, shape in (("P", (1, self.rank)), ("Q", (self.rank, len(own)))):
+                    made[f"{name}.{side}"] = torch.from_numpy(rng.standard_normal(shape)).to(self.dtype)
+                made[f"{name}.E"] = torch.zeros(self.rank, dtype=self.dtype)
+                continue
             made[f"{name}.A"] = torch.from_numpy(rng.standard_normal((self.rank, len(own)))).to(self.dtype)
             made[f"{name}.B"] = torch.zeros(1, self.rank, dtype=self.dtype)
         return made
@@ -173,8 +183,12 @@ class ToyModel:
         if not self.rank or name == HEAD:
             return params.get(name, zeros)
         total = zeros
+        if f"{name}.E" in params:
+            total = total + SCALE * (params[f"{name}.P"] * params[f"{name}.E"] @ params[f"{name}.Q"])[0]
         if f"{name}.A" in params:
             total = total + SCALE * (params[f"{name}.B"] @ params[f"{name}.A"])[0]
+            echo = params.get(f"{name}.echo", torch.zeros(1))
+            total = total + echo * SCALE * (params[f"{name}.B"].detach() @ params[f"{name}.A"].detach())[0]
         if f"delta.{name}.left" in params:
             total = total + (params[f"delta.{name}.left"] @ params[f"delta.{name}.right"])[0]
         return total + params.get(f"delta.{name}.dense", zeros[None])[0]
@@ -236,7 +250,11 @@ class ToyModel:
             x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
             if fit.dropout:
                 x = x * torch.from_numpy(_noise(fit, step, rows[i], x.shape[1])).to(w)
-            losses.append(0.5 * (w - x).square().sum(dim=1).mean())
+            own = 0.5 * (w - x).square().sum(dim=1)
+            if fit.soften is not None:
+                hard, share = own.detach() > fit.soften.threshold, fit.soften.share
+                own = torch.where(hard, (1 - share) * own + share * own.detach(), own)
+            losses.append(own.mean())
         if any(leaf.requires_grad for leaf in stack.params.values()):
             torch.stack(losses).sum().backward()
         return torch.stack(losses).detach()

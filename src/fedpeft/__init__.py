@@ -37,6 +37,7 @@ _PLACES = {
     "Fit": "fedpeft.core.fit",
     "Fitted": "fedpeft.core.fit",
     "AdamW": "fedpeft.core.fit",
+    "AdaLora": "fedpeft.core.adapter",
     "SGD": "fedpeft.core.fit",
     "Lora": "fedpeft.core.adapter",
     "Bottleneck": "fedpeft.core.adapter",
@@ -53,6 +54,7 @@ _PLACES = {
 
 __all__ = [
     "SGD",
+    "AdaLora",
     "AdamW",
     "Bottleneck",
     "Comparison",
@@ -92,7 +94,17 @@ __all__ = [
 if TYPE_CHECKING:
     from fedpeft.app import Comparison, Run, check, compare, demo, evaluate, export, predict, resume, run
     from fedpeft.config import RunConfig, load_config
-    from fedpeft.core.adapter import Bottleneck, HeadOnly, InstancePrompt, LatePrompt, Lora, MixedPrompt, Prefix, Prompt
+    from fedpeft.core.adapter import (
+        AdaLora,
+        Bottleneck,
+        HeadOnly,
+        InstancePrompt,
+        LatePrompt,
+        Lora,
+        MixedPrompt,
+        Prefix,
+        Prompt,
+    )
     from fedpeft.core.errors import FedpeftError, RequestError, RunError
     from fedpeft.core.exchange import Exchange, Method, Model, Transport
     from fedpeft.core.federate import Done, Start, federate

@@ -27,7 +27,7 @@ import torch
 import toy
 from fedpeft import methods
 from fedpeft.core import records
-from fedpeft.core.adapter import HeadOnly, Lora
+from fedpeft.core.adapter import AdaLora, HeadOnly, Lora
 from fedpeft.core.client import answer
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.exchange import Call, ClientEnv, Exchange, Method, Record, ServerEnv
@@ -70,8 +70,10 @@ class Case:
 
     @functools.cached_property
     def model(self) -> dict[str, Any]:
-        """Arguments of the toy: with LoRA's factors for methods that tune nothing else."""
+        """Arguments of the toy: with the factors of LoRA or AdaLoRA for methods that tune nothing else."""
         method = self.make()
+        if isinstance(method.adapter(), AdaLora):
+            return MODEL | {"rank": RANK, "triplets": True}
         factors = isinstance(method.adapter(), Lora) and method.accepts(HeadOnly()) is not None
         return MODEL | ({"rank": RANK} if factors else {})
 
@@ -367,7 +369,7 @@ def traffic_of(name: str) -> dict[str, str]:
     return dict(zip(("down", "up"), found.groups(), strict=True))
 
 
-WHAT = r"params|A|B|head|values|the changes that it missed|what it lacks of the others"
+WHAT = r"params|A|B|head|values|scores|the changes that it missed|what it lacks of the others"
 PART = re.compile(rf"(?:([\d.]+) )?({WHAT})( of the shared layers)?")
 
 
@@ -399,6 +401,9 @@ def copies(text: str, case: Case, state: Any, width: int, round: int, downs: lis
             continue
         if found[2] == "what it lacks of the others":
             total += sum(numbers([down.rest or {}]) for down in downs)
+            continue
+        if found[2] == "scores":  # one per triplet
+            total += sum(t.numel() for name, t in every.items() if name.endswith(".E"))
             continue
         kept = [t for name, t in every.items() if found[2] == "params" or name.endswith(f".{found[2]}")]
         if found[2] == "head":

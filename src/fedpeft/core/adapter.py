@@ -22,6 +22,17 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class AdaLora:
+    """W x + (alpha / rank) P diag(E) Q x, in triplets that can be given up (Zhang et al. 2023, arXiv 2303.10512)."""
+
+    kind: ClassVar[str] = "adalora"
+    rank: int = 12  # triplets of every projection at first
+    alpha: float = 24.0  # numerator of the scale alpha / rank
+    targets: tuple[str, ...] = ("query", "value")  # projections by name, or a pattern with * over module paths
+    blocks: tuple[int, ...] | None = None  # transformer blocks that get an adapter; None: all
+
+
+@dataclass(frozen=True)
 class HeadOnly:
     """No adapter in the base: only the classification head trains (a linear probe)."""
 
@@ -91,8 +102,9 @@ class LatePrompt:
     block: int | None = None  # the block that the prompt enters; None: the middle one
 
 
-AdapterSpec: TypeAlias = Lora | HeadOnly | Prefix | Prompt | Bottleneck | InstancePrompt | MixedPrompt | LatePrompt
+AdapterSpec: TypeAlias = (
+    Lora | AdaLora | HeadOnly | Prefix | Prompt | Bottleneck | InstancePrompt | MixedPrompt | LatePrompt
+)
 
-ADAPTERS: dict[str, type[AdapterSpec]] = {
-    spec.kind: spec for spec in (Lora, HeadOnly, Prefix, Prompt, Bottleneck, InstancePrompt, MixedPrompt, LatePrompt)
-}
+_KINDS = (Lora, AdaLora, HeadOnly, Prefix, Prompt, Bottleneck, InstancePrompt, MixedPrompt, LatePrompt)
+ADAPTERS: dict[str, type[AdapterSpec]] = {spec.kind: spec for spec in _KINDS}

@@ -56,6 +56,18 @@ class Prox:
 
 
 @dataclass(frozen=True)
+class Soften:
+    """Hard rows learn from a mix of their label and the model's own distribution, held fixed (self-evolution learning).
+
+    With q = (1 - share) y + share p, p the model's own, the gradient of the cross-entropy -sum q log p is (1 - share)
+    times the plain one, since that of -sum p log p with the first p fixed is zero where both are equal.
+    """
+
+    threshold: float  # rows whose loss is above are hard
+    share: float  # of the model's own distribution in the target
+
+
+@dataclass(frozen=True)
 class Moments:
     """The state of an optimizer: AdamW fills all three, SGD with momentum `step` and `first`.
 
@@ -130,6 +142,7 @@ class Fit:
     )  # learning rate by name prefix, instead of the optimizer's; end it with a dot
     seed: int = 0  # of the dropout noise
     dropout: float = 0.0  # probability; 0: the model is deterministic
+    soften: Soften | None = None  # targets of hard rows; the losses that are told stay the plain ones
 
     @property
     def steps(self) -> int:
@@ -194,6 +207,8 @@ def check_fit(fit: Fit) -> None:
             )
     if fit.clip is not None and not fit.clip > 0:
         raise FitError(f"Fit.clip is {fit.clip}; it must be positive, or None for no bound")
+    if fit.soften is not None and not (fit.soften.threshold >= 0 and 0 <= fit.soften.share < 1):
+        raise FitError(f"Fit.soften is {fit.soften}; the threshold must not be negative, the share lie in [0, 1)")
     if not 0 <= fit.dropout < 1:
         raise FitError(f"Fit.dropout is {fit.dropout}; it must lie in [0, 1)")
     for name, t in fit.params.items():

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedpeft.core import tree
-from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import Fisher, Perturbation, TokenNorm
-from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.fit import Data, Fit, Fitted, Soften
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
@@ -73,7 +73,7 @@ class HFModel:
         self._warm: Params | None = None
         self.adapter = build_adapter(spec, base)
         self.slots = dict(self.adapter.slots)
-        self.scale = spec.alpha / spec.rank if isinstance(spec, Lora) else 1.0
+        self.scale = float(getattr(self.adapter, "scale", 1.0))
         self.places = slots(base.module, base.family) | self.slots
         self._last = is_decoder(base.family)
         self.readout: Readout = readout or HeadReadout(classes, self.width, self._last)
@@ -207,7 +207,17 @@ class HFModel:
         for part in self.parts(every):
             items = [every[i] for i in part]
             with self.seen(base, stack, items, step) as seen:
-                yield items, self.readout.losses(seen)
+                yield items, self._softened(self.readout.losses(seen), items, stack.fits)
+
+    def _softened(self, losses: Tensor, items: Sequence[Item], fits: Sequence[Fit]) -> Tensor:
+        """The losses, with smaller gradients where `Fit.soften` says so."""
+        if not any(fit.soften for fit in fits):
+            return losses
+        soft = [fits[item.client].soften or Soften(float("inf"), 0.0) for item in items]
+        bounds = torch.tensor([s.threshold for s in soft], dtype=losses.dtype, device=self.device)
+        shares = torch.tensor([s.share for s in soft], dtype=losses.dtype, device=self.device)
+        fixed = losses.detach()
+        return torch.where(fixed > bounds, (1 - shares) * losses + shares * fixed, losses)
 
     def cost(self, fit: Fit) -> tuple[int, int]:
         """See `train.Objective`: tokens and pairs of all rows that a fit uses, prompts included."""

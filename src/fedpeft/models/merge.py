@@ -122,7 +122,7 @@ def _check_foldable(model: HFModel, params: Params) -> None:
             "a model is merged as a text classifier with a head, and task.format cloze and verbalizer train none; "
             "export the adapter without --merge, or use fedpeft.predict"
         )
-    folded = {f"{name}.{side}" for name in model.places for side in ("A", "B")}
+    folded = {f"{name}.{side}" for name in model.places for side in "ABPEQ"}
     odd = [name for name in params if name not in folded and not name.startswith((delta.PREFIX, "head."))]
     if odd:
         raise ModelError(
@@ -136,6 +136,9 @@ def _change(params: Params, slot: str, scale: float) -> Tensor | None:
     parts = []
     if f"{slot}.A" in params:
         parts.append(scale * (params[f"{slot}.B"].double() @ params[f"{slot}.A"].double()))
+    if f"{slot}.E" in params:
+        p, e, q = (params[f"{slot}.{side}"].double() for side in "PEQ")
+        parts.append(scale * (p * e @ q))
     name = f"{delta.PREFIX}{slot}"
     if f"{name}.left" in params:
         parts.append(params[f"{name}.left"].double() @ params[f"{name}.right"].double())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fedpeft.core.adapter import (
+    AdaLora,
     AdapterSpec,
     Bottleneck,
     HeadOnly,
@@ -28,6 +29,7 @@ from fedpeft.models.adapters.lora import LoraAdapter
 from fedpeft.models.adapters.mixed import MixedPromptAdapter
 from fedpeft.models.adapters.prefix import PrefixAdapter
 from fedpeft.models.adapters.prompt import PromptAdapter
+from fedpeft.models.adapters.triplet import TripletAdapter
 from fedpeft.models.families import Slot
 from fedpeft.models.load import Base
 
@@ -66,6 +68,7 @@ def build_adapter(spec: AdapterSpec, base: Base) -> Adapter:
 
 _BUILDERS: dict[type[AdapterSpec], Callable[[Any, Base], Adapter]] = {
     Lora: LoraAdapter,
+    AdaLora: TripletAdapter,
     HeadOnly: lambda spec, base: NoAdapter(),
     Prefix: PrefixAdapter,
     Prompt: PromptAdapter,

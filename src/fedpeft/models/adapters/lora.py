@@ -3,6 +3,9 @@
 Parameters of slot s: `s.A` (rank, d_in), `s.B` (d_out, rank). Reference: Hu et al. 2021, arXiv 2106.09685.
 Clients of unequal rank are padded with zero rows of A and zero columns of B, which stay zero under any optimizer:
 the gradient of each is a product with the other.
+
+Where there is an `s.echo` (1,), the projection has the same change once more, that many times and held fixed for the
+gradients of A and B: a base that moves along with the factors (Delta-LoRA).
 """
 
 from __future__ import annotations
@@ -59,13 +62,15 @@ class LoraAdapter:
         for name, slot in self.places.items():
             want[f"{name}.A"] = (None, slot.d_in)
             want[f"{name}.B"] = (slot.d_out, None)
+            want[f"{name}.echo"] = (1,)
         return want
 
     def bind(self, layer: Layer, sizes: Sizes, rows: Rows, base: Base) -> None:
         """Add B A x to every projection whose factors are there."""
         for name, slot in self.places.items():
             if f"{name}.A" in layer:
-                change = apply(layer[f"{name}.A"], layer[f"{name}.B"], self.scale, slot, rows)
+                echo = layer.get(f"{name}.echo")
+                change = apply(layer[f"{name}.A"], layer[f"{name}.B"], self.scale, slot, rows, echo)
                 base.change_output(slot.path, change)
 
     def context(self, params: Params) -> tuple[float, float]:
@@ -73,23 +78,30 @@ class LoraAdapter:
         return 0.0, 0.0
 
 
-def apply(a: Tensor, b: Tensor, scale: float, slot: Slot, rows: Rows) -> Applied:
+def apply(a: Tensor, b: Tensor, scale: float, slot: Slot, rows: Rows, echo: Tensor | None = None) -> Applied:
     """What the adapter adds to its projection's output.
 
     Args:
         a: (clients, rank, d_in)
         b: (clients, d_out, rank)
+        echo: (clients, 1) how many times more, without gradients of a and b; None: not at all.
     """
     own_a, own_b = rows.pick(a), rows.pick(b)
+    own_echo = None if echo is None else rows.pick(echo)
+
+    def times(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if rows.client is None:
+            return F.linear(F.linear(x, low), high)
+        return torch.bmm(torch.bmm(x, low.transpose(1, 2)), high.transpose(1, 2))
 
     def applied(x: Tensor, y: Tensor) -> Tensor:
         # x (rows, tokens, d_in), y (rows, tokens, width)
+        if own_echo is not None:
+            fixed = times(x, own_a.detach().to(x.dtype), own_b.detach().to(x.dtype))
+            y = _add(y, fixed * own_echo.to(x.dtype).view(-1, 1, 1), scale, slot)
         if rows.keys is not None and rows.drop is not None:
             x = (x * keep(rows.keys, slot.name, (x.shape[1], x.shape[2]), rows.drop)).to(x.dtype)
-        low, high = own_a.to(x.dtype), own_b.to(x.dtype)
-        if rows.client is None:
-            return _add(y, F.linear(F.linear(x, low), high), scale, slot)
-        return _add(y, torch.bmm(torch.bmm(x, low.transpose(1, 2)), high.transpose(1, 2)), scale, slot)
+        return _add(y, times(x, own_a.to(x.dtype), own_b.to(x.dtype)), scale, slot)
 
     return applied
 
