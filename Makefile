@@ -53,6 +53,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.cohort --clients 10 --dtype bfloat16
 	$(BIN)/python -m benchmarks.prefix
 	$(BIN)/python -m benchmarks.rounds
+	$(BIN)/python -m benchmarks.difficulty
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,7 +24,19 @@ from benchmarks import record
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, HeadOnly
 from fedpeft.core.cohort import everyone
-from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights
+from fedpeft.core.examples import Examples
+from fedpeft.core.exchange import (
+    ClientEnv,
+    ClientId,
+    Exchange,
+    Fisher,
+    Nothing,
+    Perturbation,
+    ServerEnv,
+    TokenNorm,
+    Update,
+    Weights,
+)
 from fedpeft.core.federate import federate
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.method import Defaults
@@ -114,26 +126,27 @@ class NoModel:
         """Never called: there is no loss."""
         raise NotImplementedError
 
+    def losses(self, params: tree.Params, data: Data, rows: Sequence[int]) -> Tensor:
+        """Never called: there is no loss."""
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class OneRow:
-    """The data of a null client."""
+    def fisher(self, params: tree.Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+        """Never called: there is no loss."""
+        raise NotImplementedError
 
-    def __len__(self) -> int:
-        return 1
+    def sensitivity(
+        self, params: tree.Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """Never called: there is no loss."""
+        raise NotImplementedError
 
-    def epochs(self, epochs: int, batch_size: int, rng: Rng) -> list[list[int]]:
-        """That row."""
-        return [[0]] * epochs
 
-    def distinct(self, limit: int) -> list[int]:
-        """That row."""
-        return [0]
+ONE_ROW = Examples((np.zeros(1, np.int32),), np.zeros(1, np.int64))  # the data of a null client
 
 
 def round_seconds(clients: int, rounds: int) -> tuple[list[float], int, int]:
     """Seconds of every round after the first, and the bytes of a client's messages, down and up."""
-    data = {f"client-{i:04d}": {"train": OneRow()} for i in range(clients)}
+    data: dict[str, dict[str, Data]] = {f"client-{i:04d}": {"train": ONE_ROW} for i in range(clients)}
     model = NoModel()
     transport = InProcess(Null, model, data, seed=0)
     times: list[float] = []

@@ -37,11 +37,14 @@ class FakeApp:
 
     calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     error: BaseException | None = None
+    refusal: BaseException | None = None  # an error before there is a folder
     leave: Callable[[Path], None] = lambda folder: None  # what the run has written when it fails
     failures: tuple[str, ...] = ()  # of a study's cells
 
     def _do(self, name: str, *arguments: Any, folder: Path | None = None, progress: Any = None) -> None:
         self.calls.append((name, arguments))
+        if self.refusal is not None:
+            raise self.refusal
         if progress is not None:
             progress(Progress(1, 2, 0.7, 1000, 500, 1.0))
         if self.error is not None:
@@ -49,7 +52,11 @@ class FakeApp:
                 self.leave(folder)
             raise self.error
 
-    def run(self, config: Any, overrides: Any = None, *, out: Any = None, progress: Any = None) -> Any:
+    def run(
+        self, config: Any, overrides: Any = None, *, out: Any = None, progress: Any = None, begun: Any = None
+    ) -> Any:
+        if begun is not None and self.refusal is None:
+            begun(out)
         self._do("run", config, overrides, out, folder=out, progress=progress)
         return types.SimpleNamespace(folder=out, manifest=MANIFEST, metrics=METRICS)
 

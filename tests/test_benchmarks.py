@@ -19,6 +19,7 @@ RUNS = {
     "cohort": f"{TINY} --repeats 2 --matrix 32 --profile 3",
     "prefix": f"{TINY} --repeats 2",
     "rounds": f"{TINY} --repeats 2",
+    "difficulty": f"{TINY} --repeats 2",
 }
 
 
@@ -131,3 +132,9 @@ def test_finished_cells_of_a_study_are_collected(tmp_path):
     assert cells[1]["curve"] == [[0, {"global": 0.7}]] and cells == json.loads(out.read_text())
     assert collect.table(cells)[2] == "| t | A | 0.2 | 1 | 0.600 |  | 0 | 0 | 1.5 |"
     assert collect.main(["--out", str(out)]) == cells, "what was kept stays"
+
+
+def test_difficulty_is_the_same_by_hooks_and_one_by_one(tmp_path):
+    result = measured("difficulty", tmp_path)
+    assert result["largest_relative_difference"] < 1e-4
+    assert result["ratio"]["difficulty"]["median"] > 0 and -1 <= result["rank_correlation"]["median"] <= 1

@@ -237,6 +237,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"method": {"cohorts": 3}}, "method.cohorts is not a field of fedavg; did you mean 'cohort'?"),
         ({"method": {"name": "fedavgg"}}, "method.name: there is no method 'fedavgg'; did you mean 'fedavg'?"),
         ({"method": {"name": "fedpeptoa"}, "adapter": {"length": 3}}, "method.name: there is no method 'fedpeptoa'"),
+        ({"method": "fedpeptao", "adapter": {"length": 3}}, "method: 'fedpeptao' cannot be used; give a mapping"),
         ({"method": {"name": 3}}, "method.name: 3 cannot be used; give one of adalora, adapter"),
         ({"method": {"lr": "fast"}}, "method.lr is 'fast'; it must be a number"),
         ({"method": {"lr": -1}}, "method.lr is -1.0; it must be finite and above 0"),

@@ -67,6 +67,16 @@ def test_estimates_are_near_what_a_run_costs(place: Path, tmp_path: Path, method
     assert estimate["rows_per_client_and_round"] == pytest.approx(examples, rel=0.2)
 
 
+def test_estimate_says_what_it_assumes_of_a_method_with_a_set_up(place: Path) -> None:
+    found = {}
+    for name in ("fedavg", "fedpeptao"):
+        values = small.config(place, method__name=name)
+        del values["adapter"]  # each its own
+        found[name] = app.check(values)["estimate"]
+    assert "the set-up is not counted" in found["fedpeptao"]["assuming_that"]
+    assert "assuming_that" not in found["fedavg"]
+
+
 def test_nothing_is_trained_or_written(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(HFModel, "fit_many", None)

@@ -144,6 +144,12 @@ def test_run_starts_from_the_best_adapter_of_another(place: Path, tmp_path: Path
 def test_start_that_does_not_fit_is_refused(place: Path, tmp_path: Path, finished: app.Run) -> None:
     with pytest.raises(ModelError, match=r"run.init_from .* does not fit this run"):
         made(place, run__init_from=str(finished.folder), adapter__rank=2)
+    values = small.config(place, run__init_from=str(finished.folder))
+    values["adapter"] = {"kind": "prefix"}
+    both = r"run.init_from .* \(lora\) does not fit this run's adapter \(prefix\)"
+    with pytest.raises(ModelError, match=both) as other:
+        build(load_config(values))
+    assert str(other.value).count("does not fit") == 1
     with pytest.raises(
         ModelError, match=r"run.init_from .*does not fit this run's adapter \(lora\) and labels: .*Use the"
     ):

@@ -74,6 +74,17 @@ def test_request_that_only_the_data_show_to_be_wrong_is_code_2(fake: FakeApp) ->
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "error: row 3 of x.csv has the label 'q'")
 
 
+def test_a_folder_is_told_only_where_there_is_one(fake: FakeApp) -> None:
+    fake.refusal = DataError("row 3 of x.csv has the label 'q'")
+    result = call("run", DEMO, "--out", "here")
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_near_verbs_are_told_once(fake: FakeApp) -> None:
+    said = call("import", "x").stderr
+    assert said.count("Did you mean") == 1 and "'export'" in said
+
+
 @pytest.mark.parametrize("error", [QuorumError("too few"), ClientError("NaN"), StoreError("disk\nfull")])
 def test_failed_run_is_one_line_with_code_1(fake: FakeApp, error: Exception) -> None:
     fake.error = error

@@ -49,11 +49,25 @@ def test_plain_lines_come_once_a_round_and_not_in_a_flood(monkeypatch: pytest.Mo
     assert lines[5:] == ["client 003 was lost"]
 
 
+def test_every_exchange_of_the_set_up_is_a_line_and_a_message_is_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(watching.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Watch(stream) as watch:
+        watch(Progress(0, 6, message="warning: few rows"))
+        for i in (1, 2):
+            now += 5.0
+            watch(Progress(0, 6, exchange=f"warmup {i}"))
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["warning: few rows", "set-up: warmup 1", "set-up: warmup 2"]
+
+
 def test_terminal_gets_a_bar_with_the_same_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     with Watch(stream) as watch:
+        watch(Progress(0, 6, exchange="warmup 2"))
         watch(Progress(3, 6, 0.25, 1_000_000, 500_000, 30.0, message="[not markup] said"))
     shown = stream.getvalue()
     for part in ("3/6", "loss 0.250", "1.50 MB", "30.0 s left", "[not markup] said"):

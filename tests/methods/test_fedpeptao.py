@@ -476,10 +476,10 @@ def test_only_prefixes_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ratio": 0.0}, "method.ratio is 0.0; it must be finite and above 0"),
-        ({"ratio": 1.01}, "method.ratio is 1.01; it must be finite and at most 1"),
+        ({"ratio": 0.0}, "method.ratio is 0.0; it must be above 0 and at most 1"),
+        ({"ratio": 1.01}, "method.ratio is 1.01; it must be above 0 and at most 1"),
         ({"beta": 1.0}, "method.beta is 1.0"),
-        ({"score_batch": 1}, "method.score_batch is 1; it must be finite and at least 2"),
+        ({"score_batch": 1}, "method.score_batch is 1; it must be at least 2"),
         ({"warmup_rounds": -1}, "method.warmup_rounds is -1"),
         ({"server_lr": -0.1}, "method.server_lr is -0.1"),
         ({"lanczos_steps": 1}, "method.lanczos_steps is 1"),

@@ -51,7 +51,7 @@ def test_a_method_is_a_module() -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"no method 'fedavgg'; did you mean 'fedavg'\?"):
         methods.load("fedavgg")
-    with pytest.raises(RequestError, match="there are: adapter, attempt, centralized, fedavg, "):
+    with pytest.raises(RequestError, match="there are: .*adapter, attempt, .*fedavg, "):
         methods.load("zzzz")
     with pytest.raises(RequestError):
         methods.load("__init__")
@@ -96,7 +96,7 @@ def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         methods.build("fedavg", values)
     assert sorted(caught.value.problems) == [
-        "method.batch_size is 0; it must be finite and at least 1",
+        "method.batch_size is 0; it must be at least 1",
         "method.clip is True; it must be a number or null",
         "method.cohort is 2.5; it must be a whole number",
         "method.epoch is not a field of fedavg; did you mean 'epochs'?",
@@ -108,7 +108,7 @@ def test_all_problems_come_at_once() -> None:
 
 @pytest.mark.parametrize("value", [3, [1.5], ["a"], [1, True]])
 def test_a_list_must_be_of_its_kind(outside: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=r"method.sizes is .*; it must be a list of a whole number"):
+    with pytest.raises(ConfigError, match=r"method.sizes is .*; it must be a list of whole numbers"):
         methods.build(outside, {"sizes": value})
 
 

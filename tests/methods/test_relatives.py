@@ -320,6 +320,6 @@ def test_ranges_of_the_server() -> None:
     with pytest.raises(ConfigError) as caught:
         MomSAdamD(beta=1.0, server_lr=0.0)
     assert list(caught.value.problems) == [
+        "method.beta is 1.0; it must be at least 0 and below 1",
         "method.server_lr is 0.0; it must be finite and above 0",
-        "method.beta is 1.0; it must be finite and below 1",
     ]

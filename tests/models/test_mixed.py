@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,7 +139,12 @@ def test_what_is_refused(sources: tuple[str, ...], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "adapter_model.safetensors").write_bytes(b"no tensors")
+    prefix = tmp_path / "prefix"
+    prefix.mkdir()
+    shutil.copy(next(Path(sources[0]).rglob("adapter_model.safetensors")), prefix)
+    (prefix / "fedpeft.json").write_text('{"adapter": {"kind": "prefix"}}')
     for spec, message in (
+        (MixedPrompt(3, 4, (str(prefix),)), r"is no prompt but an adapter of kind prefix; give the folder of a run"),
         (MixedPrompt(3, 4), r"name the run folders in method\.sources or adapter\.sources"),
         (MixedPrompt(3, 4, ("/nowhere",)), r"source '/nowhere' has no adapter_model\.safetensors"),
         (MixedPrompt(3, 4, (str(lora),)), "holds no prompt"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
-from fedpeft.runs.report_choices import blocks, ranking
+from fedpeft.runs.history import Group, History
+from fedpeft.runs.report_choices import RIGHT, blocks, choices, ranking
 
 
 def rectangles(svg: str) -> list[tuple[str, float]]:
@@ -20,6 +22,22 @@ def test_a_ranking_has_a_bar_per_layer_as_long_as_its_score() -> None:
     assert widths[1] == widths[3] and widths[2] / widths[1] == 0.5 and abs(widths[0] / widths[1] - 0.25) < 1e-3
     ranks = re.findall(r"no\. (\d)", ranking([2.0, 8.0, 4.0, 8.0], [1, 3]))
     assert ranks == ["4", "1", "3", "2"], "ties go to the lower layer"
+
+
+def test_the_longest_label_ends_inside_the_picture() -> None:
+    drawn = ranking([12345.6] + [1.33] * 29, [0])
+    longest = max(len(words) for words in re.findall(r">([^<]*no\. \d+)<", drawn))
+    assert longest * 7 + 6 < RIGHT, "7 units a letter at this size"
+
+
+def test_the_words_say_which_layers_and_what_a_score_means() -> None:
+    told = {"layers": [1], "of_layers": 2, "layers_by": "score", "layer_scores": [0.5, 1.33]}
+    config, manifest = {"method": {"name": "fedpeptao"}}, {"choices": told}
+    run = History(Path("here"), config, manifest, (), (), {}, (), ())
+    page = choices(Group("FedPepTAO", (run,)))
+    assert "1 layer of 2 shared: layer 1, chosen by score. The score is large where a layer hardly tells" in page
+    told["layers_by"] = "random"
+    assert "The score is large" not in choices(Group("FedPepTAO", (run,)))
 
 
 def test_layers_without_scores_are_boxes() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -211,10 +211,22 @@ def _warm_start(model: HFModel, folder: Path) -> None:
     try:
         model.warm_start(import_adapter(adapter if ran else folder, model))
     except (ModelError, FitError) as error:
+        own = adapter if ran else folder
+        why = str(error).removeprefix(f"{own} ").removeprefix("does not fit this model: ").rstrip(".")
         raise ModelError(
-            f"run.init_from {folder} does not fit this run's adapter ({model.spec.kind}) and labels: {error}. "
-            "Use the adapter.kind, its settings and the labels of that run, or leave run.init_from out."
+            f"run.init_from {folder}{_kind_of(own)} does not fit this run's adapter ({model.spec.kind}) and labels: "
+            f"{why}. Use the adapter.kind, its settings and the labels of that run, or leave run.init_from out."
         ) from error
+
+
+def _kind_of(folder: Path) -> str:
+    """The kind of an exported adapter in brackets, as far as its folder tells: " (prefix)"."""
+    from fedpeft.models.peft_folder import NOTE, read_json
+
+    with suppress(ModelError, AttributeError):  # damaged, which the error beside it says
+        if kind := read_json(folder / NOTE).get("adapter", {}).get("kind"):
+            return f" ({kind})"
+    return ""
 
 
 def _resolved(config: RunConfig, task: Task, model: HFModel, clients: int) -> RunConfig:

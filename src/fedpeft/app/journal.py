@@ -119,6 +119,8 @@ class Journal:
         )
         for tracker in self.trackers:
             tracker.log(done.round, line)
+        if not done.round:
+            self.set_up_seconds = self.watch.seconds()  # with its evaluation
         self._progress(done.round, done.state, metrics or None)
         self.folder.update_manifest(rounds_done=done.round, **self._choices(done), **ledger.totals())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,7 @@ def run(
     out: Path | str | None = None,
     progress: Listener | None = None,
     label: str | None = None,
+    begun: Callable[[Path], None] | None = None,
 ) -> Run:
     """Run a configuration from its first exchange to its last.
 
@@ -86,6 +87,7 @@ def run(
         out: the run folder, new or empty; None makes `runs/METHOD-TASK-TIME`.
         progress: told after every exchange.
         label: what tables call the run; None: its method.
+        begun: told the run's folder as soon as it is there, which is after the request was found to be met.
 
     Raises:
         RequestError: the request is wrong or cannot be met.
@@ -100,6 +102,8 @@ def run(
             folder.update_manifest(**named, **_identity(fed), **OPEN, rounds_done=0, started=now())
             folder.save_partition(json.loads(fed.partition.to_json()))
             folder.save_config(resolved(fed.config))  # last: a folder with a configuration is a run
+            if begun is not None:
+                begun(folder.path)
             with _logging_to(folder.log):
                 log.info("run of %s on %s, seed %d", wanted.method.name, wanted.task.name, wanted.run.seed)
                 return _go(folder, fed, progress)

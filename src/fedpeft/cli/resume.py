@@ -23,5 +23,6 @@ def resume(folder: RunDir, set_: Set = None, json: Json = False) -> None:
     if not overrides and (done := finished_rounds(folder)):
         typer.echo(f"finished already, after {done}; to go on, raise run.rounds with --set run.rounds=N", err=True)
     with Watch() as watch:
+        watch.begin()
         finished = app.resume(folder, overrides, progress=watch)
     render.print_run(finished, json)

@@ -32,9 +32,12 @@ def run(
     from fedpeft.cli.exits import working_in
     from fedpeft.cli.watching import Watch
 
+    def begun(made: Path) -> None:
+        if not json:
+            typer.echo(f"folder: {made}")
+        watch.begin()
+
     working_in(folder, f"fedpeft resume {folder}")
-    if not json:
-        typer.echo(f"folder: {folder}")
     with Watch() as watch:
-        finished = app.run(resolved, out=folder, progress=watch)
+        finished = app.run(resolved, out=folder, progress=watch, begun=begun)
     render.print_run(finished, json)

@@ -27,14 +27,17 @@ class Watch:
         self._stream = stream or sys.stderr
         self._bar: Any = None
         self._task: Any = None
-        self._shown_round = -1
+        self._shown: tuple[int, str | None] | None = None  # round, and the exchange in the set-up
         self._shown_at = float("-inf")
 
     def __enter__(self) -> Watch:
-        if self._stream.isatty():
+        return self
+
+    def begin(self) -> None:
+        """Start the bar, where there is to be one; else the first sign of life does, so that lines may come before."""
+        if self._bar is None and self._stream.isatty():
             self._bar, self._task = _bar(self._stream)
             self._bar.start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._bar is not None:
@@ -42,6 +45,7 @@ class Watch:
 
     def __call__(self, progress: Progress) -> None:
         """Show one sign of life."""
+        self.begin()
         if self._bar is not None:
             self._advance(progress)
         else:
@@ -53,6 +57,7 @@ class Watch:
         left = time_left(progress)
         self._bar.update(
             self._task,
+            what=f"set-up: {progress.exchange}" if progress.exchange else "round",
             completed=progress.round,
             total=progress.rounds,
             loss="" if progress.loss is None else f"loss {progress.loss:.3f}",
@@ -63,12 +68,14 @@ class Watch:
     def _print(self, progress: Progress) -> None:
         if progress.message:
             print(progress.message, file=self._stream, flush=True)
+            return
         now, last = time.monotonic(), progress.round == progress.rounds
-        if progress.round == self._shown_round and progress.metrics is None:
+        here = (progress.round, progress.exchange)
+        if here == self._shown and progress.metrics is None:
             return
         if now - self._shown_at < QUIET_S and not last and progress.metrics is None:
             return
-        self._shown_round, self._shown_at = progress.round, now
+        self._shown, self._shown_at = here, now
         print(progress_line(progress), file=self._stream, flush=True)
 
 
@@ -77,7 +84,7 @@ def _bar(stream: Any) -> tuple[Any, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     bar = Progress(
-        TextColumn("round"),
+        TextColumn("{task.fields[what]}"),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[loss]}"),
@@ -85,4 +92,4 @@ def _bar(stream: Any) -> tuple[Any, Any]:
         TextColumn("{task.fields[left]}"),
         console=Console(file=stream),
     )
-    return bar, bar.add_task("run", total=None, loss="", traffic="", left="")
+    return bar, bar.add_task("run", total=None, what="round", loss="", traffic="", left="")

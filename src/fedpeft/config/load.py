@@ -57,14 +57,15 @@ def load_raw(
     problems: list[str] = []
     values = copy.deepcopy(dict(raw))
     apply_overrides(values, overrides, problems)
-    values = _known_sections(values, problems)
+    values, before = _known_sections(values, problems), values
     changed = {".".join(dotted.split(".")[:2]) for dotted in overrides}
     given = {
         name: {key for key in section if f"{name}.{key}" in changed or f"{name}.{key}" not in defaults}
         for name, section in values.items()
     }
     _find_paths(values, folder, problems)
-    method = _method(values, problems)
+    misshapen = "method" in before and "method" not in values  # said already: which method was meant nobody knows
+    method = None if misshapen else _method(values, problems)
     _adapter(values, method, problems)
     parts: dict[str, Any] = {}
     for name, section in s.SECTIONS.items():

@@ -176,16 +176,29 @@ def check_ranges(
 ) -> None:
     """Raise ConfigError, with all problems, unless the method's numbers are finite and within their bounds.
 
-    The bounds of the common fields (`AT_LEAST`, `ABOVE`) hold wherever a method has them; None passes.
+    The bounds of the common fields (`AT_LEAST`, `ABOVE`) hold wherever a method has them, a method's own bound in place
+    of them only where it is narrower; None passes.
     """
-    rules = [(bounds, "at least", float.__ge__) for bounds in (AT_LEAST, at_least or {})]
-    rules += [(bounds, "above", float.__gt__) for bounds in (ABOVE, above or {})]
-    rules += [(below or {}, "below", float.__lt__), (at_most or {}, "at most", float.__le__)]
+    rules = (
+        ("at least", _narrower(AT_LEAST, at_least or {}), float.__ge__),
+        ("above", _narrower(ABOVE, above or {}), float.__gt__),
+        ("below", below or {}, float.__lt__),
+        ("at most", at_most or {}, float.__le__),
+    )
     problems = []
-    for bounds, word, holds in rules:
-        for name, bound in bounds.items():
-            value = getattr(method, name, None)
-            if value is not None and not (math.isfinite(value) and holds(float(value), float(bound))):
-                problems.append(f"method.{name} is {value}; it must be finite and {word} {bound:g}")
+    for name in dict.fromkeys(name for _, bounds, _ in rules for name in bounds):
+        value = getattr(method, name, None)
+        own = [(word, float(bounds[name]), holds) for word, bounds, holds in rules if name in bounds]
+        if value is None or (math.isfinite(value) and all(holds(float(value), bound) for _, bound, holds in own)):
+            continue
+        words = [f"{word} {bound:g}" for word, bound, _ in own]
+        if len(own) == 1 and isinstance(value, float):  # whole numbers and those of a range are finite anyway
+            words.insert(0, "finite")
+        problems.append(f"method.{name} is {value}; it must be {' and '.join(words)}")
     if problems:
         raise ConfigError(problems)
+
+
+def _narrower(common: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
+    """Lower bounds by name, the higher one of each."""
+    return {name: max(common.get(name, -math.inf), own.get(name, -math.inf)) for name in {**common, **own}}

@@ -174,9 +174,16 @@ def _words(hint: Any) -> str:
         return " | ".join(str(a) for a in args)
     if origin is tuple:
         endless = len(args) == 2 and args[1] is Ellipsis
-        return f"a list of {_words(args[0])}" if endless else f"a list of ({', '.join(_words(a) for a in args)})"
+        return f"a list of {_several(args[0])}" if endless else f"a list of ({', '.join(_words(a) for a in args)})"
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return plain.get(hint, str(hint))
+
+
+def _several(hint: Any) -> str:
+    """Several values of an annotation as a reader would say it: `int` is "whole numbers"."""
+    if typing.get_origin(hint) is tuple:
+        return f"lists{_words(hint).removeprefix('a list')}"
+    return {int: "whole numbers", float: "numbers", str: "texts"}.get(hint) or _words(hint)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

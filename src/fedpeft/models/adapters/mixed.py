@@ -148,14 +148,17 @@ def _source(folder: Path, shape: tuple[int, int]) -> Tensor:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"source {path} cannot be read: {error}; export it anew") from error
+    kind = _kind(path.parent)
+    if kind not in ("", "prompt", "PROMPT_TUNING"):
+        raise ModelError(
+            f"source {path} is no prompt but an adapter of kind {kind}; give the folder of a run of adapter.kind "
+            "prompt (methods prompt_tuning, fedprompt), or of a PEFT prompt-tuning adapter"
+        )
     found = next((tensors[name] for name in ("prompt_embeddings", TOKENS) if name in tensors), None)
     if found is None:
         raise ModelError(
             f"source {path} holds no prompt (prompt_embeddings or {TOKENS}); give a run of adapter.kind prompt"
         )
-    kind = _peft_kind(path.with_name("adapter_config.json"))
-    if kind not in ("", "PROMPT_TUNING"):
-        raise ModelError(f"source {path} is an adapter of PEFT's kind {kind}; give a run of adapter.kind prompt")
     if tuple(found.shape) != shape:
         raise ModelError(
             f"source {path} has a prompt of shape {tuple(found.shape)}; {shape} is needed: set adapter.length to that "
@@ -164,9 +167,14 @@ def _source(folder: Path, shape: tuple[int, int]) -> Tensor:
     return found.float()
 
 
-def _peft_kind(config: Path) -> str:
-    """What PEFT calls the adapter; "" where nothing is said."""
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8")).get("peft_type", ""))
-    except (OSError, ValueError):
-        return ""
+def _kind(folder: Path) -> str:
+    """What an export calls its adapter's kind, else what PEFT calls it; "" where nothing is said."""
+    for name, keys in (("fedpeft.json", ("adapter", "kind")), ("adapter_config.json", ("peft_type",))):
+        try:
+            told = json.loads((folder / name).read_text(encoding="utf-8"))
+            for key in keys:
+                told = told[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return str(told)
+    return ""
