@@ -3,8 +3,8 @@
     python -m benchmarks.difficulty --clients 10
 
 The difficulty is the trace of the Fisher information of LoRA's factors, sample by sample, by hooks. Beside it stands
-the same by a pass of its own per sample. The ways run in turns, client by client; ratios are medians over neighbours. The
-second figure is how alike two rankings are that differ in the factors A that LoRA starts from (Spearman's rank
+the same by a pass of its own per sample. The ways run in turns, client by client; ratios are medians over neighbours.
+The second figure is how alike two rankings are that differ in the factors A that LoRA starts from (Spearman's rank
 correlation, per client, over the same trained head).
 """
 

@@ -51,7 +51,7 @@ def test_a_method_is_a_module() -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"no method 'fedavgg'; did you mean 'fedavg'\?"):
         methods.load("fedavgg")
-    with pytest.raises(RequestError, match="there are: .*adapter, attempt, .*fedavg, "):
+    with pytest.raises(RequestError, match=r"there are: .*adapter, attempt, .*fedavg, "):
         methods.load("zzzz")
     with pytest.raises(RequestError):
         methods.load("__init__")
