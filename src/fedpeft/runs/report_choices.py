@@ -17,8 +17,8 @@ WIDTH = 460.0
 SCORES = {  # what a layer's score means, by method
     "fedpeptao": "The score is large where a layer hardly tells samples apart; FedPepTAO shares the layers with the "
     "largest scores and leaves the others to the devices.",
-    "fibecfed": "The score is how much a layer's output changes when its input is perturbed; FibecFed shares the layers "
-    "with the largest scores and leaves the others to the clients.",
+    "fibecfed": "The score is how much a layer's output changes when its input is perturbed; FibecFed shares the "
+    "layers with the largest scores and leaves the others to the clients.",
 }
 
 
