@@ -197,7 +197,7 @@ def test_what_the_library_writes_is_read_here() -> None:
         ({"params": {"a": 1.0}}, "params/a must be a Tensor"),
         ({"params": {1: torch.ones(1)}}, "text key"),
         ({"params": None}, "a mapping of tensors"),
-        ({"spec": Inner("", 0.0)}, "spec must be one of Lora, HeadOnly, Prefix, .*, but is a Inner"),
+        ({"spec": Inner("", 0.0)}, "spec must be one of Lora, AdaLora, HeadOnly, Prefix, .*, but is a Inner"),
         ({"by_name": {"a": "b"}}, "by_name/a must be float"),
         ({"by_name": {1: 1.0}}, "text keys"),
         ({"numbers": [1]}, "numbers must be a tuple"),
