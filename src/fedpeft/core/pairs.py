@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Lora
-from fedpeft.core.errors import RecordError
 from fedpeft.core.tree import Params
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # (B, A)
@@ -88,30 +87,6 @@ def as_delta(pairs: Params, scale: float) -> dict[str, Tensor]:
 def scale_of(spec: AdapterSpec) -> float:
     """c = alpha / rank, which is the same for every client, also where ranks differ."""
     return spec.alpha / spec.rank if isinstance(spec, Lora) else 1.0
-
-
-def same_slots(sent: Params, got: Params, most: int) -> None:
-    """Check pairs whose rank may differ from what was sent.
-
-    Args:
-        sent, got: pairs of the same slots.
-        most: the largest rank that an answer may have.
-
-    Raises:
-        RecordError: other names, other widths, other dtypes, factors that do not fit together, or a rank above `most`.
-    """
-    if sent.keys() != got.keys():
-        raise RecordError(f"an answer has other parameters than were sent, first: {min(sent.keys() ^ got.keys())!r}")
-    tree.same_dtypes(sent, got)
-    for stem in stems(sent):
-        (b, a), (own_b, own_a) = pair(sent, stem), pair(got, stem)
-        fits = own_b.dim() == own_a.dim() == 2 and own_b.shape[1] == own_a.shape[0]
-        if not fits or own_b.shape[0] != b.shape[0] or own_a.shape[1] != a.shape[1]:
-            shown = f"{tuple(own_b.shape)} and {tuple(own_a.shape)}"
-            raise RecordError(f"the factors of {stem!r} have shapes {shown}; they do not fit to the slot")
-        if not 1 <= own_a.shape[0] <= most:
-            raise RecordError(f"the factors of {stem!r} have rank {own_a.shape[0]}; it lies between 1 and {most}")
-    tree.same_layout(others(sent), others(got))
 
 
 def fresh_b(params: Params) -> dict[str, Tensor]:

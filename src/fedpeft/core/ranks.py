@@ -6,15 +6,20 @@ every round. The adapter's own rank is the largest; alpha / rank of the adapter 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
+from fedpeft.core import pairs
 from fedpeft.core.adapter import Lora
 from fedpeft.core.averaging import Tuning
+from fedpeft.core.cohort import sample
 from fedpeft.core.errors import ConfigError
-from fedpeft.core.exchange import ClientId, ServerEnv
-from fedpeft.core.method import check_ranges
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights
+from fedpeft.core.fit import Fit, Fitted
+from fedpeft.core.method import check_ranges, ordinary_fit
 from fedpeft.core.rng import rng_for
+from fedpeft.core.tree import Params
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,47 @@ class Ranked(Tuning):
         check_ranges(self)
         if any(rank < 1 for rank in self.ranks):
             raise ConfigError([f"method.ranks is {list(self.ranks)}; every rank must be at least 1"])
+
+
+@dataclass(frozen=True)
+class RankedState:
+    """What the server knows."""
+
+    params: Params  # of the largest rank, and the head
+    ranks: Mapping[str, int] = field(default_factory=dict)  # r_k of every client
+    loss: float | None = None  # mean training loss of the last cohort; None before the first
+
+
+@dataclass(frozen=True)
+class RankedAveraging(Ranked):
+    """Every client trains the first r_k rows of A and columns of B; a subclass says how the server combines them."""
+
+    state: ClassVar[type[RankedState]] = RankedState
+
+    def init(self, env: ServerEnv) -> RankedState:
+        """The fresh adapter, and everybody's rank."""
+        return RankedState(env.initial(), client_ranks(self, env))
+
+    def round(self) -> tuple[Exchange, ...]:
+        """One round."""
+        return (Exchange("train", Weights, Update, sample(self.cohort), self.send, self.train, self.average),)
+
+    def send(self, state: RankedState, client: ClientId) -> Weights:
+        """The first r_k rows of A and columns of B, and the head."""
+        return Weights(pairs.cut(state.params, rank_for(state.ranks, client)))
+
+    def train(self, down: Weights, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:
+        """Train LoRA of the client's own rank."""
+        fitted = yield ordinary_fit(self, down.params, env)
+        return Update(fitted.params, len(env.data), fitted.loss), memory
+
+    def average(self, state: RankedState, ups: Mapping[ClientId, Update], env: ServerEnv) -> RankedState:
+        """The method's own."""
+        raise NotImplementedError
+
+    def result(self, state: RankedState) -> Params:
+        """The factors of the largest rank."""
+        return state.params
 
 
 def client_ranks(method: Ranked, env: ServerEnv) -> dict[ClientId, int]:
