@@ -6,6 +6,7 @@ every round. The adapter's own rank is the largest; alpha / rank of the adapter 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -44,7 +45,7 @@ class RankedState:
 
 
 @dataclass(frozen=True)
-class RankedAveraging(Ranked):
+class RankedAveraging(Ranked, ABC):
     """Every client trains the first r_k rows of A and columns of B; a subclass says how the server combines them."""
 
     state: ClassVar[type[RankedState]] = RankedState
@@ -66,9 +67,9 @@ class RankedAveraging(Ranked):
         fitted = yield ordinary_fit(self, down.params, env)
         return Update(fitted.params, len(env.data), fitted.loss), memory
 
+    @abstractmethod
     def average(self, state: RankedState, ups: Mapping[ClientId, Update], env: ServerEnv) -> RankedState:
-        """The method's own."""
-        raise NotImplementedError
+        """How the server combines factors of unequal rank: what the method is about."""
 
     def result(self, state: RankedState) -> Params:
         """The factors of the largest rank."""
