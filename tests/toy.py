@@ -127,6 +127,11 @@ class ToyModel:
         self.dirt: Any = None
         self.calls: list[int] = []  # how many fits each call of fit_many was given
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """As costly as the smallest of transformers: what a planner would like to know."""
+        return {"num_hidden_layers": self.blocks, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 8}
+
     def init(self, rng: Rng) -> dict[str, Tensor]:
         numbers = rng.standard_normal(self.width) if self.start is None else self.start
         plain = cut(torch.tensor(numbers, dtype=self.dtype), self.blocks)

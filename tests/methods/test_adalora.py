@@ -127,7 +127,11 @@ def test_the_server_smooths_and_prunes() -> None:
     first = {"a": torch.tensor([4.0, 0.0]), "b": torch.tensor([2.0, 1.0])}
     up = Answer(ones, first, 3, 1.0)
     state = method.average(state, {"x": up}, env)
-    assert state.smoothed["a"].tolist() == [2, 0] and state.uncertain["a"].tolist() == [1, 0] and state.kept == 2
+    assert (
+        state.smoothed.mean["a"].tolist() == [2, 0]
+        and state.smoothed.spread["a"].tolist() == [1, 0]
+        and state.kept == 2
+    )
     assert state.params["a.E"].tolist() == [1, 0] and state.params["b.E"].tolist() == [1, 0]
     assert state.params["a.P"].tolist() == ones["a.P"].tolist(), "what is outside of the budget may come back"
     assert method.choices(state) == {"triplets": 2, "triplets_of": {"a": 1, "b": 1}}

@@ -61,6 +61,11 @@ class Model(Protocol):
         """The adapter that `init` draws."""
         ...
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The base's configuration as plain data (`config.json`), from which its cost follows."""
+        ...
+
     def init(self, rng: Rng) -> dict[str, Tensor]:
         """Fresh adapter parameters; a new adapter leaves the base's outputs unchanged wherever its kind allows."""
         ...

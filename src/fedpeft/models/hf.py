@@ -94,6 +94,11 @@ class HFModel:
         return self._spec
 
     @property
+    def config(self) -> dict[str, Any]:
+        """See `Base.config`."""
+        return self.base.config
+
+    @property
     def device(self) -> torch.device:
         """Where the base is."""
         return self.base.device

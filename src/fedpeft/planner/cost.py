@@ -142,3 +142,63 @@ def train_flops(shape: Shape, tokens: int, pairs: int, lowest_block: int = 0) ->
     per_token = whole * shape.upper_flops + passed * shape.lower_flops
     per_token += shape.head_flops if whole else 0
     return forward_flops(shape, tokens, pairs) + per_token * tokens + 2 * whole * shape.pair_flops * pairs
+
+
+# TEMPORARY
+WEIGHT_ERROR = {"int8": 0.0059, "nf4": 0.0919, "nf4dq": 0.0919}
+
+
+@dataclass(frozen=True)
+class Weight:
+    name: str
+    block: int
+    kind: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Step:
+    rows: int
+    tokens: int
+    trained: Mapping[str, int]
+    frozen: Mapping[str, int]
+    base: str = "float32"
+    compute: str = "float32"
+    classes: int | None = None
+    depth: int | None = None
+    checkpointing: bool = False
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Flops:
+    total: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    peak: int
+
+
+def base_bytes(shape: Shape, base: str, compute: str) -> int:
+    lin = shape.layers * (shape.lower_flops + shape.upper_flops) // 2
+    return int(
+        lin * {"float32": 4, "bfloat16": 2, "int8": 1, "nf4": 0.5625, "nf4dq": 0.516}[base]
+        + 4 * shape.vocab * shape.hidden
+    )
+
+
+def step_flops(shape: Shape, step: Step) -> Flops:
+    n = step.rows * step.tokens
+    return Flops(train_flops(shape, n, n * step.tokens, step.depth or 0) + 100 * n * sum(step.trained.values()))
+
+
+def peak_memory(shape: Shape, step: Step) -> Memory:
+    n = step.rows * step.tokens
+    blocks = 1 if step.checkpointing else shape.layers - (step.depth or 0)
+    return Memory(
+        base_bytes(shape, step.base, step.compute)
+        + blocks * n * 10 * shape.hidden * 4
+        + 1000 * sum(step.trained.values())
+    )
