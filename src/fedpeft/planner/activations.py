@@ -103,7 +103,7 @@ class Block:
         wide = 4 if self.own_dtype else self.wide
         for weight, rank in self.trained.items():
             if wide == self.wide:
-                name = _INPUTS[weight.kind]
+                name = _INPUTS.get(weight.kind, "h")
                 found |= self.named(name)
             else:
                 found[f"copy for {weight.name}"] = wide * self.step.n_tokens * weight.d_in

@@ -66,7 +66,9 @@ class Shape:
     biased: tuple[str, ...] = ()  # kinds of matrices that have a bias
     block_norms: int = 0  # numbers in the norms of one block
     outer_norms: int = 0  # numbers in the norms outside the blocks
-    pre_norm: bool = False  # norms before attention and feed-forward part and at the end (GPT-2, Llama), not after (BERT)
+    pre_norm: bool = (
+        False  # norms before attention and feed-forward part and at the end (GPT-2, Llama), not after (BERT)
+    )
     activation_copies: int = 1  # feed-forward tensors that the activation function keeps: 4 where it is not fused
 
     @property
@@ -231,25 +233,30 @@ def weights(shape: Shape, kinds: Sequence[str]) -> tuple[Weight, ...]:
 @lru_cache(maxsize=64)
 def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) by kind, in forward order."""
-    d, f, wide, shared = shape.hidden, shape.intermediate, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    d, f, wide, shared = (
+        shape.hidden,
+        shape.intermediate,
+        shape.heads * shape.head_size,
+        shape.kv_heads * shape.head_size,
+    )
     sizes = {"query": (d, wide), "key": (d, shared), "value": (d, shared), "output": (wide, d)}
     gate = {"gate": (d, f)} if shape.mlp_matrices == 3 else {}
     return sizes | gate | {"up": (d, f), "down": (f, d)}
 
 
 def weight_of(shape: Shape, name: str) -> Weight:
-    """The matrix of a name.
+    """The matrix of a name; one of a kind that the family is not known to have counts as d x d.
 
     Raises:
-        ModelError: no matrix of this model has it.
+        ModelError: no block of this model has it.
     """
     stem, _, rest = name.partition(".")
     block, _, kind = rest.partition(".")
     sizes = _sizes(shape)
-    if stem != "block" or not block.isdigit() or int(block) >= shape.layers or kind not in sizes:
+    if stem != "block" or not block.isdigit() or int(block) >= shape.layers:
         known = f"block.0.{next(iter(sizes))} to block.{shape.layers - 1}.{list(sizes)[-1]}"
         raise ModelError(f"the model has no weight {name!r}; it has {known}")
-    return Weight(name, int(block), kind, *sizes[kind])
+    return Weight(name, int(block), kind, *sizes.get(kind, (shape.hidden, shape.hidden)))
 
 
 def update_bytes(adapted: Iterable[Weight], ranks: Mapping[str, int], head_numbers: int = 0) -> int:
@@ -312,7 +319,7 @@ def first_input(shape: Shape, step: Step) -> tuple[int, int]:
     """
     if step.depth is not None and not 0 <= step.depth <= shape.layers:
         raise ModelError(f"depth is {step.depth}; the model has blocks 0 to {shape.layers - 1}")
-    places = [(w.block, _PLACE[w.kind]) for w, _ in ranked(shape, step.trained)]
+    places = [(w.block, _PLACE.get(w.kind, 0)) for w, _ in ranked(shape, step.trained)]
     lowest = min(places, default=(shape.layers, WHOLE))
     if step.depth is None:
         return lowest
@@ -356,7 +363,7 @@ def step_flops(shape: Shape, step: Step) -> Flops:
             if weight.block < lowest:
                 continue
             again += low + high
-            passed = weight.block > lowest or _PLACE[weight.kind] > place
+            passed = weight.block > lowest or _PLACE.get(weight.kind, 0) > place
             backward += 2 * high + low if is_trained else high * passed  # gradients of B, of A x, and of A
             backward += low * passed
     head = _head_products(shape, step)

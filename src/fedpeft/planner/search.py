@@ -19,12 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.core.errors import RequestError
-from fedpeft.planner.cost import WEIGHT_ERROR, Step, base_bytes, peak_memory, step_flops
+from fedpeft.planner.activations import DTYPE_BYTES
+from fedpeft.planner.cost import Step, step_flops
 from fedpeft.planner.device import FORMATS, Profile
+from fedpeft.planner.memory import WEIGHT_ERROR, base_bytes, peak_memory
 from fedpeft.planner.plan import Excluded, Job, Plan, Predicted
 
 USED = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1)  # nu: shares of the examples that a setting may aim at
 FIRST = 4  # weights that must fit at the least rank for a format to be taken
+SLACK = 1e-12  # of a budget, for what rounding takes from it
 BYTES_PER_NUMBER = 4  # float32 on the wire
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -104,12 +107,11 @@ class Costs:
     def items(self, setting: Setting) -> tuple[Floats, Floats]:
         """(weights, 1 + ranks) bytes, and seconds of a whole turn, that a rank adds; infinite below the depth."""
         job, tokens = self.job, setting.batch * self.job.longest
-        width = 2 if job.dtype == "bfloat16" else 4
         numbers = job.sizes[:, None] * self.ranks[None, :]
-        memory = 20.0 * numbers
+        memory = (32.0 + 2.0 * (job.dtype != "float32")) * numbers  # as received, in flat buffers, as a result; copies
         if not setting.checkpointing:
             inputs = np.array([w.d_in for w in job.weights])[:, None] + self.ranks[None, :]
-            memory = memory + tokens * max(width, 4) * inputs * (self.ranks > 0)
+            memory = memory + DTYPE_BYTES[job.dtype] * tokens * inputs * (self.ranks > 0)
         flops = (2.0 if job.choices.applied else 6.0) * setting.batch * job.mean * numbers
         seconds = self.steps(setting.batch, setting.used) * flops / self.machine.flops_per_s
         seconds = seconds + BYTES_PER_NUMBER * numbers / self.machine.up_bytes_per_s
@@ -313,6 +315,7 @@ def filled(gains: Floats, memory: Floats, seconds: Floats, room: float, time: fl
     """
     places = [0] * len(gains)
     heap: list[tuple[float, int, int, int]] = []
+    free, left = room, time
 
     def push(m: int, top: int) -> None:
         """The best upgrade of a weight to a place of at most `top`."""
@@ -333,8 +336,8 @@ def filled(gains: Floats, memory: Floats, seconds: Floats, room: float, time: fl
         _, m, here, to = heapq.heappop(heap)
         more = float(memory[m, to] - memory[m, here])
         longer = float(seconds[m, to] - seconds[m, here])
-        if more <= room_left(room) and longer <= room_left(time):
-            room, time = room - more, time - longer
+        if more <= free + SLACK * room and longer <= left + SLACK * time:
+            free, left = free - more, left - longer
             places[m] = to
             push(m, gains.shape[1] - 1)
         else:
@@ -346,11 +349,6 @@ def _share(costs: Floats, here: int, to: int, budget: float) -> float:
     """What an upgrade takes of a budget, as a share."""
     cost = float(costs[to] - costs[here])
     return cost / budget if budget > 0 else (math.inf if cost > 0 else 0.0)
-
-
-def room_left(budget: float) -> float:
-    """A budget with what rounding may have taken from it."""
-    return budget * (1 + 1e-12)
 
 
 def warm_up_room(costs: Costs, rank: int, rows: int) -> tuple[str, int, int]:
