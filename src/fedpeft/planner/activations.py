@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from fedpeft.planner.cost import WHOLE, Shape, Step, ranked
+from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, ranked
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_ORDER = ("x", "h", "raw", "q", "k", "v", "weights", "logsumexp", "out", "s1", "x1", "h1", "gate", "silu", "up", "tanh",
+          "half", "one", "m", "y", "s2")  # fmt: skip
 _INPUTS = {"query": "h", "key": "h", "value": "h", "output": "out", "gate": "h1", "up": "h1", "down": "m"}
 
 
@@ -50,6 +52,8 @@ class Block:
         found = dict.fromkeys(("x", "h", "x1", "h1", "y", "s1", "s2", "e"), shape.hidden * unit)
         found |= dict.fromkeys(("gate", "silu", "up", "m", "tanh", "half", "one"), shape.intermediate * unit)
         found |= {"q": attention, "out": attention, "k": repeated, "v": repeated, "raw": attention + 2 * shared}
+        if shape.family == "gpt2":
+            found["e"] += self.step.tokens * shape.hidden * self.wide  # those of the positions
         found["logsumexp"] = 4 * self.step.rows * shape.heads * self.step.tokens
         found["weights"] = n * self.step.tokens * shape.heads * self.wide
         return found
@@ -67,6 +71,8 @@ class Block:
         return self._norms() | self._attention() | self._feed_forward() | self._adapters()
 
     def _norms(self) -> dict[str, int]:
+        if self.first >= NOTHING:
+            return {}
         if not self.shape.pre_norm:
             return self.named("s2") | (self.named("s1") if self.first <= 1 else {})
         inputs = ["x"] * (self.first == WHOLE) + ["x1"] * (self.first <= 1)
@@ -100,6 +106,8 @@ class Block:
     def _adapters(self) -> dict[str, int]:
         """Inputs of trained adapters, what lies between the factors, and copies of factors in the compute dtype."""
         found: dict[str, int] = {}
+        if self.first >= NOTHING:
+            return found
         wide = 4 if self.own_dtype else self.wide
         for weight, rank in self.trained.items():
             if wide == self.wide:
@@ -115,34 +123,54 @@ class Block:
 
     # --- moments ---
 
-    def on_the_way_up(self) -> list[dict[str, int]]:
-        """What is alive in the forward pass beside what is kept, where that is most.
+    def on_the_way_up(self) -> int:
+        """Bytes alive in the forward pass, what is kept of the block included, where they are most."""
+        return max(sum(self._before(*moment).values()) for moment in self._moments())
 
-        `e` are the embeddings, which transformers' models hold until the last block is done.
+    def _before(self, alive: dict[str, int], last: str) -> dict[str, int]:
+        """What is alive, and what is kept of the tensors up to the last one that there is."""
+        later = {self.alias(name) for name in _ORDER[_ORDER.index(last) + 1 :]} - {self.alias("h"), self.alias("h1")}
+        return {name: size for name, size in self.kept().items() if name not in later} | alive
+
+    def _moments(self) -> list[tuple[dict[str, int], str]]:
+        """What is alive at the moments at which that may be most, kept or not, and the last tensor that there is.
+
+        `e` are the embeddings, which transformers' models hold until the last block is done; GPT-2 adds positions to
+        them, so they are not the first block's input. An adapter's moment is its
+        sum: what the matrix gave, the change, and both together.
         """
-        held = ("e", "x") if self.index else ("x",)
-        scores = ("weights", "weights", "weights") if self.step.eager else ()
-        del scores
+        held = ("e", "x", "x1", "h1") if self.index or self.shape.family == "gpt2" else ("x", "x1", "h1")
+        f, d = self.sizes["m"], self.sizes["y"]
+        adapted = {w.kind for w in (*self.trained, *self.frozen)}
         if self.shape.mlp_matrices == 3:
-            return [
-                self.named(*held, "x1", "h1", "silu", "up", "m"),
-                self.named(*held, "h", "raw", "q", "k") | {"rotated": 2 * self.sizes["q"]},
-            ]
-        if self.shape.pre_norm:  # GPT-2 holds attention's output too
-            whole = self.named(*held, "x1", "h1", "up", *self._written_out) | {"attended": self.sizes["y"]}
-            return [whole | ({} if self._written_out else self.named("m"))]
-        return [
-            self.named(*held, "x1", "m", "y", "s2") | {"o": self.sizes["y"]},
-            self.named(*held, "x1", "up", "m"),
-        ]
+            rotary = self.named("x", "h", "raw", "q", "k") | {"rotated": 2 * self.sizes["q"]}
+            found = [(self.named(*held, "silu", "up", "m"), "m"), (rotary, "v")]
+            found += [(self.named(*held, "silu", "up") | {"change": 2 * f}, "up")] * ("up" in adapted)
+        elif self.shape.pre_norm:  # GPT-2 holds attention's output too
+            more = {"attended": d}
+            found = [(self.named(*held, "up", "tanh", "half", "one") | more, "one")] * bool(self._written_out)
+            found += [(self.named(*held, "up", *self._written_out[1:], "m") | more, "m")]
+            found += [(self.named(*held, "up") | more | {"change": 2 * f}, "up")] * ("up" in adapted)
+        else:
+            found = [(self.named(*held, "m", "y", "s2") | {"o": d}, "s2"), (self.named(*held, "up", "m"), "m")]
+            found += [(self.named(*held, "up") | {"change": 2 * f}, "up")] * ("up" in adapted)
+        found += [(self.named(*held, "m", "y") | {"change": 2 * d}, "y")] * ("down" in adapted)
+        return found
 
     def on_the_way_down(self) -> int:
-        """Bytes of gradients in the feed-forward part beside that of the block's output, where they are most."""
+        """Bytes of gradients in the feed-forward part beside that of the block's output, where they are most.
+
+        Less the input of down's adapter, which is done before the others' gradients are computed. Where down has an
+        adapter, its input has two gradients, and their sum.
+        """
         if self.first >= 3:
             return 0
         kinds = {w.kind for w in self.trained}
-        adapted = "down" in kinds | {w.kind for w in self.frozen}  # two gradients of m, and their sum
+        done = "down" in kinds
+        summed = 3 if done or "down" in {w.kind for w in self.frozen} else 0
+        inner = 2
         if self.shape.mlp_matrices == 3:
-            both = self.first < 2 or {"gate", "up"} <= kinds
-            return (3 if both or adapted else 2) * self.sizes["m"]
-        return (3 if self._written_out or adapted else 2) * self.sizes["m"]
+            inner = 3 if self.first < 2 or {"gate", "up"} <= kinds else 2
+        elif self._written_out:
+            inner = 3
+        return (max(summed, inner) - done) * self.sizes["m"]

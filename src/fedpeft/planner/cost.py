@@ -42,6 +42,7 @@ FAMILIES = {
 KINDS = ("query", "key", "value", "output", "gate", "up", "down")  # of a block's matrices, in forward order
 _PLACE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 2, "down": 3}  # of a matrix's input
 WHOLE = -1  # place of the first input that needs a gradient, where the block's own input needs one
+NOTHING = 4  # ... where no input does
 
 
 @dataclass(frozen=True)

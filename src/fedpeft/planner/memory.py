@@ -36,7 +36,7 @@ from typing import Literal
 
 from fedpeft.core.errors import ModelError
 from fedpeft.planner.activations import DTYPE_BYTES, Block
-from fedpeft.planner.cost import KINDS, WHOLE, Shape, Step, first_input, lm_tokens, ranked, weights
+from fedpeft.planner.cost import KINDS, NOTHING, WHOLE, Shape, Step, first_input, lm_tokens, ranked, weights
 
 WEIGHT_ERROR: Mapping[str, float] = {  # relative, of weights N(0, 0.02); measured by the specification, section 4.5
     "float64": 0.0, "float32": 0.0, "bfloat16": 0.0017, "float16": 0.0002,
@@ -172,20 +172,27 @@ def _final(shape: Shape, step: Step) -> int:
 def _passing(shape: Shape, step: Step, blocks: Sequence[Block], kept: Sequence[int], final: int) -> int:
     """The most that a moment of the pass through the blocks needs beside what is kept and the last hidden state."""
     state, every = _state(shape, step), sum(kept) + final + _state(shape, step)
-    below = Block(shape, step, max(shape.layers - len(blocks), 1) - 1, WHOLE, False)  # keeps nothing
-    moments = [sum(alive.values()) for alive in below.on_the_way_up()] if len(blocks) < shape.layers else []
+    n_below = shape.layers - len(blocks)
+    moments = [Block(shape, step, n_below - 1, NOTHING, False).on_the_way_up()] if n_below else []
     if blocks:
         top, lower = blocks[-1], sum(kept[:-1])
-        moments += [lower + sum((top.kept() | alive).values()) for alive in top.on_the_way_up()]
+        moments.append(lower + top.on_the_way_up())
         ended = final if shape.pre_norm else top.sizes["s2"]  # a norm that is done
-        moments.append(every - ended + state + top.on_the_way_down())
+        passed = state if top.first <= 1 else 0  # the gradient of the block's output is also that of x1
+        moments.append(every - ended + passed + top.on_the_way_down())
         moments.append(every + (5 if shape.family == "llama" else 2) * state)  # the final norm's backward pass
     return max(0, max(moments, default=0) - every)
 
 
 def _loss(shape: Shape, step: Step) -> int:
-    """Three tensors of logits in float32: their log-softmax, its gradient, and their own."""
-    return 12 * (step.rows * step.classes if step.classes else lm_tokens(shape, step) * shape.vocab)
+    """Three tensors of logits in float32: their log-softmax, its gradient, and their own.
+
+    A masked model's head keeps the inputs of its activation and of its norm besides.
+    """
+    if step.classes:
+        return 12 * step.rows * step.classes
+    inputs = 0 if shape.pre_norm else 2 * DTYPE_BYTES[step.compute] * (shape.embedding or shape.hidden)
+    return lm_tokens(shape, step) * (12 * shape.vocab + inputs)
 
 
 def _state(shape: Shape, step: Step) -> int:
