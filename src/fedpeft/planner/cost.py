@@ -246,7 +246,7 @@ def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def weight_of(shape: Shape, name: str) -> Weight:
-    """The matrix of a name; one of a kind that the family is not known to have counts as d x d.
+    """The matrix of a name; one of a kind without a name of ours (a pattern's) counts as d x d.
 
     Raises:
         ModelError: no block of this model has it.
@@ -254,7 +254,7 @@ def weight_of(shape: Shape, name: str) -> Weight:
     stem, _, rest = name.partition(".")
     block, _, kind = rest.partition(".")
     sizes = _sizes(shape)
-    if stem != "block" or not block.isdigit() or int(block) >= shape.layers:
+    if stem != "block" or not block.isdigit() or int(block) >= shape.layers or kind in set(KINDS) - sizes.keys():
         known = f"block.0.{next(iter(sizes))} to block.{shape.layers - 1}.{list(sizes)[-1]}"
         raise ModelError(f"the model has no weight {name!r}; it has {known}")
     return Weight(name, int(block), kind, *sizes.get(kind, (shape.hidden, shape.hidden)))

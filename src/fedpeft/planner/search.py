@@ -101,8 +101,16 @@ class Costs:
         """(bytes, seconds of a step) of a setting in which no weight trains, bounds from above."""
         key = setting.bits, setting.batch, setting.depth, setting.checkpointing
         if key not in self._bases:
-            self._bases[key] = float(self.bytes(setting, {})), self.seconds(setting, {})
+            own = float(self.bytes(setting, {})) + (self._one_block(setting) if setting.checkpointing else 0.0)
+            self._bases[key] = own, self.seconds(setting, {})
         return self._bases[key]
+
+    def _one_block(self, setting: Setting) -> float:
+        """Bytes of the adapters' inputs in one block: with checkpointing no more are kept at a time."""
+        width: dict[int, int] = {}
+        for w in self.job.weights:
+            width[w.block] = width.get(w.block, 0) + w.d_in + self.job.ranks[-1]
+        return float(DTYPE_BYTES[self.job.dtype] * setting.batch * self.job.longest * max(width.values(), default=0))
 
     def items(self, setting: Setting) -> tuple[Floats, Floats]:
         """(weights, 1 + ranks) bytes, and seconds of a whole turn, that a rank adds; infinite below the depth."""
@@ -112,7 +120,8 @@ class Costs:
         if not setting.checkpointing:
             inputs = np.array([w.d_in for w in job.weights])[:, None] + self.ranks[None, :]
             memory = memory + DTYPE_BYTES[job.dtype] * tokens * inputs * (self.ranks > 0)
-        flops = (2.0 if job.choices.applied else 6.0) * setting.batch * job.mean * numbers
+        passes = 2.0 if job.choices.applied else 6.0 + 2.0 * setting.checkpointing  # a frozen adapter has the rest
+        flops = passes * setting.batch * job.mean * numbers
         seconds = self.steps(setting.batch, setting.used) * flops / self.machine.flops_per_s
         seconds = seconds + BYTES_PER_NUMBER * numbers / self.machine.up_bytes_per_s
         below = np.array([w.block < setting.depth for w in job.weights])
@@ -149,7 +158,8 @@ def search(job: Job, machine: Profile, examples: int, deadline: float, fill: Fil
         fill: solves one setting's knapsack; None: greedily.
     """
     costs = Costs(job, machine, examples)
-    if (least := _least(costs)) is None or least[0] > costs.usable or least[1] > deadline:
+    least = _least(costs)
+    if least is None or least.bytes > costs.usable or least.seconds > deadline:
         return _excluded(costs, least, deadline)
     best: tuple[float, Setting, dict[str, int]] | None = None
     for setting in settings(costs):
@@ -162,8 +172,8 @@ def search(job: Job, machine: Profile, examples: int, deadline: float, fill: Fil
         value = setting.used * job.coverage(ranks) - penalty
         if best is None or value > best[0] + 1e-12:
             best = value, setting, ranks
-    if best is None:
-        return _excluded(costs, least, deadline)
+    if best is None:  # only at exact costs does anything fit
+        return priced(costs, least.setting, _first(job, 1), deadline)
     return priced(costs, best[1], best[2], deadline)
 
 
@@ -374,27 +384,35 @@ def warm_up_room(costs: Costs, rank: int, rows: int) -> tuple[str, int, int]:
 # --- words -------------------------------------------------------------------------------------------------------
 
 
-def _least(costs: Costs) -> tuple[float, float] | None:
-    """(bytes, seconds of a round of one step) of the cheapest way to train one weight; None: no format is known."""
+@dataclass(frozen=True)
+class _Least:
+    """The cheapest way to train one weight."""
+
+    setting: Setting
+    bytes: float
+    seconds: float  # of a round of one step
+
+
+def _least(costs: Costs) -> _Least | None:
+    """The fastest of those that fit, or the one that needs the least memory; None: no format is known."""
     ranks = _first(costs.job, 1)
-    priced = [
-        (float(costs.bytes(s, ranks)), costs.messages(ranks) + costs.seconds(s, ranks)) for s in whole_turns(costs)
+    every = [
+        _Least(s, costs.bytes(s, ranks), costs.messages(ranks) + costs.seconds(s, ranks)) for s in whole_turns(costs)
     ]
-    fitting = [p for p in priced if p[0] <= costs.usable]
-    return min(fitting, key=lambda p: p[1]) if fitting else min(priced, default=None)
+    fitting = [least for least in every if least.bytes <= costs.usable]
+    return min(fitting, key=lambda p: p.seconds) if fitting else min(every, key=lambda p: p.bytes, default=None)
 
 
-def _excluded(costs: Costs, least: tuple[float, float] | None, deadline: float) -> Excluded:
+def _excluded(costs: Costs, least: _Least | None, deadline: float) -> Excluded:
     """What keeps the machine out."""
     if least is None:
         return Excluded(f"it can keep the base in none of the formats wanted ({costs.job.choices.bits})", 0, 0.0)
-    needed, seconds = round(least[0]), least[1]
+    needed = round(least.bytes)
     if needed > costs.usable:
-        bits = [f for f in FORMATS if f in costs.machine.formats][-1]
-        words = f"needs {gigabytes(needed)} at {bits}, batch {min(_batches(costs))}; {gigabytes(costs.usable)} usable"
-        return Excluded(words, needed, seconds)
-    words = f"one step with its messages takes {seconds:.3g} s; the round has {deadline:.3g} s"
-    return Excluded(words, needed, seconds)
+        cheapest = f"{gigabytes(needed)} at {least.setting.bits}, batch {least.setting.batch}"
+        return Excluded(f"needs {cheapest}; {gigabytes(costs.usable)} usable", needed, least.seconds)
+    words = f"one step with its messages takes {least.seconds:.3g} s; the round has {deadline:.3g} s"
+    return Excluded(words, needed, least.seconds)
 
 
 def _why(
