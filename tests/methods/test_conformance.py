@@ -370,7 +370,10 @@ def traffic_of(name: str) -> dict[str, str]:
     return dict(zip(("down", "up"), found.groups(), strict=True))
 
 
-WHAT = r"params|A|B|head|values|scores|the changes that it missed|what it lacks of the others|the weights of its plan|the weights ever trained"
+WHAT = (
+    r"params|A|B|head|values|scores|the changes that it missed|what it lacks of the others|the weights of its plan|"
+    r"the weights ever trained"
+)
 PART = re.compile(rf"(?:([\d.]+) )?({WHAT})( of the shared layers)?")
 
 
