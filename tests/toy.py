@@ -150,8 +150,8 @@ class ToyModel:
         count = len(data) if rows is None else len(rows)
         return 3 * count, 9 * count
 
-    def cost(self, fit: Fit) -> tuple[int, int]:
-        return self.passes(None, fit.data, [row for batch in fit.batches for row in batch])
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        return *self.passes(None, fit.data, [row for batch in fit.batches for row in batch]), 0
 
     def check(self, fit: Fit) -> None:
         known = cut(torch.zeros(3), self.blocks).keys()
