@@ -256,8 +256,8 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"model": {"quantize": "nf4"}}, "model.quantize: 'nf4' is not available; what exists: 'none'."),
         ({"model": {"device": "gpu"}}, "model.device: 'gpu' cannot be used; give auto, cpu, mps, cuda, or cuda with"),
         (
-            {"adapter": {"kind": "full"}},
-            "adapter.kind: 'full' is not available; what exists: lora, adalora, head, prefix, prompt,",
+            {"adapter": {"kind": "fully"}},
+            "adapter.kind: 'fully' is not available; what exists: lora, adalora, head, prefix, prompt,",
         ),
         ({"run": {"rounds": 0}}, "run.rounds: 0 cannot be used; give at least 1."),
         ({"run": {"rounds": "many"}}, "run.rounds: 'many' cannot be used; give a whole number."),

@@ -6,7 +6,8 @@ data is a point x and its loss is 1/2 ||w - x||², so the gradient of a batch is
 lr (mean(x) - w), and a client's optimum is the mean of its rows. A block without parameters stands at 0.
 
 With a rank, the numbers of a block are 2 B A instead, a product of LoRA's factors `block.0.w.B` (1, rank) and
-`block.0.w.A` (rank, numbers), and a base delta (`delta.block.0.w.left` and so on) is added to them.
+`block.0.w.A` (rank, numbers), and a base delta (`delta.block.0.w.left` and so on) is added to them. With a size, they
+are what a bottleneck makes of the input 1: `up.weight` GELU(`down.weight` + `down.bias`) + `up.bias`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fedpeft.core.adapter import AdaLora, AdapterSpec, Lora
+from fedpeft.core.adapter import AdaLora, AdapterSpec, Bottleneck, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import Fisher, Method, Perturbation, TokenNorm
@@ -101,6 +103,7 @@ class ToyModel:
         blocks: how many blocks it has.
         rank: of LoRA's factors; 0: the blocks hold their numbers themselves.
         triplets: whether the factors are AdaLoRA's P, E and Q.
+        size: of bottlenecks; 0: there are none.
     """
 
     device = torch.device("cpu")
@@ -114,8 +117,10 @@ class ToyModel:
         blocks: int = 1,
         rank: int = 0,
         triplets: bool = False,
+        size: int = 0,
     ) -> None:
         self.triplets = triplets
+        self.size = size
         self.blocks = blocks
         self.rank = rank
         self.start = start
@@ -124,6 +129,8 @@ class ToyModel:
         self.spec: AdapterSpec = Lora(rank or 8, SCALE * (rank or 8), dropout=dropout)
         if triplets:
             self.spec = AdaLora(rank, SCALE * rank)
+        if size:
+            self.spec = Bottleneck(size)
         self.dirt: Any = None
         self.calls: list[int] = []  # how many fits each call of fit_many was given
 
@@ -135,10 +142,16 @@ class ToyModel:
     def init(self, rng: Rng) -> dict[str, Tensor]:
         numbers = rng.standard_normal(self.width) if self.start is None else self.start
         plain = cut(torch.tensor(numbers, dtype=self.dtype), self.blocks)
-        if not self.rank:
+        if not self.rank and not self.size:
             return plain
         made = {HEAD: plain.pop(HEAD)}
         for name, own in plain.items():
+            if self.size:
+                made[f"{name}.down.weight"] = torch.from_numpy(rng.standard_normal((self.size, 1))).to(self.dtype)
+                for side, shape in (("down.bias", [self.size]), ("up.weight", [len(own), self.size])):
+                    made[f"{name}.{side}"] = torch.zeros(shape, dtype=self.dtype)
+                made[f"{name}.up.bias"] = torch.zeros_like(own)
+                continue
             if self.triplets:
                 for side, shape in (("P", (1, self.rank)), ("Q", (self.rank, len(own)))):
                     made[f"{name}.{side}"] = torch.from_numpy(rng.standard_normal(shape)).to(self.dtype)
@@ -155,14 +168,14 @@ class ToyModel:
         count = len(data) if rows is None else len(rows)
         return 3 * count, 9 * count
 
-    def cost(self, fit: Fit) -> tuple[int, int]:
-        return self.passes(None, fit.data, [row for batch in fit.batches for row in batch])
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        return *self.passes(None, fit.data, [row for batch in fit.batches for row in batch]), 0
 
     def check(self, fit: Fit) -> None:
         known = cut(torch.zeros(3), self.blocks).keys()
-        if self.rank:
+        if self.rank or self.size:
             if HEAD not in fit.params or any(name.split(".w.")[0] not in BODIES for name in fit.params.keys() - {HEAD}):
-                raise FitError(f"the toy has factors, deltas and a head, the fit has {sorted(fit.params)}")
+                raise FitError(f"the toy has factors, bottlenecks, deltas and a head, the fit has {sorted(fit.params)}")
             return
         if not (HEAD in fit.params and fit.params.keys() <= known and (self.blocks > 1 or len(fit.params) == 2)):
             raise FitError(f"the toy has {sorted(known)}, the fit has {sorted(fit.params)}")
@@ -185,9 +198,12 @@ class ToyModel:
 
     def own(self, params: Params, name: str, zeros: Tensor) -> Tensor:
         """The numbers of one block, or of the head."""
-        if not self.rank or name == HEAD:
+        if name == HEAD or not (self.rank or self.size):
             return params.get(name, zeros)
         total = zeros
+        if f"{name}.up.bias" in params:
+            low = F.gelu(params[f"{name}.down.weight"][:, 0] + params[f"{name}.down.bias"])
+            total = total + params[f"{name}.up.weight"] @ low + params[f"{name}.up.bias"]
         if f"{name}.E" in params:
             total = total + SCALE * (params[f"{name}.P"] * params[f"{name}.E"] @ params[f"{name}.Q"])[0]
         if f"{name}.A" in params:
@@ -252,7 +268,7 @@ class ToyModel:
         self.dirt = stack
         losses = []
         for i, fit in enumerate(stack.fits):
-            w = self.point({name: t[i] for name, t in stack.params.items()}, fit.data.x.shape[1])
+            w = self.point(_own(stack, i), fit.data.x.shape[1])
             for layer in stack.also:
                 w = w + self.point({name: t[i] for name, t in layer.items()}, fit.data.x.shape[1])
             x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
@@ -266,6 +282,16 @@ class ToyModel:
         if any(leaf.requires_grad for leaf in stack.params.values()):
             torch.stack(losses).sum().backward()
         return torch.stack(losses).detach()
+
+
+def _own(stack: Stack, client: int) -> dict[str, Tensor]:
+    """One client's parameters without padding."""
+    sizes = {name: own[client] for name, own in stack.sizes.items()}
+    return {
+        name: t[client][tuple(slice(n) for n in size)]
+        for name, t in stack.params.items()
+        if (size := sizes[name]) is not None
+    }
 
 
 def _noise(fit: Fit, step: int, rows: Sequence[int], width: int) -> np.ndarray:

@@ -27,7 +27,7 @@ import torch
 import toy
 from fedpeft import methods
 from fedpeft.core import records
-from fedpeft.core.adapter import AdaLora, HeadOnly, Lora
+from fedpeft.core.adapter import AdaLora, Bottleneck, HeadOnly, Lora
 from fedpeft.core.client import answer
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.exchange import Call, ClientEnv, Exchange, Method, Record, ServerEnv
@@ -38,7 +38,7 @@ from fedpeft.engines.inprocess import InProcess
 from transports import Direct, Pipes, Recording, Rewritten, Silent, backwards
 
 ROUNDS, SEED = 3, 11
-RANK = 2
+RANK, SIZE = 2, 16
 MODEL: dict[str, Any] = {"width": 3, "dtype": "float32", "dropout": 0.1, "blocks": 2}
 SETTINGS = {
     "cohort": 3,
@@ -49,7 +49,7 @@ SETTINGS = {
     "warmup_rounds": 2,
     "warmup_steps": 3,
 }  # used as far as a method has such fields
-HEADER_BYTES = 1000
+HEADER_BYTES = 1500
 FALLS = 0.95  # of the loss is left at most after a few rounds
 CPU_SECONDS = 5.0
 spent: dict[str, float] = {}
@@ -71,8 +71,10 @@ class Case:
 
     @functools.cached_property
     def model(self) -> dict[str, Any]:
-        """Arguments of the toy: with the factors of LoRA or AdaLoRA for methods that tune nothing else."""
+        """Arguments of the toy: with bottlenecks or factors for methods that tune these alone."""
         method = self.make()
+        if isinstance(method.adapter(), Bottleneck):
+            return MODEL | {"size": SIZE}
         if isinstance(method.adapter(), AdaLora):
             return MODEL | {"rank": RANK, "triplets": True}
         factors = isinstance(method.adapter(), Lora) and method.accepts(HeadOnly()) is not None
@@ -372,7 +374,7 @@ def traffic_of(name: str) -> dict[str, str]:
 
 WHAT = (
     r"params|A|B|head|values|scores|the changes that it missed|what it lacks of the others|the weights of its plan|"
-    r"the weights ever trained"
+    r"the weights ever trained|its branch|the candidates"
 )
 PART = re.compile(rf"(?:([\d.]+) )?({WHAT})( of the shared layers)?")
 
@@ -412,6 +414,12 @@ def copies(text: str, case: Case, state: Any, width: int, round: int, downs: lis
         if found[2] == "the weights ever trained":  # by anybody, or what was folded away of them
             own = [t for name, t in every.items() if name.rpartition(".")[0] in state.union]
             total += sum(t.numel() for t in own) + sum(numbers([getattr(down, "stack", {})]) for down in downs)
+            continue
+        if found[2] == "its branch":  # in an exchange that trains one
+            total += sum(numbers([down.params]) for down in downs if hasattr(down, "params"))
+            continue
+        if found[2] == "the candidates":  # in an exchange that scores them
+            total += sum(numbers(branch.params for branch in getattr(down, "branches", ())) for down in downs)
             continue
         if found[2] == "scores":  # one per triplet
             total += sum(t.numel() for name, t in every.items() if name.endswith(".E"))

@@ -69,8 +69,8 @@ def _estimate(fed: Federation) -> dict[str, Any]:
     cohort = min(int(getattr(fed.method, "cohort", 0)) or clients, clients)
     passes = rows_per_client(fed) / len(train)  # a client's rows of one round, as a share of all rows
     whole = fed.model.cost(Fit(fed.initial, train, [range(len(train))], SGD(0.0)))
-    tokens, pairs = (int(passes * count) for count in whole)
-    flops = train_flops(fed.shape, tokens, pairs, fed.model.lowest_block(fed.initial))
+    tokens, pairs, products = (int(passes * count) for count in whole)
+    flops = train_flops(fed.shape, tokens, pairs, fed.model.lowest_block(fed.initial)) + 2 * products
     sent = bytes_down(fed)
     device = next(iter(fed.resources.values()))
     seconds = device.latency_s + sent / device.down_bytes_per_s + sent / device.up_bytes_per_s
@@ -122,7 +122,7 @@ def memory_bytes(fed: Federation, together: int) -> int:
     tokens = min(fed.config.run.token_budget, together * int(getattr(fed.method, "batch_size", 1)) * longest)
     width = int(next(fed.base.module.parameters()).element_size())
     blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
-    activations = width * kept_numbers(fed.shape, blocks) * max(tokens, longest)
+    activations = width * kept_numbers(fed.shape, blocks, bool(fed.model.weights)) * max(tokens, longest)
     return int(base + own * together + activations + lm_head_bytes(fed, max(tokens, longest)))
 
 
@@ -135,12 +135,16 @@ def lm_head_bytes(fed: Federation, tokens: int) -> int:
     return int(lm.own_bytes + logits)
 
 
-def kept_numbers(shape: Shape, blocks: int) -> int:
+def kept_numbers(shape: Shape, blocks: int, trained: bool = False) -> int:
     """Numbers per token that the backward pass through the upper `blocks` blocks keeps.
 
     Frozen matrices keep nothing; norms, attention and adapters keep tensors of hidden width, activations their input.
+
+    Args:
+        trained: whether the matrices train themselves, for which each keeps its input.
     """
-    return blocks * (HIDDEN_COPIES * shape.hidden + (shape.mlp_matrices - 1) * shape.intermediate)
+    inputs = 3 * shape.hidden + shape.intermediate if trained else 0  # query, key and value share one
+    return blocks * (HIDDEN_COPIES * shape.hidden + (shape.mlp_matrices - 1) * shape.intermediate + inputs)
 
 
 def _top_share(labels: NDArray[np.int64]) -> float:

@@ -232,11 +232,11 @@ def _kind_of(folder: Path) -> str:
 def _resolved(config: RunConfig, task: Task, model: HFModel, clients: int) -> RunConfig:
     """The configuration with what `auto`, `off` and null mean here, so that a resumed run does the same."""
     setting = config.run.cohort_batching
-    if setting == "auto":
+    if setting == "off" or (setting == "auto" and model.weights):  # weights of their own train one after another
+        setting = 1
+    elif setting == "auto":
         own = tree.count(model.init(rng_for(0, "adapter"))) * 4 * FLAT_COPIES
         setting = max(1, min(AUTO_CLIENTS, AUTO_BYTES // own, clients))
-    elif setting == "off":
-        setting = 1
     threads = torch.get_num_threads() if config.run.threads == "auto" else config.run.threads
     run = config.run.model_copy(update={"cohort_batching": setting, "threads": threads})
     where = config.model.model_copy(update={"device": str(model.device)})

@@ -14,7 +14,6 @@ from fedpeft.app.federation import Federation
 from fedpeft.app.ledger import Ledger
 from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
-from fedpeft.core.adapter import HeadOnly
 from fedpeft.core.errors import ModelError
 from fedpeft.core.federate import Done
 from fedpeft.models.export import export_adapter, export_merged
@@ -207,7 +206,7 @@ class Journal:
     def _export(self, best: tree.Params) -> None:
         """Write `adapter/`; PEFT cannot hold a head alone, so that is written as a whole model."""
         model = self.fed.model
-        write = export_merged if isinstance(model.spec, HeadOnly) else export_adapter
+        write = export_merged if best.keys() <= model.readout.params else export_adapter
         summary = self.folder.manifest().get("metrics", {}).get("best", {})
         scores = {split: values for split, values in summary.items() if split != "round"}
         card = card_facts(self.fed, summary.get("round"), scores)

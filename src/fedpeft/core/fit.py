@@ -166,6 +166,7 @@ class Fitted:
     moments: Moments
     tokens: int = 0  # real tokens that went through the model, padding not counted
     pairs: int = 0  # sum of squared lengths: what attention costs
+    products: int = 0  # multiply-adds of the backward pass beyond those of adapters: the base's own weights trained
 
     @property
     def loss(self) -> float:

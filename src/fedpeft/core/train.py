@@ -70,8 +70,13 @@ class Objective(Protocol):
         """
         ...
 
-    def cost(self, fit: Fit) -> tuple[int, int]:
-        """Real tokens that go through the model in a fit, and the sum over rows of tokens times keys they attend to."""
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        """What a fit takes.
+
+        Returns:
+            real tokens that go through the model; the sum over rows of tokens times keys that they attend to; further
+            multiply-adds of the backward pass, see `Fitted.products`.
+        """
         ...
 
 

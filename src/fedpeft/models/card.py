@@ -29,10 +29,13 @@ _TITLES = {
     "own": ("Adapter for", "An adapter"),
     "prefix": ("Prefix for", "A prefix (trained keys and values)"),
     "bare": ("Adapter for", "An adapter without a head"),
+    "full": ("Weights for", "All weights of a model, fine-tuned,"),
     "merged": ("Text classifier on", "A model with its adapter folded in"),
 }
+_OWN = "`adapter_model.safetensors` holds the parameters under fedpeft's names, `fedpeft.json` says what they are."
 _PLAIN = {  # forms that no three lines of other libraries use
-    "own": "`adapter_model.safetensors` holds the parameters under fedpeft's names, `fedpeft.json` says what they are.",
+    "own": _OWN,
+    "full": f"{_OWN} For plain transformers, export the run with `--merge`.",
     "prefix": "peft loads it, but moves the text's positions behind the prefix, which changes the scores.",
     "bare": "It acts with the model's own language-model head, by the template and label words of its run.",
 }
@@ -82,7 +85,8 @@ def model_card(
     """Markdown with YAML front matter.
 
     Args:
-        form: "adapter" or "merged", whose card has code; "own", "prefix" or "bare", whose card says how to go on.
+        form: "adapter" or "merged", whose card has code; "own", "full", "prefix" or "bare", whose card says how to go
+            on.
         base: folder or hub name that the base model was loaded from.
         labels: names of the classes, in the order of the logits.
         pooling: "mean" or "last".

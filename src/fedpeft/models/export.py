@@ -117,9 +117,11 @@ def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> d
 
 
 def _card_form(model: HFModel, params: Params, form: str) -> str:
-    """What the card explains: a prefix and an adapter without a head need words of their own."""
+    """What the card explains: whole weights, a prefix and an adapter without a head need words of their own."""
     if head.WEIGHT not in params:
         return "bare"
+    if model.weights:
+        return "full"
     return "prefix" if form == "adapter" and isinstance(model.spec, Prefix) else form
 
 

@@ -173,13 +173,13 @@ def _matches(base: nn.Module, known: Mapping[str, Slot], target: str) -> list[Sl
     for path, module in base.named_modules():
         size = linear_size(module)
         if size is not None and fnmatch.fnmatchcase(path, target):
-            name = _slot_name(path)
+            name = own_name(path)
             found.append(Slot(name, path, size[0], size[1], 0, size[1]))
     return found
 
 
-def _slot_name(path: str) -> str:
-    """`encoder.layers.3.attn.wq` -> `block.3.attn.wq`; a path without a number keeps its own name."""
+def own_name(path: str) -> str:
+    """`encoder.layers.3.attn.wq` -> `block.3.attn.wq`; `norm` -> `module.norm`, where there is no number."""
     parts = re.match(r"^(?:[A-Za-z_]\w*\.)*(\d+)\.(.+)$", path)
     return f"block.{parts.group(1)}.{parts.group(2)}" if parts else f"module.{path}"
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
@@ -23,6 +24,7 @@ from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
 from fedpeft.models import probes, virtual
 from fedpeft.models.adapters import Partner, Rows, Shape, delta
+from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.kinds import build_adapter
 from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.families import is_decoder, slots
@@ -82,7 +84,8 @@ class HFModel:
             **delta.shapes(self.places),
             **self.readout.shapes(),
         }
-        self._partners = {**_HEAD_PARTNERS, **delta.PARTNERS, **self.adapter.partners}
+        self.weights: Mapping[str, str] = getattr(self.adapter, "weights", {})  # paths of the base's own, by name
+        self._partners = {**delta.PARTNERS, **self.adapter.partners}
         self._segments = int(getattr(base.module.config, "type_vocab_size", 0) or 0) > 1
         self._pad = int(getattr(base.module.config, "pad_token_id", None) or 0)
         caches = "use_cache" in inspect.signature(base.module.forward).parameters
@@ -152,7 +155,8 @@ class HFModel:
                 raise FitError(f"parameter {name!r} has shape {tuple(t.shape)}; this model needs {shown}")
         for name, t in params.items():
             stem, _, side = name.rpartition(".")
-            other, dim, partner_dim = self._partners.get(side, ("", 0, 0))
+            known = _HEAD_PARTNERS if name in self.readout.params else self._partners
+            other, dim, partner_dim = known.get(side, ("", 0, 0))
             partner = f"{stem}.{other}"
             if other and partner not in params:
                 raise FitError(f"parameter {name!r} came without its partner {partner}")
@@ -166,9 +170,11 @@ class HFModel:
     def lowest_block(self, names: Iterable[str]) -> int:
         """The lowest block that these parameters act in: no backward pass goes below it.
 
-        The readout's parameters act above all blocks; those before the first block count as in block 0.
+        The readout's parameters act above all blocks, and so do the base's last norms; those before the first block
+        count as in block 0.
         """
-        acting = [block_of(name) or 0 for name in names if name not in self.readout.params]
+        above = self.readout.params | getattr(self.adapter, "above", frozenset())
+        acting = [block_of(name) or 0 for name in names if name not in above]
         return min(acting, default=self.blocks)
 
     # --- training ---
@@ -181,7 +187,12 @@ class HFModel:
         return fitted
 
     def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
-        """Train every fit, the whole cohort in the same passes; a failed one gives its exception."""
+        """Train every fit, the whole cohort in the same passes; a failed one gives its exception.
+
+        Clients with weights of their own cannot share a pass: they train one after another, the same as alone.
+        """
+        if self.weights:
+            return [train_many([fit], self, self.check)[0] for fit in fits]
         return train_many(fits, self, self.check)
 
     def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
@@ -224,11 +235,18 @@ class HFModel:
         fixed = losses.detach()
         return torch.where(fixed > bounds, (1 - shares) * losses + shares * fixed, losses)
 
-    def cost(self, fit: Fit) -> tuple[int, int]:
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
         """See `train.Objective`: tokens and pairs of all rows that a fit uses, prompts included."""
         data = cast(Examples, fit.data)
-        own = {row: self.readout.length(self.readout.training(0, data, row)) for batch in fit.batches for row in batch}
-        return self._work((own[row] for batch in fit.batches for row in batch), fit.params)
+        used = [row for batch in fit.batches for row in batch]
+        items = {row: self.readout.training(0, data, row) for row in used}
+        tokens, pairs = self._work((self.readout.length(items[row]) for row in used), fit.params)
+        if not isinstance(self.adapter, FullAdapter):
+            return tokens, pairs, 0
+        tied = getattr(getattr(self.readout, "lm", None), "tied", False)
+        projected = sum(self.readout.projected(items[row]) for row in used) if tied else 0
+        products = self.adapter.products(fit.trained, tokens, projected)
+        return tokens, pairs, products
 
     def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
         """Tokens and pairs of forward passes that predict the labels of the rows."""
@@ -284,6 +302,8 @@ class HFModel:
         inputs: dict[str, Any] = {**batch.inputs, **self._extra}
         if acting.prefixes:
             inputs["prefixes"] = acting.prefixes
+        if acting.weights:
+            return cast(Tensor, functional_call(base.module, acting.weights, (), inputs).last_hidden_state)
         if acting.virtual is None:
             return cast(Tensor, base.module(**inputs).last_hidden_state)
         known = None

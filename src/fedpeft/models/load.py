@@ -61,6 +61,12 @@ class Base:
         """Of the weights as they are loaded."""
         return tree.sha256(self.module.state_dict())
 
+    @cached_property
+    def embeddings(self) -> str:
+        """The path of the weights that embed the tokens."""
+        weight = self.module.get_input_embeddings().weight
+        return next(str(path) for path, own in self.module.named_parameters() if own is weight)
+
     @property
     def family(self) -> str:
         """The `model_type` of its configuration."""

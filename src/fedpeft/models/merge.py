@@ -103,6 +103,8 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     shell = token_classifier(model.base, names)
     body = model.base.copy_module(torch.float32)
     with torch.no_grad():
+        for name in model.weights.keys() & params.keys():
+            body.get_parameter(model.weights[name]).copy_(params[name])
         for name, slot in model.places.items():
             change = _change(params, name, model.scale)
             if change is not None:
@@ -123,6 +125,7 @@ def _check_foldable(model: HFModel, params: Params) -> None:
             "export the adapter without --merge, or use fedpeft.predict"
         )
     folded = {f"{name}.{side}" for name in model.places for side in "ABPEQ"}
+    folded |= model.weights.keys()
     odd = [name for name in params if name not in folded and not name.startswith((delta.PREFIX, "head."))]
     if odd:
         raise ModelError(

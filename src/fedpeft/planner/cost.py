@@ -10,6 +10,9 @@ forward products (about 0.3 % for d = 4096 and 3 % for d = 384). Per token a blo
 two or three of the feed-forward part; per pair of tokens that see each other there are two products of the heads'
 total width (scores, and their mix of values). Causal models are counted over the full square, as kernels compute it.
 
+Where a base's own weights train, each matrix costs a product more, which `Fitted.products` counts (see
+`models/adapters/full.py`); it is the same for every family, two operations per number and token.
+
 A language model's head is counted for the share of the tokens whose states enter it (a mask, an answer), without what a
 masked model does to a state before the projection. A forward pass alone counts the whole vocabulary too, although a
 cloze prediction computes the label words' columns only.
