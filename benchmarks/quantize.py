@@ -5,7 +5,8 @@
 
 Every step dequantises each weight twice, forward and backward, whatever the batch; so what a step costs more shrinks as
 batches grow. One repetition is the local training of a whole cohort, from the same start and on the same batches; the
-formats run in turns, and ratios are medians over neighbours. Gradient checkpointing on the full base stands beside them.
+formats run in turns, and ratios are medians over neighbours. Gradient checkpointing on the full base stands beside
+them.
 """
 
 from __future__ import annotations
