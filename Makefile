@@ -54,6 +54,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.prefix
 	$(BIN)/python -m benchmarks.rounds
 	$(BIN)/python -m benchmarks.difficulty
+	$(BIN)/python -m benchmarks.quantize
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

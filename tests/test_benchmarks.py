@@ -20,6 +20,7 @@ RUNS = {
     "prefix": f"{TINY} --repeats 2",
     "rounds": f"{TINY} --repeats 2",
     "difficulty": f"{TINY} --repeats 2",
+    "quantize": f"{TINY} --repeats 2",
 }
 
 
@@ -138,3 +139,12 @@ def test_difficulty_is_the_same_by_hooks_and_one_by_one(tmp_path):
     result = measured("difficulty", tmp_path)
     assert result["largest_relative_difference"] < 1e-4
     assert result["ratio"]["difficulty"]["median"] > 0 and -1 <= result["rank_correlation"]["median"] <= 1
+
+
+def test_quantised_bases_are_smaller_and_checkpointing_changes_nothing(tmp_path):
+    result = measured("quantize", tmp_path)
+    held = result["bytes"]
+    assert held["nf4dq"] < held["nf4"] < held["int8"] < held[""]
+    assert result["ratio"].keys() == {"int8", "nf4", "nf4dq", "full, checkpointing"}
+    assert result["change"]["full, checkpointing"] == 0 < result["change"]["int8"] < result["change"]["nf4"]
+    assert result["kept_bytes"]["full, checkpointing"] < result["kept_bytes"]["full"]

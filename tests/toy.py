@@ -8,6 +8,8 @@ lr (mean(x) - w), and a client's optimum is the mean of its rows. A block withou
 With a rank, the numbers of a block are 2 B A instead, a product of LoRA's factors `block.0.w.B` (1, rank) and
 `block.0.w.A` (rank, numbers), and a base delta (`delta.block.0.w.left` and so on) is added to them. With a size, they
 are what a bottleneck makes of the input 1: `up.weight` GELU(`down.weight` + `down.bias`) + `up.bias`.
+
+A base of another precision has rounded points (`GRIDS`); `Fit.checkpointing` changes nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from fedpeft.engines.inprocess import InProcess
 BODY, HEAD = "block.0.w", "head.w"
 BODIES = {f"{start}block.{i}" for i in range(4) for start in ("", "delta.")}
 SCALE = 2.0  # alpha / rank of the factors
+GRIDS = {"int8": 2.0**-7, "nf4": 2.0**-3, "nf4dq": 2.0**-3}  # what a quantised base rounds the points to, in training
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class ToyModel:
         return *self.passes(None, fit.data, [row for batch in fit.batches for row in batch]), 0
 
     def check(self, fit: Fit) -> None:
+        if fit.base and fit.base not in GRIDS:
+            raise FitError(f"the toy's base has no precision {fit.base!r}; use one of {sorted(GRIDS)}")
         known = cut(torch.zeros(3), self.blocks).keys()
         if self.rank or self.size:
             if HEAD not in fit.params or any(name.split(".w.")[0] not in BODIES for name in fit.params.keys() - {HEAD}):
@@ -272,6 +277,8 @@ class ToyModel:
             for layer in stack.also:
                 w = w + self.point({name: t[i] for name, t in layer.items()}, fit.data.x.shape[1])
             x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
+            if fit.base:
+                x = (x / GRIDS[fit.base]).round() * GRIDS[fit.base]
             if fit.dropout:
                 x = x * torch.from_numpy(_noise(fit, step, rows[i], x.shape[1])).to(w)
             own = 0.5 * (w - x).square().sum(dim=1)

@@ -56,7 +56,9 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
         },
         "model": {
             "name": fed.config.model.name,
-            "parameters": sum(p.numel() for p in fed.base.module.parameters()),
+            "precision": fed.base.precision,
+            "parameters": fed.base.weights,
+            "base_bytes": fed.base.weight_bytes,
             "trainable_parameters": tree.count(fed.initial),
             "device": str(fed.base.device),
         },
@@ -116,11 +118,11 @@ def bytes_down(fed: Federation) -> int:
 
 def memory_bytes(fed: Federation, together: int) -> int:
     """The base, the trained parameters of `together` clients with their optimizers, and one part of a step."""
-    base = sum(int(p.numel() * p.element_size()) for p in fed.base.module.parameters())
+    base = fed.base.weight_bytes
     own = tree.count(fed.initial) * 4 * FLAT_COPIES
     longest = int(row_lengths(fed).max())
     tokens = min(fed.config.run.token_budget, together * int(getattr(fed.method, "batch_size", 1)) * longest)
-    width = int(next(fed.base.module.parameters()).element_size())
+    width = fed.base.dtype.itemsize
     blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
     activations = width * kept_numbers(fed.shape, blocks, bool(fed.model.weights)) * max(tokens, longest)
     return int(base + own * together + activations + lm_head_bytes(fed, max(tokens, longest)))

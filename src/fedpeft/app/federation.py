@@ -176,7 +176,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     """
     method = build_method(config)
     task = load_task(task_spec(config))
-    base = load_base(config.model.name, config.model.dtype, config.model.device)
+    base = load_base(config.model.name, config.model.dtype, config.model.device, config.model.quantize)
     spec = adapter_spec(config)
     if refusal := method.accepts(spec):
         raise ModelError(refusal)

@@ -17,6 +17,7 @@ from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
 from fedpeft.core.federate import Done
 from fedpeft.models.export import export_adapter, export_merged
+from fedpeft.models.load import Base
 from fedpeft.progress import Listener, Progress
 from fedpeft.runs.stopping import Limits
 from fedpeft.runs.store import Checkpoint, RunFolder
@@ -245,6 +246,7 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
     """
     return {
         "base_model": fed.config.model.name,
+        **({"base_in_training": trained_on(fed.base)} if fed.base.quantized else {}),
         "task": fed.config.task.name,
         "method": fed.config.method.name,
         "rounds": rounds,
@@ -252,6 +254,11 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         "max_length": fed.config.task.max_length,
         "metrics": metrics,
     }
+
+
+def trained_on(base: Base) -> str:
+    """What a model card says of a quantised base."""
+    return f"its blocks' weights rounded to {base.quantized}; a merged model has the full ones"
 
 
 def exchange_lines(done: Done) -> Iterator[dict[str, Any]]:

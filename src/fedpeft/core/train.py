@@ -97,7 +97,8 @@ def train_many(fits: Sequence[Fit], objective: Objective, check: Callable[[Fit],
         else:
             dtypes = frozenset(t.dtype for t in fit.params.values())
             buffered = getattr(fit.optimizer, "momentum", 1.0) != 0  # without, SGD keeps no buffer
-            groups.setdefault((type(fit.optimizer), buffered, fit.penalty, fit.base, dtypes), []).append(i)
+            shared = (type(fit.optimizer), buffered, fit.penalty, fit.base, fit.checkpointing, dtypes)
+            groups.setdefault(shared, []).append(i)
     for members in groups.values():
         members.sort(key=lambda i: -fits[i].steps)
         results.update(zip(members, _train_group([fits[i] for i in members], objective), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +27,8 @@ from fedpeft.models.adapters import Partner, Rows, Shape, delta
 from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.kinds import build_adapter
 from fedpeft.models.adapters.prompt import complete
-from fedpeft.models.families import is_decoder, slots
+from fedpeft.models.checkpointing import checkpointed
+from fedpeft.models.families import block_paths, is_decoder, slots
 from fedpeft.models.fisher import fisher
 from fedpeft.models.load import Base
 from fedpeft.models.noise import row_keys
@@ -142,7 +143,15 @@ class HFModel:
         if twice:
             raise FitError(f"Fit.also holds {twice[0]!r}; a forward pass has one head, that of Fit.params")
         self.readout.check(fit.params, fit.data)
-        self.base.at(fit.base)
+        try:
+            self.base.at(fit.base)
+        except ModelError as error:
+            raise FitError(f"Fit.base: {error}") from None
+        if fit.checkpointing and not block_paths(self.base.module, self.base.family):
+            raise FitError(
+                f"Fit.checkpointing needs to know the blocks, and those of the family {self.base.family!r} are not "
+                "known; leave it out, or use a BERT, RoBERTa, GPT-2 or Llama model"
+            )
 
     def check_params(self, params: Params) -> None:
         """Raise FitError at the first parameter that this model does not have, or not in this shape."""
@@ -222,7 +231,8 @@ class HFModel:
         ]
         for part in self.parts(every):
             items = [every[i] for i in part]
-            with self.seen(base, stack, items, step) as seen:
+            kept = checkpointed(base) if stack.fits[0].checkpointing else nullcontext()
+            with kept, self.seen(base, stack, items, step) as seen:  # in place until the consumer's backward has ended
                 yield items, self._softened(self.readout.losses(seen), items, stack.fits)
 
     def _softened(self, losses: Tensor, items: Sequence[Item], fits: Sequence[Fit]) -> Tensor:

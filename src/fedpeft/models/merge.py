@@ -91,7 +91,7 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     """A new token classifier of transformers, float32, in eval mode; the base keeps its bits.
 
     Args:
-        model: whose adapter `params` are.
+        model: whose adapter `params` are; where its base is quantised, the full weights are read again.
         params: adapter, base delta and head.
         labels: names of the classes for its configuration.
 
@@ -101,7 +101,7 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     names = check_labels(model, params, labels)
     _check_foldable(model, params)
     shell = token_classifier(model.base, names)
-    body = model.base.copy_module(torch.float32)
+    body = _whole(model.base).copy_module(torch.float32)
     with torch.no_grad():
         for name in model.weights.keys() & params.keys():
             body.get_parameter(model.weights[name]).copy_(params[name])
@@ -115,6 +115,18 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     linear.load_state_dict({"weight": params[head.WEIGHT], "bias": params[head.BIAS]})
     setattr(merged, shell.head, linear.requires_grad_(False))
     return merged.eval()
+
+
+def _whole(base: Base) -> Base:
+    """The base with full weights: an adapter is never folded into rounded ones."""
+    if not base.quantized:
+        return base
+    if base.unquantized is None:
+        raise ModelError(
+            f"the base is quantised as {base.quantized}, and nothing is known of its full weights; merge with a model "
+            "on the unquantised base"
+        )
+    return base.unquantized()
 
 
 def _check_foldable(model: HFModel, params: Params) -> None:
