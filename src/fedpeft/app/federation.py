@@ -77,7 +77,7 @@ class Federation:
     def whole(self, split: str) -> Examples:
         """The rows of all clients, in the order of their ids."""
         if split not in self._whole:
-            self._whole[split] = _joined([self.data[c][split] for c in self.clients])
+            self._whole[split] = Examples.joined([self.data[c][split] for c in self.clients])
         return self._whole[split]
 
     def labels(self, split: str) -> dict[ClientId, np.ndarray[Any, np.dtype[np.int64]]]:
@@ -189,7 +189,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     shares.check_task(task)
     data = _client_data(format, task, shares)
     if method.pooled:
-        data = {POOLED: {split: _joined([own[split] for own in data.values()]) for split in SPLITS}}
+        data = {POOLED: {split: Examples.joined([own[split] for own in data.values()]) for split in SPLITS}}
     _check_cohort(method, list(data))
     resources: Mapping[ClientId, Profile] = {}
     if config.run.devices is not None and POOLED not in data:  # everybody's rows in one place: no client's device
@@ -297,14 +297,3 @@ def _longest(base: Base) -> int | None:
     if longest is not None and shape_of(base.config).family == "roberta":
         longest -= int(base.module.config.pad_token_id) + 1  # RoBERTa counts positions from the padding's id on
     return longest
-
-
-def _joined(parts: list[Examples]) -> Examples:
-    segments = marks = None
-    held = [part for part in parts if len(part)]
-    if parts and all(part.segments is not None for part in held):
-        segments = tuple(s for part in parts for s in part.segments or ())
-    if held and all(part.marks is not None for part in held):
-        marks = np.concatenate([part.marks for part in held if part.marks is not None])
-    labels = np.concatenate([part.labels for part in parts]) if parts else np.zeros(0, dtype=np.int64)
-    return Examples(tuple(t for part in parts for t in part.tokens), labels, segments, marks)

@@ -14,7 +14,6 @@ from fedpeft.core.evaluate import Question
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.memories import Memories
 from fedpeft.core.tree import Params
-from fedpeft.models.hf import classification_sums
 from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED
 from fedpeft.runs.metrics import Score, label_prior, majority, metrics_of, pool
 
@@ -37,12 +36,11 @@ class Scored:
 
 def score_global(fed: Federation, params: Params, split: str) -> dict[ClientId, Score]:
     """Sums of the global model by client, from one pass over all rows of the split."""
-    rows = fed.whole(split)
-    logits = fed.model.logits(params, rows)
-    labels = torch.from_numpy(rows.labels)
-    sizes = [len(fed.data[c][split]) for c in fed.clients]
-    parts = zip(torch.split(logits, sizes), torch.split(labels, sizes), strict=True)
-    return {c: classification_sums(*part) for c, part in zip(fed.clients, parts, strict=True)}
+    outcomes = fed.model.outcomes(params, fed.whole(split))
+    held = [fed.data[c][split] for c in fed.clients]
+    parts = torch.split(outcomes, [len(rows) for rows in held])
+    sums = fed.model.readout.sums
+    return {c: sums(part, rows) for c, part, rows in zip(fed.clients, parts, held, strict=True)}
 
 
 def evaluate(
