@@ -50,7 +50,7 @@ class Federation:
     Attributes:
         config: with `cohort_batching` and `threads` resolved to numbers, template and label words to those in use.
         data: each client's own rows by split.
-        whole: all rows of a split, client after client; `owners` says whose they are.
+        untrained: what the base scores without an adapter, by split, once it is known; where text is predicted.
     """
 
     config: RunConfig
@@ -62,6 +62,7 @@ class Federation:
     data: Mapping[ClientId, Mapping[str, Examples]]
     resources: Mapping[ClientId, Profile]
     format: Format
+    untrained: dict[str, dict[str, float]] = field(default_factory=dict)
     _whole: dict[str, Examples] = field(default_factory=dict)
 
     @property
@@ -73,6 +74,12 @@ class Federation:
     def metric(self) -> str:
         """The score that selects."""
         return self.task.metric
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens of text the model reads with the adapter, None where there is no bound."""
+        longest = _longest(self.base)
+        return None if longest is None else longest - virtual.positions(self.model.spec)
 
     def whole(self, split: str) -> Examples:
         """The rows of all clients, in the order of their ids."""
@@ -181,7 +188,9 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     if refusal := method.accepts(spec):
         raise ModelError(refusal)
     format = build_format(config, task, base)
-    model = HFModel(base, spec, len(task.labels), config.run.token_budget, format.readout)
+    model = HFModel(
+        base, spec, len(task.labels) if format.of == "labels" else 0, config.run.token_budget, format.readout
+    )
     _check_length(config.task.max_length, model)
     if config.run.init_from is not None:
         _warm_start(model, Path(config.run.init_from))

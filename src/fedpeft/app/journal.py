@@ -11,6 +11,7 @@ from typing import Any
 
 from fedpeft.app.facts import peak_memory_bytes
 from fedpeft.app.federation import Federation
+from fedpeft.app.generating import speak, with_texts
 from fedpeft.app.ledger import Ledger
 from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
@@ -66,7 +67,7 @@ class Journal:
     @property
     def limits(self) -> Limits:
         """Where the run may end early."""
-        return Limits(**self.fed.config.run.stop.model_dump())
+        return Limits(**self.fed.config.run.stop.model_dump(), metric=self.fed.metric)
 
     # --- after an exchange, after a round ---
 
@@ -170,6 +171,11 @@ class Journal:
             earlier = self._evaluate(ledger.best, "test", done, personal=False)
             if earlier is not None:
                 best["test"] = earlier.metrics
+        if spoken := speak(self.fed, params if ledger.best is None else ledger.best):
+            self.folder.save_samples(spoken.samples)
+            if best.get("test") is found.get("test"):  # the best parameters are the final ones
+                final["test"] = found["test"] = with_texts(found["test"], spoken)
+            best["test"] = with_texts(best["test"], spoken)
         self.folder.update_manifest(metrics={"final": final, "best": best})
         self._save_clients(tested or scored)
         return found
