@@ -76,6 +76,11 @@ class Federation:
         return self.task.metric
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """What is predicted: the labels; nothing where text is, whose categories are not learnt."""
+        return self.task.labels if self.format.of == "labels" else ()
+
+    @property
     def positions(self) -> int | None:
         """How many tokens of text the model reads with the adapter, None where there is no bound."""
         longest = _longest(self.base)

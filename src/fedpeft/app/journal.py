@@ -218,7 +218,7 @@ class Journal:
         scores = {split: values for split, values in summary.items() if split != "round"}
         card = card_facts(self.fed, summary.get("round"), scores)
         try:
-            write(model, best, self.folder.adapter, labels=self.fed.task.labels, card=card, replace=True)
+            write(model, best, self.folder.adapter, labels=self.fed.classes, card=card, replace=True)
         except ModelError as error:  # a family that PEFT or transformers has no classifier for: the run is right
             self.say(f"there is no folder adapter/: {error}")
 
@@ -257,6 +257,7 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         "rounds": rounds,
         "clients": len(fed.clients),
         "max_length": fed.config.task.max_length,
+        **({} if fed.format.prompting is None else {"prompt": fed.format.prompting.card(fed.task.response is None)}),
         "metrics": metrics,
     }
 

@@ -128,7 +128,7 @@ def export(
     if client is not None:
         card["client"] = client
     write = export_merged if merge else export_adapter
-    return write(fed.model, params, Path(to), labels=fed.task.labels, card=card, replace=replace)
+    return write(fed.model, params, Path(to), labels=fed.classes, card=card, replace=replace)
 
 
 def _opened(folder: Path | str) -> tuple[RunFolder, Federation]:

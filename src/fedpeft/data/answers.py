@@ -114,6 +114,10 @@ class Prompting:
                 _, found[i] = self._shrunk(table.texts[i], contexts[i], self.max_length - room)
         return [np.asarray(ids, np.int32) for ids in found]
 
+    def card(self, plain: bool) -> str:
+        """The template as a model card shows it; of plain text the text alone."""
+        return "{instruction}" if plain else self.template or ALPACA_CONTEXT
+
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

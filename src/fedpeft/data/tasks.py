@@ -62,8 +62,7 @@ class TaskSpec:
         found += template_problems(self.format, self.template, self.label_words, self.loss_over)
         metrics = metric_names("text" if self.format == "generate" else "labels")
         if self.metric is not None and self.metric not in metrics:
-            which = f"does not exist for task.format {self.format}"
-            found.append(f"task.metric {self.metric!r} {which}; there are: {', '.join(metrics)}")
+            found.append(f"task.metric {self.metric!r} does not exist; there are: {', '.join(metrics)}")
         if self.max_length < 3:
             found.append(f"task.max_length is {self.max_length}; at least 3 tokens are needed")
         if self.limit is not None and self.limit < 1:

@@ -26,6 +26,7 @@ from fedpeft.models.adapters.kinds import build_adapter
 from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.families import is_decoder, slots
 from fedpeft.models.fisher import fisher
+from fedpeft.models.lm_head import LmHead
 from fedpeft.models.load import Base
 from fedpeft.models.noise import row_keys
 from fedpeft.models.parts import Batch, collate, cut
@@ -96,6 +97,12 @@ class HFModel:
     def device(self) -> torch.device:
         """Where the base is."""
         return self.base.device
+
+    @property
+    def lm(self) -> LmHead | None:
+        """The language model's head of a model that predicts text; None where it predicts labels."""
+        found = getattr(self.readout, "lm", None)
+        return found if self.readout.classes == 0 and isinstance(found, LmHead) else None
 
     @property
     def pooling(self) -> str:
