@@ -248,7 +248,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
             {"task": {"loss_over": "labels"}},
             "task.loss_over: labels belongs to the format cloze, and task.format is head.",
         ),
-        ({"task": {"format": "clozed"}}, "task.format: 'clozed' is not available; what exists: 'head', 'cloze' or"),
+        ({"task": {"format": "clozed"}}, "task.format: 'clozed' is not available; what exists: 'head', 'cloze',"),
         ({"task": {"format": "cloze", "template": "{text} ."}}, "task.template '{text} .' has 0 times <mask>; format"),
         ({"task": {"format": "cloze", "label_words": ["a", "a"]}}, "task.label_words is ['a', 'a']; give a different"),
         ({"task": {"format": "cloze"}, "adapter": {"kind": "head"}}, "adapter.kind: head trains the head, and format"),

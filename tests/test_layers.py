@@ -38,7 +38,7 @@ ROOMS = {
     "data": Room("core", LIGHT + "tokenizers", "datasets pyarrow huggingface_hub"),
     "engines": Room("core", LIGHT, "flwr"),
     "proxy": Room("core maths models", LIGHT, "transformers fastapi uvicorn scipy rouge_score"),
-    "runs": Room("core planner", LIGHT + "yaml psutil", "matplotlib tensorboard torch mlflow wandb"),
+    "runs": Room("core planner", LIGHT + "yaml psutil", "matplotlib tensorboard torch mlflow wandb rouge_score"),
     "config": Room(None, None, None),
     "app": Room(None, None, None),  # and every other module beside it
     "cli": Room(None, None, None),

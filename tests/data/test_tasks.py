@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedpeft.core.errors import DataError
-from fedpeft.data import demo, tasks, tokens
+from fedpeft.data import demo, sources, tokens
 from fedpeft.data.load import HubRows
 from fedpeft.data.tasks import Table, TaskSpec, load_task, tokenise
 
@@ -140,8 +140,8 @@ def test_a_hub_data_set(monkeypatch):
         read.append((name, split))
         return HubRows([{"text": "t", "label": v} for v in (1, 0)], {"label": ("bad", "good")})
 
-    monkeypatch.setattr(tasks, "hub_splits", lambda name: ("train", "test"))
-    monkeypatch.setattr(tasks, "read_hub", read_hub)
+    monkeypatch.setattr(sources, "hub_splits", lambda name: ("train", "test"))
+    monkeypatch.setattr(sources, "read_hub", read_hub)
     task = load_task(TaskSpec(name="owner/reviews"))
     assert read == [("owner/reviews", "train"), ("owner/reviews", "test")]
     assert task.labels == ("bad", "good") and task.train.labels.tolist() == [1, 0] and task.validation is None

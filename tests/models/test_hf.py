@@ -23,7 +23,8 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import HeadOnly, Lora
 from fedpeft.core.errors import ClientError, DivergedError, FitError, ModelError
 from fedpeft.core.fit import SGD, AdamW, Fit, Fitted, Optimizer
-from fedpeft.models.hf import HFModel, classification_sums
+from fedpeft.models.hf import HFModel
+from fedpeft.models.readouts.text import classification_sums
 
 
 def assert_same_bits(a: Fitted | Exception, b: Fitted | Exception) -> None:

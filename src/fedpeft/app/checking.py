@@ -14,6 +14,7 @@ from fedpeft.config.load import Source, naming_defaults
 from fedpeft.core import records, tree, wire
 from fedpeft.core.exchange import Weights
 from fedpeft.core.fit import SGD, Fit
+from fedpeft.data.answers import cut_answers
 from fedpeft.planner.cost import Shape, train_flops
 
 HIDDEN_COPIES = 8  # tensors of hidden width that a block keeps for its backward pass; measured on BERT and Llama
@@ -45,6 +46,7 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
             "rows": {split: len(fed.whole(split)) for split in ("train", "validation", "test")},
             "majority": _top_share(train.labels),
             "tokens_per_row": float(row_lengths(fed).mean()),
+            **_answers(fed),
         },
         "partition": {
             "clients": len(sizes),
@@ -63,6 +65,17 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
             "device": str(fed.base.device),
         },
         "estimate": _estimate(fed),
+    }
+
+
+def _answers(fed: Federation) -> dict[str, Any]:
+    """What is known of answers, where the format has any of different lengths: their tokens, and how many were cut."""
+    prompting, train = fed.format.prompting, fed.whole("train")
+    if prompting is None or train.starts is None:
+        return {}
+    return {
+        "tokens_per_answer": float((train.lengths - train.starts).mean()),
+        "rows_with_cut_answer": cut_answers(train, prompting.end),
     }
 
 

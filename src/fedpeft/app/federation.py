@@ -50,7 +50,7 @@ class Federation:
     Attributes:
         config: with `cohort_batching` and `threads` resolved to numbers, template and label words to those in use.
         data: each client's own rows by split.
-        whole: all rows of a split, client after client; `owners` says whose they are.
+        untrained: what the base scores without an adapter, by split, once it is known; where text is predicted.
     """
 
     config: RunConfig
@@ -62,6 +62,7 @@ class Federation:
     data: Mapping[ClientId, Mapping[str, Examples]]
     resources: Mapping[ClientId, Profile]
     format: Format
+    untrained: dict[str, dict[str, float]] = field(default_factory=dict)
     _whole: dict[str, Examples] = field(default_factory=dict)
 
     @property
@@ -74,10 +75,21 @@ class Federation:
         """The score that selects."""
         return self.task.metric
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What is predicted: the labels; nothing where text is, whose categories are not learnt."""
+        return self.task.labels if self.format.of == "labels" else ()
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens of text the model reads with the adapter, None where there is no bound."""
+        longest = _longest(self.base)
+        return None if longest is None else longest - virtual.positions(self.model.spec)
+
     def whole(self, split: str) -> Examples:
         """The rows of all clients, in the order of their ids."""
         if split not in self._whole:
-            self._whole[split] = _joined([self.data[c][split] for c in self.clients])
+            self._whole[split] = Examples.joined([self.data[c][split] for c in self.clients])
         return self._whole[split]
 
     def labels(self, split: str) -> dict[ClientId, np.ndarray[Any, np.dtype[np.int64]]]:
@@ -181,7 +193,9 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     if refusal := method.accepts(spec):
         raise ModelError(refusal)
     format = build_format(config, task, base)
-    model = HFModel(base, spec, len(task.labels), config.run.token_budget, format.readout)
+    model = HFModel(
+        base, spec, len(task.labels) if format.of == "labels" else 0, config.run.token_budget, format.readout
+    )
     _check_length(config.task.max_length, model)
     if config.run.init_from is not None:
         _warm_start(model, Path(config.run.init_from))
@@ -189,7 +203,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     shares.check_task(task)
     data = _client_data(format, task, shares)
     if method.pooled:
-        data = {POOLED: {split: _joined([own[split] for own in data.values()]) for split in SPLITS}}
+        data = {POOLED: {split: Examples.joined([own[split] for own in data.values()]) for split in SPLITS}}
     _check_cohort(method, list(data))
     resources: Mapping[ClientId, Profile] = {}
     if config.run.devices is not None and POOLED not in data:  # everybody's rows in one place: no client's device
@@ -297,14 +311,3 @@ def _longest(base: Base) -> int | None:
     if longest is not None and shape_of(base.config).family == "roberta":
         longest -= int(base.module.config.pad_token_id) + 1  # RoBERTa counts positions from the padding's id on
     return longest
-
-
-def _joined(parts: list[Examples]) -> Examples:
-    segments = marks = None
-    held = [part for part in parts if len(part)]
-    if parts and all(part.segments is not None for part in held):
-        segments = tuple(s for part in parts for s in part.segments or ())
-    if held and all(part.marks is not None for part in held):
-        marks = np.concatenate([part.marks for part in held if part.marks is not None])
-    labels = np.concatenate([part.labels for part in parts]) if parts else np.zeros(0, dtype=np.int64)
-    return Examples(tuple(t for part in parts for t in part.tokens), labels, segments, marks)

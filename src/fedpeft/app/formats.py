@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fedpeft.config import RunConfig
 from fedpeft.core.errors import ModelError
 from fedpeft.core.examples import Examples
+from fedpeft.core.metrics import Of
+from fedpeft.data.answers import Prompting
 from fedpeft.data.tasks import Table, Task
 from fedpeft.data.templates import Template
 from fedpeft.data.tokens import tokenise
@@ -16,6 +18,7 @@ from fedpeft.models.lm_head import load_lm_head
 from fedpeft.models.load import Base
 from fedpeft.models.readouts import Readout
 from fedpeft.models.readouts.cloze import ClozeReadout
+from fedpeft.models.readouts.generate import GenerateReadout
 from fedpeft.models.readouts.verbalizer import VerbalizerReadout
 
 
@@ -28,6 +31,7 @@ class Format:
         readout: None: the trained head.
         template: what a row's texts are put into; None: nothing.
         reserve: tokens that the longest answer takes.
+        prompting: of the format generate: how rows become prompts and answers.
     """
 
     base: Base
@@ -35,9 +39,17 @@ class Format:
     readout: Readout | None = None
     template: Template | None = None
     reserve: int = 0
+    prompting: Prompting | None = None
+
+    @property
+    def of(self) -> Of:
+        """What is predicted: labels, or text."""
+        return "labels" if self.prompting is None else "text"
 
     def tokens(self, table: Table) -> Examples:
         """The rows as the model reads them."""
+        if self.prompting is not None:
+            return self.prompting.examples(table)
         return tokenise(table, self.base.tokenizer, self.max_length, template=self.template, reserve=self.reserve)
 
 
@@ -49,6 +61,8 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
         DataError: a label word that cannot be used.
     """
     name, section = config.model.name, config.task
+    if section.format == "generate":
+        return _generate(config, base)
     if task.pattern is None or task.words is None:
         return Format(base, section.max_length)
     if section.format == "cloze":
@@ -70,6 +84,19 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
     return Format(base, section.max_length, readout, task.pattern.split()[0], max(map(len, answers)))
 
 
+def _generate(config: RunConfig, base: Base) -> Format:
+    name, section = config.model.name, config.task
+    if not is_decoder(base.family):
+        raise ModelError(
+            f"task.format generate needs a causal language model (GPT-2, Llama and their like), and {name} is of the "
+            f"family {base.family}; give another model.name, or use task.format cloze or head"
+        )
+    lm_head, end = load_lm_head(name, base), _end(name, base)
+    longest = min(section.max_length, int(getattr(base.tokenizer, "model_max_length", section.max_length)))
+    prompting = Prompting(base.tokenizer, end, longest, section.template, section.choices)
+    return Format(base, section.max_length, GenerateReadout(lm_head), prompting=prompting)
+
+
 def _end(name: str, base: Base) -> int:
     """The end token's id: the tokenizer's, else the model's."""
     end = base.tokenizer.eos_token_id
@@ -78,5 +105,5 @@ def _end(name: str, base: Base) -> int:
     if isinstance(end, list | tuple) and end:
         end = end[0]
     if not isinstance(end, int):
-        raise ModelError(f"model {name} has no end token, which task.format verbalizer needs; use task.format head")
+        raise ModelError(f"model {name} has no end token, which answers need; use task.format head")
     return end

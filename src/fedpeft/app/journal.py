@@ -11,6 +11,7 @@ from typing import Any
 
 from fedpeft.app.facts import peak_memory_bytes
 from fedpeft.app.federation import Federation
+from fedpeft.app.generating import speak, with_texts
 from fedpeft.app.ledger import Ledger
 from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
@@ -66,7 +67,7 @@ class Journal:
     @property
     def limits(self) -> Limits:
         """Where the run may end early."""
-        return Limits(**self.fed.config.run.stop.model_dump())
+        return Limits(**self.fed.config.run.stop.model_dump(), metric=self.fed.metric)
 
     # --- after an exchange, after a round ---
 
@@ -170,6 +171,11 @@ class Journal:
             earlier = self._evaluate(ledger.best, "test", done, personal=False)
             if earlier is not None:
                 best["test"] = earlier.metrics
+        if spoken := speak(self.fed, params if ledger.best is None else ledger.best):
+            self.folder.save_samples(spoken.samples)
+            if best.get("test") is found.get("test"):  # the best parameters are the final ones
+                final["test"] = found["test"] = with_texts(found["test"], spoken)
+            best["test"] = with_texts(best["test"], spoken)
         self.folder.update_manifest(metrics={"final": final, "best": best})
         self._save_clients(tested or scored)
         return found
@@ -212,7 +218,7 @@ class Journal:
         scores = {split: values for split, values in summary.items() if split != "round"}
         card = card_facts(self.fed, summary.get("round"), scores)
         try:
-            write(model, best, self.folder.adapter, labels=self.fed.task.labels, card=card, replace=True)
+            write(model, best, self.folder.adapter, labels=self.fed.classes, card=card, replace=True)
         except ModelError as error:  # a family that PEFT or transformers has no classifier for: the run is right
             self.say(f"there is no folder adapter/: {error}")
 
@@ -252,6 +258,7 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         "rounds": rounds,
         "clients": len(fed.clients),
         "max_length": fed.config.task.max_length,
+        **({} if fed.format.prompting is None else {"prompt": fed.format.prompting.card(fed.task.response is None)}),
         "metrics": metrics,
     }
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fedpeft.core.federate import Done
+from fedpeft.core.metrics import better
 from fedpeft.core.tree import Params
 from fedpeft.runs.clock import slowest
 from fedpeft.runs.stopping import Limits, Standing, look
@@ -80,7 +81,7 @@ class Ledger:
             value: the validation score that selects; None where the round was not evaluated.
             scores: all validation metrics of the round.
         """
-        if value is not None and (self.best_value is None or value > self.best_value):
+        if value is not None and better(limits.metric, value, self.best_value):
             self.best_value, self.best_round, self.best, self.best_scores = value, round, params, scores
         standing, self.stopped = self._look(limits, value)
         self.standing, self.limits = standing.plain(), asdict(limits)

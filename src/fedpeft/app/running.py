@@ -49,11 +49,11 @@ class Run:
         """A transformers model with the best-validated adapter folded into its weights.
 
         It is a token classifier: pool its logits over the real tokens of a text (the mean for encoders, the last one
-        for decoders) to get the text's class.
+        for decoders) to get the text's class. Where text is predicted it is a causal language model.
         """
         opened = RunFolder.open(self.folder)
         fed = build(load_config(self.folder / "config.yaml"), opened.partition() or None)
-        return merge(fed.model, best_params(fed, opened), fed.task.labels)
+        return merge(fed.model, best_params(fed, opened), fed.classes)
 
 
 def best_params(fed: Federation, folder: RunFolder) -> tree.Params:

@@ -14,8 +14,7 @@ from fedpeft.core.evaluate import Question
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.memories import Memories
 from fedpeft.core.tree import Params
-from fedpeft.models.hf import classification_sums
-from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED
+from fedpeft.runs.history import BASE, GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED
 from fedpeft.runs.metrics import Score, label_prior, majority, metrics_of, pool
 
 log = logging.getLogger("fedpeft")
@@ -37,12 +36,25 @@ class Scored:
 
 def score_global(fed: Federation, params: Params, split: str) -> dict[ClientId, Score]:
     """Sums of the global model by client, from one pass over all rows of the split."""
-    rows = fed.whole(split)
-    logits = fed.model.logits(params, rows)
-    labels = torch.from_numpy(rows.labels)
-    sizes = [len(fed.data[c][split]) for c in fed.clients]
-    parts = zip(torch.split(logits, sizes), torch.split(labels, sizes), strict=True)
-    return {c: classification_sums(*part) for c, part in zip(fed.clients, parts, strict=True)}
+    outcomes = fed.model.outcomes(params, fed.whole(split))
+    held = [fed.data[c][split] for c in fed.clients]
+    parts = torch.split(outcomes, [len(rows) for rows in held])
+    sums = fed.model.readout.sums
+    return {c: sums(part, rows) for c, part, rows in zip(fed.clients, parts, held, strict=True)}
+
+
+def bars(fed: Federation, split: str) -> dict[str, dict[str, float]]:
+    """What a model must beat: two guesses of labels, or the base without an adapter where text is predicted."""
+    if fed.format.of == "text":
+        if split not in fed.untrained:
+            sums = fed.model.readout.sums(fed.model.outcomes({}, fed.whole(split)), fed.whole(split))
+            fed.untrained[split] = metrics_of(sums, fed.metric)
+        return {BASE: dict(fed.untrained[split])}
+    train, labels, classes = fed.labels("train"), fed.labels(split), len(fed.task.labels)
+    return {
+        MAJORITY: majority(fed.whole("train").labels, fed.whole(split).labels, classes, fed.metric),
+        LABEL_PRIOR: label_prior(train, labels, classes, fed.metric),
+    }
 
 
 def evaluate(
@@ -77,10 +89,8 @@ def evaluate(
                 log.warning("round %d: client %s has no %s score: %s", round, receipt.client, split, receipt.lost)
         by_client[PERSONALIZED] = {c: answers.ups[c].personal for c in holders if c in answers.ups}
         down, up = (sum(getattr(r, key) for r in answers.receipts) for key in ("bytes_down", "bytes_up"))
-    train, labels, classes = fed.labels("train"), fed.labels(split), len(fed.task.labels)
     metrics = {who: metrics_of(pool(sums.values()), fed.metric) for who, sums in by_client.items()}
-    metrics[MAJORITY] = majority(fed.whole("train").labels, fed.whole(split).labels, classes, fed.metric)
-    metrics[LABEL_PRIOR] = label_prior(train, labels, classes, fed.metric)
+    metrics |= bars(fed, split)
     clients: dict[ClientId, dict[str, dict[str, float]]] = {}
     for who, sums in by_client.items():
         for client, own in sums.items():

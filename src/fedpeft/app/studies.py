@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ from fedpeft.app.running import Run, resume, run
 from fedpeft.config import Cell, StudyConfig, cells, free_folder, load_study, resolved, slug
 from fedpeft.core.client import reason
 from fedpeft.core.errors import RequestError
+from fedpeft.core.metrics import better, lower, rank
 from fedpeft.progress import Listener, Progress
 from fedpeft.runs.files import plain, write_file
-from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED, History, read_history, spread
+from fedpeft.runs.history import BARS, GLOBAL, LABEL_PRIOR, PERSONALIZED, History, read_history, spread
 from fedpeft.runs.report import write_report
 from fedpeft.runs.store import RunFolder
 
@@ -90,7 +92,7 @@ def compare(
         done = work.run([cell for cell in members if cell.seed == wanted.seeds[0]])
         if not done:
             continue
-        chosen, _ = max(done, key=lambda pair: _validated(pair[1]))
+        chosen, _ = min(done, key=lambda pair: _place(pair[1]))
         rows += [pair for pair in done if pair[0].point == chosen.point]
         rows += work.run([c for c in members if c.point == chosen.point and c.seed != wanted.seeds[0]])
     if not rows:
@@ -173,9 +175,17 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-def _validated(found: Run) -> float:
+def _validated(found: Run) -> float | None:
+    """The best validation score; None where there is none."""
     best = found.metrics.get("best", {}).get("validation", {})
-    return float(best.get(PERSONALIZED, best.get(GLOBAL, {})).get(found.manifest["metric"], float("-inf")))
+    score = best.get(PERSONALIZED, best.get(GLOBAL, {})).get(found.manifest["metric"])
+    return None if score is None else float(score)
+
+
+def _place(found: Run) -> float:
+    """A key that puts the best run first, and those without a score last."""
+    score = _validated(found)
+    return math.inf if score is None or math.isnan(score) else rank(found.manifest["metric"], score)
 
 
 def tested(found: Run) -> dict[str, float]:
@@ -199,7 +209,7 @@ def tabulate(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> list[dict[
         members = list(group)
         goal = _goal(study, members)
         of_task = [_row(list(pairs), goal) for _, pairs in itertools.groupby(members, key=lambda pair: pair[0].label)]
-        table += sorted(of_task, key=lambda row: -row["mean"])
+        table += sorted(of_task, key=lambda row: rank(members[0][1].manifest["metric"], row["mean"]))
     return table
 
 
@@ -216,7 +226,7 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
         "bytes": _mean(found.manifest["bytes_down"] + found.manifest["bytes_up"] for _, found in pairs),
         "simulated_seconds": _mean(found.manifest["simulated_seconds"] for _, found in pairs),
         "of": "personal" if any(PERSONALIZED in score for score in scores) else "global",
-        "majority": _mean(score[MAJORITY] for score in scores),
+        **{bar: _mean(score[bar] for score in scores) for bar in BARS if all(bar in score for score in scores)},
     }
     if row["of"] == "personal":  # the bar for models that know whose they are
         row["label_prior"] = _mean(score[LABEL_PRIOR] for score in scores)
@@ -231,17 +241,25 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
 
 
 def _goal(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> float | None:
-    """The common score: a share of the best validation score, averaged over seeds, of the method that is named."""
+    """The common score: a share of the best validation score, averaged over seeds, of the method that is named.
+
+    Of a metric whose lower scores are better it is that score divided by the share.
+    """
     if study.target is None:
         return None
-    reference = [_validated(found) for cell, found in rows if cell.label == study.target.share_of]
-    return study.target.share * _mean(reference) if reference else None
+    scores = [(_validated(found), found) for cell, found in rows if cell.label == study.target.share_of]
+    reference = [score for score, _ in scores if score is not None]
+    if not reference:
+        return None
+    share = study.target.share
+    return _mean(reference) / share if lower(scores[0][1].manifest["metric"]) else share * _mean(reference)
 
 
 def _reach(history: History, goal: float) -> tuple[float, float] | None:
-    """(bytes, simulated seconds) of the first evaluation at or above the goal."""
+    """(bytes, simulated seconds) of the first evaluation that is as good as the goal."""
     for score in history.scores:
-        if score.values.get(PERSONALIZED, score.values.get(GLOBAL, float("-inf"))) >= goal:
+        value = score.values.get(PERSONALIZED, score.values.get(GLOBAL))
+        if value is not None and (value == goal or better(history.metric, value, goal)):
             return score.bytes, score.simulated_seconds
     return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedpeft.app.federation import Federation, build, computing, task_spec
+from fedpeft.app.generating import say
 from fedpeft.app.journal import card_facts
 from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
@@ -70,31 +71,38 @@ def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, An
 def predict(
     folder: Path | str, data: Path | str, out: Path | str | None = None, client: str | None = None
 ) -> list[dict[str, Any]]:
-    """Labels with probabilities for the rows of a file, which needs no label column.
+    """Labels with probabilities, or texts in the format generate, for the rows of a file, which needs no labels.
 
     Args:
         out: where the predictions go as JSON lines, too.
         client: predict with this client's own model, as it is now, instead of the best-validated global one.
 
     Returns:
-        per row: `label` and `probabilities` by label.
+        per row: `label` and `probabilities` by label; or `text`, what the model says.
 
     Raises:
         RequestError: the run has no state yet, there is no such client, or the file lacks the task's columns.
     """
     opened, fed = _opened(folder)
-    rows = fed.format.tokens(read_texts(fed.task, data))
+    table, params = read_texts(fed.task, data), _params(opened, fed, client)
     with computing(fed.config):
-        shares = torch.softmax(fed.model.logits(_params(opened, fed, client), rows), dim=1)
-    names = fed.task.labels
-    found = [
-        {"label": names[int(row.argmax())], "probabilities": dict(zip(names, row.tolist(), strict=True))}
-        for row in shares
-    ]
+        if fed.format.of == "text":
+            found: list[dict[str, Any]] = [{"text": said} for said in say(fed, params, table)]
+        else:
+            found = _labels(fed, params, table)
     if out is not None:
         make_folder(Path(out).absolute().parent)
         write_file(Path(out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found).encode())
     return found
+
+
+def _labels(fed: Federation, params: Params, table: Table) -> list[dict[str, Any]]:
+    shares = torch.softmax(fed.model.logits(params, fed.format.tokens(table)), dim=1)
+    names = fed.task.labels
+    return [
+        {"label": names[int(row.argmax())], "probabilities": dict(zip(names, row.tolist(), strict=True))}
+        for row in shares
+    ]
 
 
 def export(
@@ -122,7 +130,7 @@ def export(
     if client is not None:
         card["client"] = client
     write = export_merged if merge else export_adapter
-    return write(fed.model, params, Path(to), labels=fed.task.labels, card=card, replace=replace)
+    return write(fed.model, params, Path(to), labels=fed.classes, card=card, replace=replace)
 
 
 def _opened(folder: Path | str) -> tuple[RunFolder, Federation]:

@@ -20,6 +20,8 @@ from fedpeft.config.problems import nearest, sentences, unknown, value_sentence
 from fedpeft.config.reading import apply_overrides, find_path, read_yaml
 from fedpeft.core.adapter import ADAPTERS, AdapterSpec
 from fedpeft.core.errors import ConfigError, DataError, ModelError, RequestError
+from fedpeft.core.metrics import lower
+from fedpeft.core.metrics import names as metric_names
 from fedpeft.data.templates import template_problems
 from fedpeft.runs.units import count_text
 
@@ -319,6 +321,18 @@ def _title(train: str | None) -> str:
     return path.parent.name if stem == "train" and path.parent.name else stem
 
 
+def _scores(task: s.TaskSection, run: s.RunSection | None) -> list[str]:
+    """What is wrong with the metric of a format, and with a score that it cannot have."""
+    known = metric_names("text" if task.format == "generate" else "labels")
+    if task.metric is not None and task.metric not in known:
+        return [f"task.metric: {task.metric} is not for format {task.format}; use one of {', '.join(known)}."]
+    metric = task.metric or known[0]
+    score = None if run is None else run.stop.score
+    if score is None or score <= 1 or lower(metric):
+        return []
+    return [f"run.stop.score: {score:g} cannot be reached, since {metric} is a share; give a number up to 1."]
+
+
 def _conflicts(parts: Mapping[str, Any]) -> list[str]:
     """What is wrong between keys that are each right; sections that are wrong themselves are left out."""
     task, partition, run = parts.get("task"), parts.get("partition"), parts.get("run")
@@ -338,6 +352,7 @@ def _conflicts(parts: Mapping[str, Any]) -> list[str]:
         adapter = parts.get("adapter")
         if task.format != "head" and adapter is not None and adapter.kind == "head":
             problems.append(f"adapter.kind: head trains the head, and format {task.format} has none; use lora.")
+        problems += _scores(task, run)
     if task is not None and partition is not None:
         if partition.kind == "natural" and partition.by is None and (task.train is not None or task.name != "demo"):
             problems.append("partition.by: kind natural needs it; name the column that tells the client.")

@@ -61,13 +61,15 @@ class TaskSection(Section):
     test: str | None = None
     """Rows to report on, scored once at the end (hub: the split's name); null: none, or the demo's or the hub's own."""
 
-    format: Literal["head", "cloze", "verbalizer"] = "head"
+    format: Literal["head", "cloze", "verbalizer", "generate"] = "head"
     """How a label is predicted: `head`, by a trained classification head; `cloze`, by a masked model's word at a mask;
-    `verbalizer`, by a causal model's likeliest answer."""
+    `verbalizer`, by a causal model's likeliest answer. Or `generate`: a causal model learns what to say, by rows of
+    instruction, context and response, or by plain text."""
 
     template: Annotated[str, Field(min_length=1)] | None = None
     """For cloze and verbalizer: `{text}` (a pair: `{a}` and `{b}`), and for the label `<mask>` (cloze) or `%s`
-    (verbalizer); null: the known one of the data set, else a general one."""
+    (verbalizer); null: the known one of the data set, else a general one. For generate: `{instruction}` and perhaps
+    `{context}`, or `chat`, the tokenizer's own; null: Alpaca's."""
 
     label_words: Annotated[tuple[Name, ...], Field(min_length=2)] | None = None
     """For cloze and verbalizer: a word for each label that is kept, in their order (cloze: of one token); null: those
@@ -78,13 +80,14 @@ class TaskSection(Section):
     Prompts learn more from `labels` where rounds are few."""
 
     text: Annotated[str, Field(min_length=1)] = "text"
-    """Column of the text; where there is no column `text`, `sentence1` with `sentence2` is taken."""
+    """Column of the text; where there is no column `text`, `sentence1` with `sentence2` is taken. For generate:
+    `instruction` is taken where it has a response, else plain text."""
 
     text_pair: str | None = None
-    """Column of the second text of a pair."""
+    """Column of the second text of a pair; for generate that of the context (null: `context` where it is there)."""
 
     label: Annotated[str, Field(min_length=1)] = "label"
-    """Column of the label: a name or an index."""
+    """Column of the label: a name or an index. For generate: a category to skew a partition by (else `category`)."""
 
     labels: Annotated[tuple[Name, ...], Field(min_length=2)] | None = None
     """Label names in the order of their indices; null: from `meta.json` beside the file, else the values, sorted."""
@@ -92,14 +95,33 @@ class TaskSection(Section):
     max_length: Annotated[int, Field(ge=3, le=8192)] = 128
     """Tokens that a row is cut to, special tokens included."""
 
-    metric: Literal["accuracy", "macro_f1", "matthews", "acc_f1"] | None = None
-    """Score that selects and that `run.stop.score` means; null: from `meta.json`, else the task's usual one."""
+    metric: Literal["accuracy", "macro_f1", "matthews", "acc_f1", "perplexity", "choice_accuracy"] | None = None
+    """Score that selects and that `run.stop.score` means; null: from `meta.json`, else the task's usual one. For
+    generate: `perplexity` (lower is better), or `choice_accuracy` where rows have choices."""
 
     limit: Count | None = None
     """At most this many training rows: a random sample, the same every time."""
 
     classes: Annotated[tuple[Name, ...], Field(min_length=2)] | Annotated[int, Field(ge=2)] | None = None
     """Keep only these labels, or the first n; other rows are dropped."""
+
+    response: Annotated[str, Field(min_length=1)] = "response"
+    """For generate: column of what is to be said; where it is not there, the text itself is learnt."""
+
+    references: Annotated[str, Field(min_length=1)] = "references"
+    """For generate: column with lists of further right answers, which ROUGE-L and exact match take too."""
+
+    choices: Annotated[str, Field(min_length=1)] = "choices"
+    """For generate: column with lists of answers, the response among them; the likeliest is compared with it."""
+
+    match: Literal["text", "number"] = "text"
+    """For generate: what an exact match compares, the whole text or the last number in it."""
+
+    generate_rows: Annotated[int, Field(ge=0)] = 64
+    """For generate: test rows that the best and the untrained model say something for, at the end; 0: none."""
+
+    generate_tokens: Count = 64
+    """For generate: most tokens of what is said."""
 
 
 class PartitionSection(Section):
@@ -157,7 +179,7 @@ class AdapterSection(Section):
 class StopSection(Section):
     """When a run may end before its last round; the first limit reached ends it."""
 
-    score: Annotated[float, Field(gt=0, le=1)] | None = None
+    score: Positive | None = None
     """Validation score (`task.metric`): of the personalised models where the method makes them, else the global one."""
 
     bytes: Count | None = None

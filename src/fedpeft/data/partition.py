@@ -238,6 +238,11 @@ def _drawn(spec: PartitionSpec, task: Task) -> _Drawn:
             f"partition.clients is {n}, but there are only {len(task.train)} training rows; "
             f"use at most {len(task.train)} clients, or more data"
         )
+    if spec.kind == "dirichlet" and len(task.labels) < 2:  # texts to be generated need no labels
+        raise DataError(
+            "partition.kind dirichlet skews categories, and the training rows tell only one; name the column of the "
+            "categories in task.label, or use partition.kind quantity, iid or natural"
+        )
     sizes = shares = None
     if spec.kind != "iid":
         sizes = rng_for(spec.seed, "partition", "sizes").dirichlet(np.full(n, spec.size_alpha))

@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.core.errors import DataError
+from fedpeft.core.metrics import names as metric_names
 from fedpeft.core.rng import rng_for
 from fedpeft.data.labels import label_indices, label_keys, sorted_values
-from fedpeft.data.load import Row, Source, client_files, hub_splits, read_hub, read_rows
+from fedpeft.data.load import Source, client_files
+from fedpeft.data.sources import folder_of, from_files, read_sources
 from fedpeft.data.templates import FORMATS, PAIR, Template, known, parse, template_problems
 from fedpeft.data.tokens import tokenise
 
-METRICS = ("accuracy", "macro_f1", "matthews", "acc_f1")  # acc_f1: mean of accuracy and F1 of the second label
+METRICS = metric_names("labels")
 SPLITS = ("train", "validation", "test")
 
 _USUAL_METRIC = {"cola": "matthews", "mrpc": "acc_f1"}  # by name of the task or of its folder, as GLUE scores them
@@ -33,8 +35,8 @@ class TaskSpec:
     train: str | None = None  # training file; a folder or glob pattern: one file per client; null: the data named above
     validation: str | None = None  # selection file (hub: split); null: a tenth of each client's rows, or the demo's own
     test: str | None = None  # test file (hub: split); null: no test; demo and hub: their own
-    format: str = "head"  # how labels are predicted: head, cloze or verbalizer
-    template: str | None = None  # of cloze and verbalizer; null: the known one of the data set, else a general one
+    format: str = "head"  # how labels are predicted: head, cloze or verbalizer; or generate, which predicts texts
+    template: str | None = None  # of all but head; null: the known one of the data set, else a general one
     label_words: Sequence[str] | None = None  # in the order of the labels that are kept; null: known ones, else names
     loss_over: str = "vocabulary"  # of cloze: vocabulary or labels, what the label word is told from in training
     text: str = "text"  # column of the text; where there is no column `text`: sentence1 with sentence2
@@ -45,6 +47,12 @@ class TaskSpec:
     metric: str | None = None  # accuracy, macro_f1, matthews or acc_f1; null: as meta.json or the task's name says
     limit: int | None = None  # at most so many training rows: a random sample (the same every time) in file order
     classes: Sequence[str] | int | None = None  # keep only these labels, or the first n; the other rows are dropped
+    response: str = "response"  # of generate: column of what is to be said; without it the text itself is learnt
+    references: str = "references"  # of generate: column with lists of further right answers, for ROUGE-L alone
+    choices: str = "choices"  # of generate: column with lists of answers of which the response is one
+    match: str = "text"  # of generate: what an exact match compares: the text, or the last number in it
+    generate_rows: int = 64  # of generate: test rows that texts are generated for, at the end
+    generate_tokens: int = 64  # of generate: most tokens of a generated text
 
     def problems(self) -> list[str]:
         """What is wrong with the values themselves, one sentence each; files are not looked at."""
@@ -52,8 +60,9 @@ class TaskSpec:
         if self.train is None and not self.name:
             found.append("task.train and task.name are both null; set task.train to a file or task.name to demo")
         found += template_problems(self.format, self.template, self.label_words, self.loss_over)
-        if self.metric is not None and self.metric not in METRICS:
-            found.append(f"task.metric {self.metric!r} does not exist; there are: {', '.join(METRICS)}")
+        metrics = metric_names("text" if self.format == "generate" else "labels")
+        if self.metric is not None and self.metric not in metrics:
+            found.append(f"task.metric {self.metric!r} does not exist; there are: {', '.join(metrics)}")
         if self.max_length < 3:
             found.append(f"task.max_length is {self.max_length}; at least 3 tokens are needed")
         if self.limit is not None and self.limit < 1:
@@ -75,6 +84,8 @@ class Table:
         labels: (rows,) index into `Task.labels`, int64.
         columns: all other columns as they were read, None where a row lacks one; the raw label is one of them.
         files: the client id of the file that a row is from, None where the split is not a file per client.
+        responses: what each row's answer is, None where rows have no answers. Then `texts` are instructions and `pairs`
+            their contexts.
     """
 
     texts: tuple[str, ...]
@@ -82,6 +93,7 @@ class Table:
     labels: NDArray[np.int64]
     columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     files: tuple[str, ...] | None = None
+    responses: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -94,7 +106,8 @@ class Table:
             return None if values is None else tuple(values[i] for i in index)
 
         columns = {name: pick(values) for name, values in self.columns.items()}
-        return Table(pick(self.texts), pick(self.pairs), self.labels[index], columns, pick(self.files))
+        texts, pairs, files, responses = map(pick, (self.texts, self.pairs, self.files, self.responses))
+        return Table(texts, pairs, self.labels[index], columns, files, responses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +117,15 @@ class Task:
     Args:
         name: what tables and run folders call it.
         labels: label names; a row's label is an index into them.
-        metric: one of `METRICS`.
+        metric: one of `core/metrics.py`.
         train, validation, test: the splits; None where there is none (validation: it is carved from train).
         sha256: over label names, texts and labels of all splits, in hex.
         files: ids of all clients where train is one file per client, else empty.
         text, text_pair: the columns that the texts are from.
-        template: as it was written; None in the format head.
+        template: as it was written; None in the format head, and in generate where it is the usual one.
         words: the word of each label; None in the format head.
         named: whether the words are the labels' own names for want of others.
+        response: the column that answers are from; None: rows have none.
     """
 
     name: str
@@ -127,6 +141,7 @@ class Task:
     template: str | None = None
     words: tuple[str, ...] | None = None
     named: bool = False
+    response: str | None = None
 
     @property
     def pattern(self) -> Template | None:
@@ -146,7 +161,11 @@ def load_task(spec: TaskSpec) -> Task:
     """
     if problems := spec.problems():
         raise DataError("; ".join(problems))
-    sources, known = _read_sources(spec)
+    if spec.format == "generate":
+        from fedpeft.data.instructions import load_instructions
+
+        return load_instructions(spec)
+    sources, known = read_sources(spec)
     train = sources["train"]
     meta = _read_meta(spec)
     text, pair = _text_columns(spec, train)
@@ -165,74 +184,34 @@ def load_task(spec: TaskSpec) -> Task:
         labels = label_indices(keys[split], names, by_name, source)
         tables[split] = _make_table(source, labels, text, pair)
     tables, kept = _keep_classes(tables, names, spec.classes, sources)
-    if spec.limit is not None and spec.limit < len(tables["train"]):
-        chosen = rng_for(0, "limit").choice(len(tables["train"]), size=spec.limit, replace=False)
-        tables["train"] = tables["train"].take(np.sort(chosen))
+    tables["train"] = limited(tables["train"], spec.limit)
     metric = spec.metric or _usual_metric(spec, meta)
     if metric == "acc_f1" and len(kept) != 2:
         raise DataError(f"task.metric acc_f1 is for two labels, the task has {len(kept)}; use accuracy or macro_f1")
-    name = spec.name or _folder(spec).name or "task"
+    name = title(spec)
     splits = [tables.get(split) for split in SPLITS]
     files = tuple(client_files(spec.train) or ()) if spec.train else ()
-    sha256, prompt = _sha256(kept, splits), _prompt(spec, kept, pair is not None)
+    sha256, prompt = splits_sha256(kept, splits), _prompt(spec, kept, pair is not None)
     return Task(name, kept, metric, tables["train"], splits[1], splits[2], sha256, files, text, pair, *prompt)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
 
 
-def _read_sources(spec: TaskSpec) -> tuple[dict[str, Source], Mapping[str, tuple[str, ...]]]:
-    """The raw splits, and the label names by column that the data declare."""
-    if spec.train is not None:
-        given = {"train": spec.train, "validation": spec.validation, "test": spec.test}
-        return {split: _from_files(source) for split, source in given.items() if source is not None}, {}
-    if spec.name == "demo":
-        from fedpeft.data.demo import load_demo
-
-        demo = load_demo()
-        own = {"train": demo.train, "validation": demo.validation, "test": demo.test}
-        sources = {split: Source(f"the demo's {split} split", [dict(r) for r in rows]) for split, rows in own.items()}
-        given = {"validation": spec.validation, "test": spec.test}
-        sources |= {split: _from_files(source) for split, source in given.items() if source is not None}
-        return sources, {"label": demo.labels}
-    return _from_hub(spec)
+def title(spec: TaskSpec) -> str:
+    """What tables and run folders call the task."""
+    return spec.name or folder_of(spec).name or "task"
 
 
-def _from_files(source: str) -> Source:
-    files = client_files(source)
-    if files is None:
-        return Source(f"data file {source}", read_rows(source))
-    rows: list[Row] = []
-    parts = []
-    for client, path in files.items():
-        parts.append((f"data file {path}", len(rows), client))
-        rows += read_rows(path)
-    return Source(f"data folder {source}", rows, tuple(parts))
-
-
-def _from_hub(spec: TaskSpec) -> tuple[dict[str, Source], Mapping[str, tuple[str, ...]]]:
-    name = str(spec.name)
-    test = spec.test or ("test" if "test" in hub_splits(name) else None)
-    labels: Mapping[str, tuple[str, ...]] = {}
-    sources = {}
-    for split, hub_split in zip(SPLITS, ("train", spec.validation, test), strict=True):
-        if hub_split is not None:
-            read = read_hub(name, hub_split)
-            labels = labels or read.labels
-            sources[split] = Source(f"split {hub_split!r} of hub data set {name!r}", read.rows)
-    return sources, labels
-
-
-def _folder(spec: TaskSpec) -> Path:
-    """The folder of the training data; a path without a name where they are not files."""
-    if spec.train is None:
-        return Path()
-    path = Path(spec.train).expanduser().absolute()
-    return path if path.is_dir() else path.parent
+def limited(table: Table, limit: int | None) -> Table:
+    """At most so many rows: a random sample, the same every time, in the rows' order."""
+    if limit is None or limit >= len(table):
+        return table
+    return table.take(np.sort(rng_for(0, "limit").choice(len(table), size=limit, replace=False)))
 
 
 def _read_meta(spec: TaskSpec) -> dict[str, Any]:
-    path = _folder(spec) / "meta.json"
+    path = folder_of(spec) / "meta.json"
     if spec.train is None or not path.is_file():
         return {}
     try:
@@ -255,7 +234,7 @@ def _usual_metric(spec: TaskSpec, meta: Mapping[str, Any]) -> str:
 
 def _titles(spec: TaskSpec) -> tuple[str, str]:
     """What a data set may be known by: the name of its folder, and the last part of its own."""
-    return _folder(spec).name.lower(), (spec.name or "").lower().replace(":", "/").rpartition("/")[2]
+    return folder_of(spec).name.lower(), (spec.name or "").lower().replace(":", "/").rpartition("/")[2]
 
 
 def _prompt(spec: TaskSpec, labels: tuple[str, ...], pairs: bool) -> tuple[str | None, tuple[str, ...] | None, bool]:
@@ -285,7 +264,8 @@ def _text_columns(spec: TaskSpec, train: Source) -> tuple[str, str | None]:
     return spec.text, spec.text_pair
 
 
-def _texts(source: Source, column: str) -> tuple[str, ...]:
+def read_column(source: Source, column: str) -> tuple[str, ...]:
+    """A column of texts. Raises DataError at a row that has none."""
     texts = []
     for i, row in enumerate(source.rows):
         text = row.get(column)
@@ -300,8 +280,8 @@ def _texts(source: Source, column: str) -> tuple[str, ...]:
 def _make_table(source: Source, labels: NDArray[np.int64], text: str, pair: str | None) -> Table:
     others = [name for name in source.columns if name not in (text, pair)]
     columns = {name: tuple(row.get(name) for row in source.rows) for name in others}
-    pairs = None if pair is None else _texts(source, pair)
-    return Table(_texts(source, text), pairs, labels, columns, source.files())
+    pairs = None if pair is None else read_column(source, pair)
+    return Table(read_column(source, text), pairs, labels, columns, source.files())
 
 
 def _keep_classes(
@@ -333,7 +313,7 @@ def _keep_classes(
     return result, tuple(names[i] for i in kept)
 
 
-def _sha256(labels: Sequence[str], splits: Sequence[Table | None]) -> str:
+def splits_sha256(labels: Sequence[str], splits: Sequence[Table | None]) -> str:
     def parts() -> Iterator[bytes]:
         yield json.dumps(list(labels)).encode()
         for table in splits:
@@ -342,7 +322,7 @@ def _sha256(labels: Sequence[str], splits: Sequence[Table | None]) -> str:
                 continue
             yield json.dumps([len(table), table.pairs is not None]).encode()
             yield table.labels.astype("<i8").tobytes()
-            for text in (*table.texts, *(table.pairs or ())):
+            for text in (*table.texts, *(table.pairs or ()), *(table.responses or ())):
                 yield text.encode()
 
     digest = hashlib.sha256()
@@ -360,7 +340,11 @@ def read_texts(task: Task, source: str | Path) -> Table:
     Raises:
         DataError: the file or a column is not there.
     """
-    found = _from_files(str(source))
+    found = from_files(str(source))
+    if task.response is not None:
+        from fedpeft.data.instructions import read_prompts
+
+        return read_prompts(task, found)
     for column in (task.text, task.text_pair):
         if column is not None and column not in found.columns:
             raise DataError(

@@ -1,7 +1,8 @@
 """Templates and label words: how a text and a label become one sequence that a language model can judge.
 
 A template is written as text with fields: `{text}` (or `{a}`) for a text, `{b}` (or `{text_pair}`) for the second one
-of a pair, and for the label `<mask>` in the format `cloze`, `%s` (or `{label}`) in the format `verbalizer`.
+of a pair, and for the label `<mask>` in the format `cloze`, `%s` (or `{label}`) in the format `verbalizer`. In the
+format `generate` the texts are `{instruction}` and `{context}`; what is to be said comes behind the template.
 
 Templates and words of the known data sets, and the general ones, are those of FedPepTAO's experiments. How a pair is
 joined for the verbalizer (both texts, then the question) is ours. So are the words of the demo task, chosen on its
@@ -15,9 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 TEXT, PAIR, MASK, ANSWER = "{text}", "{b}", "<mask>", "%s"
-_NAMES = {TEXT: TEXT, "{a}": TEXT, PAIR: PAIR, "{text_pair}": PAIR, MASK: MASK, ANSWER: ANSWER, "{label}": ANSWER}
+_NAMES = {TEXT: TEXT, "{a}": TEXT, PAIR: PAIR, "{text_pair}": PAIR, MASK: MASK, ANSWER: ANSWER, "{label}": ANSWER,
+          "{instruction}": TEXT, "{context}": PAIR}  # fmt: skip
 _FIELD = re.compile(r"(<mask>|%s|\{\w*\})")
-FORMATS = ("head", "cloze", "verbalizer")
+FORMATS = ("head", "cloze", "verbalizer", "generate")
+CHAT = "chat"  # of generate: instead of a template, the tokenizer's own
 LOSS_OVER = ("vocabulary", "labels")  # of cloze; the first is the usual one
 GENERAL = {  # (single texts, pairs)
     "cloze": ("{text} . It was <mask> .", "{a} ? <mask> , {b}"),
@@ -96,6 +99,9 @@ def template_problems(
         return [f"task.loss_over {loss_over!r} does not exist; there are: {', '.join(LOSS_OVER)}"]
     if loss_over != LOSS_OVER[0] and format != "cloze":
         return [f"task.loss_over: {loss_over} belongs to the format cloze, and task.format is {format}"]
+    if format == "generate":
+        found = [] if words is None else ["task.label_words is for cloze and verbalizer, and task.format is generate"]
+        return found + ([] if template in (None, CHAT) else _prompt_problems(str(template)))
     if format == "head":
         given = [key for key, value in (("template", template), ("label_words", words)) if value is not None]
         return [f"task.{key} belongs to the formats cloze and verbalizer, and task.format is head" for key in given]
@@ -105,6 +111,17 @@ def template_problems(
         if len(bare) < 2 or len(set(bare)) < len(bare) or not all(bare):
             found.append(f"task.label_words is {list(words)}; give a different word for each label")
     return found
+
+
+def _prompt_problems(template: str) -> list[str]:
+    pieces = parse(template).pieces
+    what = f"task.template {template!r}"
+    odd = [p for p in pieces if p in (MASK, ANSWER) or (_FIELD.fullmatch(p) and p not in _NAMES)]
+    if odd:
+        return [f"{what} names {odd[0]}; in the format generate its fields are {{instruction}} and {{context}}"]
+    if {pieces.count(TEXT), pieces.count(PAIR)} not in ({1}, {0, 1}):
+        return [f"{what} needs {{instruction}} or {{context}}, each at most once; or write {CHAT}"]
+    return []
 
 
 def _field_problems(format: str, template: str) -> list[str]:

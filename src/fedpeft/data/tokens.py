@@ -61,20 +61,20 @@ def tokenise(
             f"task.max_length {max_length} leaves no room for text beside {special} special tokens; "
             f"use at least {special + 1 + pair}"
         )
-    identity = _identity(tokenizer)
+    identity = identity_of(tokenizer)
     filling = "" if template is None else json.dumps([*template.pieces, str(getattr(tokenizer, "mask_token", ""))])
     folder = cache_folder(cache)
     path = None
     if identity is not None and folder is not None:
-        path = folder / f"tokens-{_key(table, identity, max_length, filling)}.npz"
-    stored = None if path is None else _read(path, len(table))
+        path = folder / f"tokens-{key_of(table, identity, max_length, filling)}.npz"
+    stored = None if path is None else read_arrays(path, len(table))
     if stored is None:
         if template is None:
             stored = _encode(table, tokenizer, max_length)
         else:
             stored = _encode_filled(table, tokenizer, max_length, template)
         if path is not None:
-            _write(path, stored)
+            write_arrays(path, stored)
     tokens = _cut(stored["ids"], stored["lengths"])
     segments = _cut(stored["segments"], stored["lengths"]) if "segments" in stored else None
     return Examples(tokens, table.labels, segments, stored.get("marks"))
@@ -184,7 +184,7 @@ def _cut(values: NDArray[np.int32], lengths: NDArray[np.int64]) -> tuple[NDArray
     return tuple(np.split(values, np.cumsum(lengths)[:-1]))
 
 
-def _identity(tokenizer: Callable[..., Any]) -> str | None:
+def identity_of(tokenizer: Callable[..., Any]) -> str | None:
     """What a tokenizer's output depends on, besides the text and its length; None where that is not known."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -197,16 +197,17 @@ def _identity(tokenizer: Callable[..., Any]) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _key(table: Table, identity: str, max_length: int, filling: str) -> str:
+def key_of(table: Table, identity: str, max_length: int, filling: str) -> str:
+    """The name of a table's tokens: a hash of its texts and of all that they are made with."""
     digest = hashlib.sha256(f"{_RECIPE} {identity} {max_length} {table.pairs is not None} {len(table)}".encode())
     digest.update(filling.encode())
-    for text in (*table.texts, *(table.pairs or ())):
+    for text in (*table.texts, *(table.pairs or ()), *(table.responses or ())):
         raw = text.encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()
 
 
-def _read(path: Path, rows: int) -> dict[str, NDArray[Any]] | None:
+def read_arrays(path: Path, rows: int) -> dict[str, NDArray[Any]] | None:
     """The arrays of a cache file, or None unless they are all there and fit together."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -221,7 +222,7 @@ def _read(path: Path, rows: int) -> dict[str, NDArray[Any]] | None:
     return arrays if whole and ids.shape == segments.shape == (int(lengths.sum()),) else None
 
 
-def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+def write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write a cache file so that readers see all of it or nothing of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

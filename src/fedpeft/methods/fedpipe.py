@@ -413,6 +413,7 @@ class FedPipe(Defaults):
             clip=self.clip,
             moments=memory.moments if suits(memory.moments, own) else None,
             rates={} if self.head_lr is None else {"head.": self.head_lr},
+            checkpointing=down.checkpointing,
         )
         try:
             fitted = yield fit

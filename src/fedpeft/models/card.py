@@ -31,6 +31,12 @@ _TITLES = {
     "bare": ("Adapter for", "An adapter without a head"),
     "full": ("Weights for", "All weights of a model, fine-tuned,"),
     "merged": ("Text classifier on", "A model with its adapter folded in"),
+    "speaking": ("Adapter for", "An adapter"),
+    "speaking_merged": ("Language model from", "A model with its adapter folded in"),
+}
+_LIBRARIES = {  # fedpeft where it is none of these
+    **dict.fromkeys(("adapter", "prefix", "speaking"), "peft"),
+    **dict.fromkeys(("merged", "speaking_merged"), "transformers"),
 }
 _OWN = "`adapter_model.safetensors` holds the parameters under fedpeft's names, `fedpeft.json` says what they are."
 _PLAIN = {  # forms that no three lines of other libraries use
@@ -56,7 +62,22 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 folder = "."  # where this card is
 model = AutoModelForTokenClassification.from_pretrained(folder).eval()
 """,
+    "speaking": """\
+{imports}from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this card is
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, folder).eval()
+""",
+    "speaking_merged": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this card is
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+""",
 }
+CHAT = "chat"  # the fact `prompt` of a model that is spoken to by its tokenizer's own template
 
 
 def published(source: str) -> str | None:
@@ -85,15 +106,15 @@ def model_card(
     """Markdown with YAML front matter.
 
     Args:
-        form: "adapter" or "merged", whose card has code; "own", "full", "prefix" or "bare", whose card says how to go
-            on.
+        form: "adapter" or "merged", whose card has code, of models that predict text "speaking" or "speaking_merged";
+            "own", "full", "prefix" or "bare", whose card says how to go on.
         base: folder or hub name that the base model was loaded from.
         labels: names of the classes, in the order of the logits.
         pooling: "mean" or "last".
         tokenizer: of transformers, or None where there is none to use.
         facts: what is known about data, method and scores; nested mappings become rows with dotted names. The key
             `base_model` is the name that readers see, but for the models that come with a package; `max_length` is
-            the bound on tokens per text.
+            the bound on tokens per text; `prompt` what {instruction} and {context} were put into, or `chat`.
         prompt: how many tokens of its own peft puts before the text, whose logits belong to no text.
     """
     known = published(base)
@@ -103,10 +124,10 @@ def model_card(
     elif "base_model" in facts:
         facts = {**facts, "base_model": name}
     front = {
-        "library_name": {"adapter": "peft", "prefix": "peft", "merged": "transformers"}.get(form, "fedpeft"),
+        "library_name": _LIBRARIES.get(form, "fedpeft"),
         **({} if known is None else {"base_model": name}),  # the hub takes names alone
-        "tags": ["text-classification", "federated-learning", "fedpeft"],
-        "labels": list(labels),
+        "tags": ["text-classification" if labels else "text-generation", "federated-learning", "fedpeft"],
+        **({"labels": list(labels)} if labels else {}),
     }
     title, what = _TITLES[form]
     lines = [
@@ -116,7 +137,7 @@ def model_card(
         "",
         f"# {title} {_cell(name)}",
         "",
-        *_use(form, f"{what} that sorts texts into {len(labels)} classes, trained with fedpeft.", pooling),
+        *_use(form, f"{what} that {_purpose(labels)}, trained with fedpeft.", pooling),
         "",
     ]
     if form in _LOADING:
@@ -127,10 +148,16 @@ def model_card(
     return "\n".join(lines)
 
 
+def _purpose(labels: Sequence[str]) -> str:
+    return f"sorts texts into {len(labels)} classes" if labels else "says what follows a prompt"
+
+
 def _use(form: str, sentence: str, pooling: str) -> list[str]:
     """What it is, and how its scores come about or how to go on with it."""
     if form in _PLAIN:
         return [sentence, _PLAIN[form], "Go on with it in fedpeft: `run.init_from: FOLDER`."]
+    if form.startswith("speaking"):
+        return [sentence]
     where = "the mean over its tokens" if pooling == "mean" else "those of its last token"
     return [f"{sentence} Its head scores every token;", f"the scores of a text are {where}."]
 
@@ -142,6 +169,8 @@ def _code(
     imports, loaded = ("", json.dumps(known)) if known else ("from importlib import resources\n\n", DEMO_CODE)
     lines = [_LOADING[form].format(imports=imports, base=loaded, classes=len(labels))]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)\n")
+    if form.startswith("speaking"):
+        return "".join([*lines, _speaking(str(facts.get("prompt", "{instruction}")), tokenizer)])
     if tokenizer is not None and tokenizer.pad_token is None:
         pad = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         lines.append(f"tokenizer.pad_token = {json.dumps(pad)}  # any token: padding is masked\n")
@@ -155,6 +184,33 @@ def _code(
         f"labels = {json.dumps(list(labels), ensure_ascii=False)}\nprint([labels[i] for i in scores.argmax(dim=1)])\n"
     )
     return "".join(lines)
+
+
+def _speaking(prompt: str, tokenizer: Any) -> str:
+    """Code that puts a question into the prompt and prints what the model says."""
+    if prompt == CHAT:
+        made = (
+            'message = [{"role": "user", "content": "What is a cat?"}]\n'
+            "prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)\n"
+            'ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]\n'
+        )
+    else:
+        filled = 'prompt.replace("{instruction}", "What is a cat?").replace("{context}", "")'
+        made = (
+            f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n"
+            f'ids = tokenizer({filled}, return_tensors="pt")["input_ids"]\n'
+        )
+        if tokenizer is not None and _ends(tokenizer):
+            made += "ids = ids[:, :-1]  # the end token belongs behind the answer\n"
+    return made + (
+        "said = model.generate(input_ids=ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :]\n"
+        "print(tokenizer.decode(said, skip_special_tokens=True))\n"
+    )
+
+
+def _ends(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts an end token behind every text."""
+    return bool(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][-1])
 
 
 def _rows(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

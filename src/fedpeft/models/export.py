@@ -98,7 +98,7 @@ def export_merged(
     note = _note(model, params, "head" if alone else "merged", names)
     with _new_folder(Path(folder), note, replace) as draft:
         merged.save_pretrained(draft)
-        _finish(model, draft, "merged", names, card)
+        _finish(model, draft, "merged" if model.lm is None else "speaking_merged", names, card)
     return Path(folder)
 
 
@@ -119,6 +119,8 @@ def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> d
 
 def _card_form(model: HFModel, params: Params, form: str) -> str:
     """What the card explains: whole weights, a prefix and an adapter without a head need words of their own."""
+    if model.lm is not None:
+        return "speaking" if form == "adapter" else "own"
     if head.WEIGHT not in params:
         return "bare"
     if model.weights:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
@@ -30,6 +29,7 @@ from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.checkpointing import checkpointed
 from fedpeft.models.families import block_paths, is_decoder, slots
 from fedpeft.models.fisher import fisher
+from fedpeft.models.lm_head import LmHead
 from fedpeft.models.load import Base
 from fedpeft.models.noise import row_keys
 from fedpeft.models.parts import Batch, collate, cut
@@ -106,6 +106,12 @@ class HFModel:
     def device(self) -> torch.device:
         """Where the base is."""
         return self.base.device
+
+    @property
+    def lm(self) -> LmHead | None:
+        """The language model's head of a model that predicts text; None where it predicts labels."""
+        found = getattr(self.readout, "lm", None)
+        return found if self.readout.classes == 0 and isinstance(found, LmHead) else None
 
     @property
     def pooling(self) -> str:
@@ -205,11 +211,9 @@ class HFModel:
         return train_many(fits, self, self.check)
 
     def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
-        """See `train.Objective`: gradients of the mean loss of each client's own rows."""
+        """See `train.Objective`: gradients of each client's mean loss over its own rows, or their answer tokens."""
         losses: Tensor | None = None
         for items, terms in self.loss_terms(stack, rows, step):
-            shares = [1 / len(rows[item.client]) for item in items]
-            terms = terms * torch.tensor(shares, dtype=terms.dtype, device=self.device)
             if terms.requires_grad:  # not where nothing of this part's clients trains
                 terms.sum().backward()  # type: ignore[no-untyped-call]
             if losses is None:
@@ -222,18 +226,21 @@ class HFModel:
     def loss_terms(
         self, stack: Stack, rows: Sequence[Sequence[int]], step: int
     ) -> Iterator[tuple[Sequence[Item], Tensor]]:
-        """Part by part, the items and each one's own loss, with a graph back to the trained leaves."""
+        """Part by part, the items and each one's share of its client's mean loss, with a graph to trained leaves."""
         base = self.base.at(stack.fits[0].base)
         every = [
             self.readout.training(client, cast(Examples, fit.data), row)
             for client, (fit, own) in enumerate(zip(stack.fits, rows, strict=True))
             for row in own
         ]
+        weights = np.fromiter(map(self.readout.weight, every), np.float64, count=len(every))
+        shares = weights / np.bincount([item.client for item in every], weights)[[item.client for item in every]]
         for part in self.parts(every):
             items = [every[i] for i in part]
             kept = checkpointed(base) if stack.fits[0].checkpointing else nullcontext()
             with kept, self.seen(base, stack, items, step) as seen:  # in place until the consumer's backward has ended
-                yield items, self._softened(self.readout.losses(seen), items, stack.fits)
+                terms = self._softened(self.readout.losses(seen), items, stack.fits)
+                yield items, terms * torch.from_numpy(shares[part]).to(terms)
 
     def _softened(self, losses: Tensor, items: Sequence[Item], fits: Sequence[Fit]) -> Tensor:
         """The losses, with smaller gradients where `Fit.soften` says so."""
@@ -283,6 +290,12 @@ class HFModel:
         """One forward pass of the items, with the adapters of all clients in place while it is used."""
         whose = self._rows(stack, items, step)
         batch = collate([self.readout.sequence(item) for item in items], self._pad, self.device, self._segments)
+        with self.acting(base, stack, whose):
+            yield Seen(base, stack, items, batch, whose, self._hidden(base, batch, items))
+
+    @contextmanager
+    def acting(self, base: Base, stack: Stack, whose: Rows) -> Iterator[None]:
+        """The adapters of all clients are in place, for passes of these rows, as long as the context lasts."""
         base.acting.clear()
         try:
             layers = ((stack.params, stack.sizes), *zip(stack.also, stack.also_sizes, strict=True))
@@ -290,7 +303,7 @@ class HFModel:
                 delta.bind(layer, self.places, whose, base)
             for layer, sizes in layers:
                 self.adapter.bind(layer, sizes, whose, base)
-            yield Seen(base, stack, items, batch, whose, self._hidden(base, batch, items))
+            yield
         finally:
             base.acting.clear()
 
@@ -316,9 +329,8 @@ class HFModel:
             return cast(Tensor, functional_call(base.module, acting.weights, (), inputs).last_hidden_state)
         if acting.virtual is None:
             return cast(Tensor, base.module(**inputs).last_hidden_state)
-        known = None
-        if any(item.candidate >= 0 for item in items):
-            known = torch.tensor([len(item.data.tokens[item.row]) for item in items], device=self.device)
+        ahead = [n for item in items if (n := self.readout.known(item)) is not None]
+        known = torch.tensor(ahead, device=self.device) if ahead else None
         return virtual.run(base, batch, inputs, acting.virtual, known)
 
     # --- predictions ---
@@ -348,18 +360,25 @@ class HFModel:
         return torch.empty(0, self.classes) if found is None else found.view(len(index), -1)
 
     def losses(self, params: Params, data: Data, rows: Sequence[int]) -> Tensor:
-        """(rows,) the loss of each row's own label, without gradient and dropout, on the CPU."""
-        items = [self.readout.training(0, cast(Examples, data), row) for row in rows]
-        stack, found = stack_params([params], self.device), torch.zeros(len(rows))
+        """(rows,) the loss of each row's own label or answer, without gradient and dropout, on the CPU."""
+        return self.item_losses(params, [self.readout.training(0, cast(Examples, data), row) for row in rows])
+
+    def item_losses(self, params: Params, items: Sequence[Item]) -> Tensor:
+        """(items,) the loss of each, without gradient and dropout, on the CPU."""
+        stack, found = stack_params([params], self.device), torch.zeros(len(items))
         with torch.no_grad():
             for part in self.parts(items):
                 with self.seen(self.base, stack, [items[i] for i in part], 0) as seen:
                     found[torch.from_numpy(part)] = self.readout.losses(seen).float().cpu()
         return found
 
+    def outcomes(self, params: Params | None, data: Examples) -> Tensor:
+        """(rows, ..) what becomes of each row, on the CPU; `readout.sums` turns it into sums."""
+        return self.readout.outcomes(self, params, data)
+
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
-        """Sums over the rows: `confusion` (true, predicted) int64, `loss` summed cross-entropy, `n` rows."""
-        return classification_sums(self.logits(params, data), torch.from_numpy(cast(Examples, data).labels))
+        """Sums over the rows that pool over clients by addition; their names are the task format's."""
+        return self.readout.sums(self.outcomes(params, cast(Examples, data)), cast(Examples, data))
 
     # --- probes ---
 
@@ -382,12 +401,3 @@ class HFModel:
     ) -> tuple[Tensor, Tensor]:
         """See `sensitivity.sensitivity`."""
         return sensitivity(self, params, cast(Examples, data), rows, perturbation, size, rng)
-
-
-def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Confusion matrix (classes, classes; rows true), summed cross-entropy (float64) and count, from logits."""
-    classes = logits.shape[1]
-    predicted = logits.argmax(dim=1)
-    confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
-    loss = F.cross_entropy(logits.double(), labels, reduction="sum") if len(labels) else torch.zeros(()).double()
-    return {"confusion": confusion, "loss": loss, "n": torch.tensor(len(labels))}

@@ -4,7 +4,7 @@
 |---|---|---|
 | LoRA | PEFT's LORA | `lora_A.weight`, `lora_B.weight` by module; slots that share a module are joined |
 | a prefix of equal length in all layers, with a head | PEFT's PREFIX_TUNING | `prompt_embeddings` (P, all numbers) |
-| a prompt with a head | PEFT's PROMPT_TUNING | `prompt_embeddings` (P, d) |
+| a prompt with a head, or where text is predicted | PEFT's PROMPT_TUNING | `prompt_embeddings` (P, d) |
 | everything else | fedpeft's own | the parameters under their own names; of `full` all weights of the base |
 
 A row of a prefix is (layers, 2, heads, size). PEFT moves the text's positions behind a prefix, which fedpeft does not:
@@ -31,7 +31,7 @@ from fedpeft.models.adapters import delta, head
 from fedpeft.models.card import published
 from fedpeft.models.families import Slot, key_value_size
 from fedpeft.models.hf import HFModel
-from fedpeft.models.merge import HEADS, token_classifier
+from fedpeft.models.merge import HEADS, shell_of
 from fedpeft.models.peft_folder import PREFIX, SOURCES, plain, unseen
 
 PROMPTS = "prompt_embeddings"  # PEFT's name of virtual tokens
@@ -79,7 +79,7 @@ def _lora(model: HFModel, params: Params, labels: Sequence[str]) -> Layout:
     loras = [name.removesuffix(".A") for name in params if name.endswith(".A")]
     if not any(params[f"{name}.A"].shape[0] for name in loras):
         raise ModelError("PEFT has no adapter that is a head alone; export with --merge")
-    shell = token_classifier(model.base, labels)
+    shell = shell_of(model, labels)
     inner = f"{shell.prefix}." if shell.prefix else ""
     modules = _by_module(model, loras)
     tensors: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ def _lora_config(model: HFModel, module: Any, ranks: Mapping[str, int], headed: 
     odd = {path: rank for path, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",
-        "task_type": "TOKEN_CLS" if headed else None,
+        "task_type": "TOKEN_CLS" if headed else None if model.lm is None else "CAUSAL_LM",
         "base_model_name_or_path": published(model.base.source),
         "inference_mode": True,
         "r": usual,
@@ -173,8 +173,8 @@ def _prefix(model: HFModel, params: Params, labels: Sequence[str]) -> Layout | N
 
 
 def _prompt(model: HFModel, params: Params, labels: Sequence[str]) -> Layout | None:
-    """A prompt at the embeddings; None without a head."""
-    if head.WEIGHT not in params or "prompt.tokens" not in params:
+    """A prompt at the embeddings; None without a head, unless text is predicted."""
+    if (head.WEIGHT not in params and model.lm is None) or "prompt.tokens" not in params:
         return None
     tokens = params["prompt.tokens"].detach().cpu()
     config = model.base.module.config
@@ -185,16 +185,16 @@ def _prompt(model: HFModel, params: Params, labels: Sequence[str]) -> Layout | N
 def _virtual(
     model: HFModel, params: Params, labels: Sequence[str], kind: str, weight: Tensor, shared: Mapping[str, Any]
 ) -> Layout:
-    shell = token_classifier(model.base, labels)
+    shell = shell_of(model, labels)
     config = {
         "peft_type": kind,
-        "task_type": "TOKEN_CLS",
+        "task_type": "TOKEN_CLS" if model.lm is None else "CAUSAL_LM",
         "base_model_name_or_path": published(model.base.source),
         "inference_mode": True,
         "num_virtual_tokens": len(weight),
         "num_transformer_submodules": 1,
         "num_layers": model.blocks,
-        "modules_to_save": list(HEADS),
+        "modules_to_save": list(HEADS) if model.lm is None else None,
         **shared,
     }
     tensors = {PROMPTS: weight.contiguous(), **_head(params, f"base_model.{shell.head}")}

@@ -56,6 +56,11 @@ class LmHead:
         own = None if bias is None else bias[index]
         return F.linear(states if transform is None else transform(states), weight[index], own)
 
+    def projection(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(vocabulary, d) weights and a bias perhaps, in a precision."""
+        _, weight, bias = self._in(dtype)
+        return weight, bias
+
     @property
     def own_bytes(self) -> int:
         """Memory beside the base's, in the base's precision."""

@@ -1,5 +1,7 @@
 """An adapter folded into its base: a model of plain transformers, as fast as the base.
 
+A model that predicts text becomes the family's causal language model, with the head that the base came with.
+
 The head is linear on the pooled last hidden state, and pooling is linear, so the same head on every token and pooled
 logits afterwards give the same numbers: the model is a token classifier of transformers.
 """
@@ -26,8 +28,8 @@ HEADS = ("classifier", "score")  # what transformers calls a token classifier's 
 
 
 @dataclass(frozen=True)
-class TokenClassifier:
-    """The family's token classifier, without memory for its weights.
+class Shell:
+    """The family's token classifier or causal language model, without memory for its weights.
 
     Attributes:
         module: of transformers, on the meta device.
@@ -40,7 +42,42 @@ class TokenClassifier:
     head: str
 
 
-def token_classifier(base: Base, labels: Sequence[str]) -> TokenClassifier:
+def shell_of(model: HFModel, labels: Sequence[str]) -> Shell:
+    """What an export is loaded into: a causal language model where text is predicted, else a token classifier.
+
+    Raises:
+        ModelError: transformers has none for the family.
+    """
+    return token_classifier(model.base, labels) if model.lm is None else causal_lm(model.base, model.lm.tied)
+
+
+def causal_lm(base: Base, tied: bool) -> Shell:
+    """The causal language model that fits a base.
+
+    Args:
+        tied: whether its head has the embeddings' weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _plain_config(base)
+    config.tie_word_embeddings = tied
+    with torch.device("meta"):
+        module: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    linear = module.get_output_embeddings()
+    name = next(name for name, child in module.named_children() if child is linear)
+    return Shell(module, module.base_model_prefix, name)
+
+
+def _plain_config(base: Base) -> Any:
+    """The base's configuration in float32, for a process without fedpeft, which does not know our attention."""
+    config = copy.deepcopy(base.module.config)
+    if config._attn_implementation == attention.NAME:
+        config._attn_implementation = attention.STOCK
+    config.dtype = torch.float32
+    return config
+
+
+def token_classifier(base: Base, labels: Sequence[str]) -> Shell:
     """The token classifier that fits a base.
 
     Raises:
@@ -48,12 +85,9 @@ def token_classifier(base: Base, labels: Sequence[str]) -> TokenClassifier:
     """
     from transformers import AutoModelForTokenClassification
 
-    config = copy.deepcopy(base.module.config)
-    if config._attn_implementation == attention.NAME:
-        config._attn_implementation = attention.STOCK  # a process without fedpeft does not know ours
+    config = _plain_config(base)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    config.dtype = torch.float32
     try:
         with torch.device("meta"):
             module = AutoModelForTokenClassification.from_config(config)  # type: ignore[no-untyped-call]
@@ -65,7 +99,7 @@ def token_classifier(base: Base, labels: Sequence[str]) -> TokenClassifier:
     found = [name for name, child in module.named_children() if name in HEADS and isinstance(child, nn.Linear)]
     if len(found) != 1:
         raise ModelError(f"the token classifier of the family {base.family!r} has no linear head; use another family")
-    return TokenClassifier(module, module.base_model_prefix, found[0])
+    return Shell(module, module.base_model_prefix, found[0])
 
 
 def check_labels(model: HFModel, params: Params, labels: Sequence[str] | None) -> list[str]:
@@ -88,7 +122,7 @@ def check_labels(model: HFModel, params: Params, labels: Sequence[str] | None) -
 
 
 def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -> Any:
-    """A new token classifier of transformers, float32, in eval mode; the base keeps its bits.
+    """A new token classifier (of text: causal language model), float32, in eval mode; the base keeps its bits.
 
     Args:
         model: whose adapter `params` are; where its base is quantised, the full weights are read again.
@@ -100,7 +134,7 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     """
     names = check_labels(model, params, labels)
     _check_foldable(model, params)
-    shell = token_classifier(model.base, names)
+    shell = shell_of(model, names)
     body = _whole(model.base).copy_module(torch.float32)
     with torch.no_grad():
         for name in model.weights.keys() & params.keys():
@@ -111,9 +145,7 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
                 _fold(body.get_submodule(slot.path), slot, change)
     merged = shell.module
     setattr(merged, shell.prefix, body)
-    linear = nn.Linear(model.width, len(names), device=model.device)
-    linear.load_state_dict({"weight": params[head.WEIGHT], "bias": params[head.BIAS]})
-    setattr(merged, shell.head, linear.requires_grad_(False))
+    setattr(merged, shell.head, _head(model, params, body).requires_grad_(False))
     return merged.eval()
 
 
@@ -129,9 +161,26 @@ def _whole(base: Base) -> Base:
     return base.unquantized()
 
 
+def _head(model: HFModel, params: Params, body: Any) -> nn.Linear:
+    """The trained head, or the language model's own."""
+    if model.lm is None:
+        weight, bias = params[head.WEIGHT], params.get(head.BIAS)
+    else:
+        weight, bias = model.lm.projection(torch.float32)
+    classes, width = weight.shape
+    linear = nn.Linear(width, classes, bias=bias is not None, device="meta")
+    if model.lm is not None and model.lm.tied:
+        linear.weight = body.get_input_embeddings().weight
+    else:
+        linear.weight = nn.Parameter(weight.detach().float().clone().to(model.device))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().float().clone().to(model.device))
+    return linear
+
+
 def _check_foldable(model: HFModel, params: Params) -> None:
     """Raise ModelError unless everything is a change of weights, or the head."""
-    if head.WEIGHT not in params:
+    if head.WEIGHT not in params and model.lm is None:
         raise ModelError(
             "a model is merged as a text classifier with a head, and task.format cloze and verbalizer train none; "
             "export the adapter without --merge, or use fedpeft.predict"

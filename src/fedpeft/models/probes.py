@@ -87,7 +87,7 @@ def _exact(model: HFModel) -> str:
 def hessian(
     model: HFModel, params: Params, data: Examples, rows: Sequence[int], names: frozenset[str]
 ) -> Callable[[Params], dict[str, Tensor]]:
-    """v -> H v, with H the Hessian of the mean loss of the rows over the named parameters; exact, without dropout.
+    """v -> H v, with H the Hessian of the rows' mean loss over the named parameters; exact, without dropout.
 
     A base in bfloat16 is taken in float32: differences of Hessians would drown in its noise.
 
@@ -117,8 +117,7 @@ def hessian(
     gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
     with sdpa_kernel(SDPBackend.MATH):
         for _, terms in model.loss_terms(Stack((fit,), stacked, (), sizes), [list(rows)], 0):
-            loss = terms.sum() / len(rows)
-            part = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+            part = torch.autograd.grad(terms.sum(), list(leaves.values()), create_graph=True, materialize_grads=True)
             gradients = [total + own for total, own in zip(gradients, part, strict=True)]
 
     def product(vector: Params) -> dict[str, Tensor]:

@@ -173,13 +173,13 @@ def share_bar(counts: Sequence[int], labels: Sequence[str], colours: Sequence[in
     return "".join(parts) + "</svg>"
 
 
-def strip(values: Sequence[tuple[str, float]], colour: int) -> str:
-    """One tick per client between 0 and 1: how unequally a score is distributed."""
+def strip(values: Sequence[tuple[str, float]], colour: int, most: float = 1.0) -> str:
+    """One tick per client between 0 and `most`: how unequally a score is distributed."""
     parts = ['<svg class="strip" viewBox="0 0 100 14" preserveAspectRatio="none" role="img" '
              'aria-label="score of each client">']  # fmt: skip
     parts.append('<path class="grid" d="M0 13.5H100"/>')
     for client, value in values:
-        parts.append(f'<path class="stroke {_colour(colour)}" d="M{100 * value:.2f} 1V13">'
+        parts.append(f'<path class="stroke {_colour(colour)}" d="M{100 * value / most:.2f} 1V13">'
                      f"<title>{escape(client)}: {value:.3f}</title></path>")  # fmt: skip
     return "".join(parts) + "</svg>"
 

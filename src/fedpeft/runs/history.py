@@ -15,6 +15,9 @@ from fedpeft.core.errors import StoreError
 from fedpeft.runs.store import RunFolder
 
 GLOBAL, PERSONALIZED, MAJORITY, LABEL_PRIOR = "global", "personalized", "majority", "label_prior"
+BASE = "base"  # the model without its adapter, where text is predicted
+BARS = {MAJORITY: "always the majority label", BASE: "the untrained base"}  # what a global model must beat
+LEVELS = {MAJORITY: "majority", BASE: "untrained"}  # the same in short
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Client:
     lost: int = 0  # exchanges that it was asked for and that were not answered in time or not valid
 
     @property
-    def worst(self) -> float:
-        """What ranks it among the worst: its own model's score, or the global one's; without any it ranks last."""
-        return self.scores.get(PERSONALIZED, self.scores.get(GLOBAL, math.inf))
+    def score(self) -> float | None:
+        """What ranks it among the others: its own model's score, or the global one's."""
+        return self.scores.get(PERSONALIZED, self.scores.get(GLOBAL))
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class History:
     partition: Mapping[str, Any]
     clients: tuple[Client, ...]
     labels: tuple[str, ...]
+    samples: tuple[Mapping[str, Any], ...] = ()  # texts that were generated at the end
 
     @property
     def method(self) -> str:
@@ -169,6 +173,7 @@ def read_history(folder: Path) -> History:
         partition=partition,
         clients=_clients(Path(folder), partition, str(manifest.get("metric") or _metric(run.load_config()))),
         labels=labels,
+        samples=tuple(run.samples()),
     )
 
 

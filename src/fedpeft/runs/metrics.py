@@ -1,15 +1,14 @@
-"""Scores of classifiers, from sums that pool over clients.
+"""Scores of models, from sums that pool over clients.
 
-A model's `score` gives, for some rows, `confusion` (K, K) int64 with true classes as rows and predicted ones as
-columns, `loss` the sum of the cross-entropies, and `n` the number of rows. Sums of two clients add up to the sums of
-their pooled rows, so a federated score equals the score that one would get with all rows in one place.
-
-Every metric that can be selected is better when higher; the loss is reported beside it and cannot be selected.
+A classifier's `score` gives, for some rows, `confusion` (K, K) int64 with true classes as rows and predicted ones as
+columns, `loss` the sum of the cross-entropies, and `n` the number of rows. A language model's gives `loss` the summed
+negative log-likelihood of all answer tokens, `tokens` their number, `n`, and where rows have choices `choices` and
+`hits`. Sums of two clients add up to the sums of their pooled rows, so a federated score equals the score that one
+would get with all rows in one place.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
@@ -19,24 +18,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fedpeft.core.errors import DataError, RequestError
+from fedpeft.core.errors import DataError
 from fedpeft.core.exchange import ClientId
+from fedpeft.core.metrics import check_metric, names
 
 Score: TypeAlias = Mapping[str, Tensor]
 
-METRICS = ("accuracy", "macro_f1", "matthews", "acc_f1")
-
-
-def check_metric(metric: str, classes: int) -> None:
-    """Raise RequestError unless the metric exists and can be computed for that many classes."""
-    if metric == "loss":
-        raise RequestError(f"task.metric: loss cannot be selected (lower is better); choose from {', '.join(METRICS)}")
-    if metric not in METRICS:
-        near = difflib.get_close_matches(metric, METRICS, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METRICS)}"
-        raise RequestError(f"task.metric {metric!r} is unknown; {remedy}")
-    if metric == "acc_f1" and classes != 2:
-        raise RequestError(f"task.metric acc_f1 needs 2 classes and the task has {classes}; choose macro_f1")
+METRICS = names("labels")
 
 
 def pool(scores: Iterable[Score]) -> dict[str, Tensor]:
@@ -57,6 +45,11 @@ def pool(scores: Iterable[Score]) -> dict[str, Tensor]:
 
 
 def metrics_of(score: Score, metric: str = "accuracy") -> dict[str, float]:
+    """What the sums are of: labels (accuracy, loss, the task's own metric) or text (perplexity, loss, choices)."""
+    return _of_text(score, metric) if "tokens" in score else _of_labels(score, metric)
+
+
+def _of_labels(score: Score, metric: str) -> dict[str, float]:
     """Accuracy, mean loss and the task's own metric.
 
     Where a quotient is 0 / 0 (no rows, a class that neither occurs nor is predicted, a constant predictor's
@@ -74,6 +67,22 @@ def metrics_of(score: Score, metric: str = "accuracy") -> dict[str, float]:
     elif metric == "acc_f1":
         found["f1"] = _f1(counts, 1)
         found[metric] = (found["accuracy"] + found["f1"]) / 2
+    return found
+
+
+def _of_text(score: Score, metric: str) -> dict[str, float]:
+    """Mean negative log-likelihood of a token in nats, its exponential, and the accuracy of choices.
+
+    The perplexity is exp(sum of all losses / number of all tokens): rows weigh by their tokens. A loss above 700 nats,
+    whose exponential no float holds, gives infinity. `choice_accuracy` is there where rows have choices, or where it
+    was asked for (0 where none has).
+    """
+    check_metric(metric, of="text")
+    loss = _ratio(float(score["loss"]), int(score["tokens"]))
+    found = {"perplexity": math.exp(loss) if loss < 700 else math.inf, "loss": loss}
+    choices = int(score.get("choices", 0))
+    if choices or metric == "choice_accuracy":
+        found["choice_accuracy"] = _ratio(int(score.get("hits", 0)), choices)
     return found
 
 

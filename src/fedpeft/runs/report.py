@@ -17,6 +17,7 @@ from fedpeft.runs import report_sections as sections
 from fedpeft.runs.files import write_file
 from fedpeft.runs.history import Group, group, read_history
 from fedpeft.runs.report_choices import choices
+from fedpeft.runs.report_samples import samples
 from fedpeft.runs.units import count_text
 
 
@@ -50,6 +51,8 @@ def render(groups: Sequence[Group], title: str | None = None) -> str:
         parts.append(sections.score_charts(members, suffix))
         parts.append(sections.partition_picture(members[0].runs[0], suffix))
         parts.append(sections.client_scores(members, suffix) if not alone else sections.client_table(alone))
+    if alone:
+        parts.append(samples(alone))
     parts.append(sections.cost(groups))
     parts.append(sections.losses(groups))
     parts += [choices(g) for g in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter
@@ -9,13 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fedpeft.core.metrics import lower, rank
 from fedpeft.runs import charts
-from fedpeft.runs.history import GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED, Client, Group, History, Score, spread
+from fedpeft.runs.history import (
+    BARS,
+    GLOBAL,
+    LABEL_PRIOR,
+    LEVELS,
+    PERSONALIZED,
+    Client,
+    Group,
+    History,
+    Score,
+    spread,
+)
 from fedpeft.runs.units import bytes_text, bytes_unit, count_text, score_text, seconds_text, seconds_unit
 
 WORST = 12  # clients shown before the rest is folded away
 COLUMNS = 240  # clients that the partition's picture can hold
-NAMES = {GLOBAL: "global model", PERSONALIZED: "personalised models", MAJORITY: "majority label"}
+NAMES = {GLOBAL: "global model", PERSONALIZED: "personalised models"}
 
 
 def section(title: str, note: str, inner: str) -> str:
@@ -84,10 +97,11 @@ def cards(run: History) -> str:
     split, values = run.final
     score = f"{split} {run.metric.replace('_', ' ')}"
     shown = [("first", score_text(values.get(GLOBAL)), f"{score}, global model")]
-    shown.append(("", score_text(values.get(MAJORITY)), f"{score}, always the majority label"))
+    shown += [("", score_text(values[bar]), f"{score}, {told}") for bar, told in BARS.items() if bar in values]
     if PERSONALIZED in values:
         shown.append(("", score_text(values[PERSONALIZED]), f"{score}, personalised models"))
-        shown.append(("", score_text(values.get(LABEL_PRIOR)), f"{score}, each client's own majority label"))
+        if LABEL_PRIOR in values:
+            shown.append(("", score_text(values[LABEL_PRIOR]), f"{score}, each client's own majority label"))
     traffic = run.total("bytes_down") + run.total("bytes_up")
     shown.append(("", bytes_text(traffic), "traffic, all clients, set-up included"))
     shown.append(("", seconds_text(run.total("simulated_seconds")), "simulated time on the clients' devices"))
@@ -118,8 +132,9 @@ def results_table(groups: Sequence[Group]) -> str:
             ]
             for g in members
         ]
-        rows.append(["always the majority label", _first(members, MAJORITY), "", "", "", "", ""])
-        if own := [g for g in members if g.final(PERSONALIZED)]:
+        bars = [bar for bar in BARS if any(g.final(bar) for g in members)]
+        rows += [[escape(BARS[bar]), _first(members, bar), "", "", "", "", ""] for bar in bars]
+        if own := [g for g in members if g.final(PERSONALIZED) and g.final(LABEL_PRIOR)]:
             rows.append(["each client's own majority label", "", _first(own, LABEL_PRIOR), "", "", "", ""])
         metric = members[0].runs[0].metric.replace("_", " ")
         head = ["method", f"{split} {metric}", "personalised", "seeds", "traffic", "simulated time", "measured time"]
@@ -132,7 +147,8 @@ def results_table(groups: Sequence[Group]) -> str:
 
 def _rank(g: Group) -> float:
     """A key that puts the best first, by what a method makes: personalised models, else the global one."""
-    return -(spread(g.final(PERSONALIZED) or g.final(GLOBAL))[0] or 0.0)
+    score = spread(g.final(PERSONALIZED) or g.final(GLOBAL))[0]
+    return math.inf if score is None else rank(g.runs[0].metric, score)
 
 
 def _first(groups: Sequence[Group], who: str) -> str:
@@ -154,7 +170,8 @@ AXES: tuple[Axis, ...] = (
 def score_charts(groups: Sequence[Group], suffix: str) -> str:
     """Validation score against rounds, bytes and simulated time, and the training loss."""
     metric = groups[0].runs[0].metric.replace("_", " ")
-    level, own = _level(groups, MAJORITY, "majority"), _level(groups, LABEL_PRIOR, "own majority")
+    level = [one for bar, told in LEVELS.items() for one in _level(groups, bar, told)]
+    own = _level(groups, LABEL_PRIOR, "own majority")
     rows = []
     if len(groups) == 1:
         series = [(groups[0], who) for who in (GLOBAL, PERSONALIZED)]
@@ -168,10 +185,14 @@ def score_charts(groups: Sequence[Group], suffix: str) -> str:
             rows.append(f"<h3>{escape(NAMES[who].capitalize())}</h3>{drawn}" if drawn else "")
     losses = _loss_chart(groups)
     inner = "".join(rows) + (f'<h3>Training loss</h3><div class="row">{losses}</div>' if losses else "")
-    note = f"Validation {metric}; the test set is scored once, at the end."
+    note = f"Validation {metric}{_direction(groups[0].runs[0])}; the test set is scored once, at the end."
     if any(len(g.runs) > 1 for g in groups):
         note += " Lines are means over seeds, bands one standard deviation."
     return section(f"Score against rounds, traffic and time{suffix}", note, inner)
+
+
+def _direction(run: History) -> str:
+    return " (lower is better)" if lower(run.metric) else ""
 
 
 def _level(groups: Sequence[Group], who: str, label: str) -> list[charts.Level]:
@@ -266,6 +287,8 @@ def partition_picture(run: History, suffix: str) -> str:
         f"{count_text(len(clients), 'client')}, {count_text(sum(sizes), 'training row')}, {min(sizes):,} to "
         f"{max(sizes):,} each (median {statistics.median(sizes):,.0f}); kind {kind}."
     )
+    if len(names) < 2:  # rows without categories
+        return section(f"Who has how many rows{suffix}", note, frame)
     return section(f"Who has which labels{suffix}", note, frame + _legend(names, colours))
 
 
@@ -280,7 +303,7 @@ def _legend(names: Sequence[str], colours: Sequence[int]) -> str:
 
 def client_table(run: History) -> str:
     """Every client, the worst first."""
-    clients = sorted(run.clients, key=lambda c: (c.worst, -c.rows, c.name))
+    clients = sorted(run.clients, key=lambda c: (_worst_first(run, c), -c.rows, c.name))
     if not any(c.scores for c in clients):
         return ""
     names, colours = _label_colours(clients, run.labels)
@@ -301,26 +324,35 @@ def client_table(run: History) -> str:
         others = count_text(len(rows) - WORST, "other client")
         inner += f"<details><summary>{others}</summary>{table(head, rows[WORST:])}</details>"
     metric = run.metric.replace("_", " ")
-    return section("Clients, the worst first", f"{metric.capitalize()} on each client's own rows.", inner)
+    return section(
+        "Clients, the worst first", f"{metric.capitalize()} on each client's own rows{_direction(run)}.", inner
+    )
+
+
+def _worst_first(run: History, client: Client) -> float:
+    """A key that puts the worst score first, and clients without any last."""
+    return math.inf if client.score is None else -rank(run.metric, client.score)
 
 
 def client_scores(groups: Sequence[Group], suffix: str) -> str:
     """How unequally each method serves the clients: one tick per client."""
     rows = []
+    run = groups[0].runs[0]
+    every = [v for g in groups for r in g.runs for c in r.clients for v in c.scores.values()]
+    most = max(every, default=0.0) or 1.0 if lower(run.metric) else 1.0
+    scale = f"each client from 0 to {most:.3g}"
     for i, g in enumerate(groups):
         found = [(f"{c.name}, seed {run.seed}", c.scores) for run in g.runs for c in run.clients if c.scores]
         for who in (GLOBAL, PERSONALIZED):
             values = [(name, scores[who]) for name, scores in found if who in scores]
             if values:
-                numbers = sorted(v for _, v in values)
+                numbers = sorted((v for _, v in values), key=lambda v: -rank(run.metric, v))
                 tenth = statistics.fmean(numbers[: max(1, len(numbers) // 10)])
                 rows.append([escape(g.label), NAMES[who], score_text(tenth), score_text(statistics.median(numbers)),
-                             charts.strip(values, i)])  # fmt: skip
-    head = ["method", "model", "worst tenth", "median", "each client from 0 to 1"]
-    note = "Score of each client's own rows; one tick per client and seed."
-    return section(
-        f"How the clients fare{suffix}", note, table(head, rows, words="model,each client from 0 to 1") if rows else ""
-    )
+                             charts.strip(values, i, most)])  # fmt: skip
+    head = ["method", "model", "worst tenth", "median", scale]
+    note = f"Score of each client's own rows{_direction(run)}; one tick per client and seed."
+    return section(f"How the clients fare{suffix}", note, table(head, rows, words=f"model,{scale}") if rows else "")
 
 
 # --- what it cost -----------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ on a busy and on an idle machine at different rounds, interrupted or not.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedpeft.core.metrics import better
 from fedpeft.runs.units import count_text
 
 
@@ -19,10 +19,11 @@ from fedpeft.runs.units import count_text
 class Limits:
     """Where a run ends; None is no limit."""
 
-    score: float | None = None  # the validation score that is good enough; higher is better
+    score: float | None = None  # the validation score that is good enough
     bytes: int | None = None  # down and up together, set-up included
     seconds: float | None = None  # of the whole run, earlier parts of a resumed one included
     patience: int | None = None  # evaluations in a row without a better score
+    metric: str = "accuracy"  # which score that is, and so which way is better
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ def look(
         seconds: all seconds of the run so far.
     """
     if score is not None:
-        better = not math.isnan(score) and (standing.best is None or score > standing.best)
-        standing = Standing(score, 0) if better else Standing(standing.best, standing.waited + 1)
+        found = better(limits.metric, score, standing.best)
+        standing = Standing(score, 0) if found else Standing(standing.best, standing.waited + 1)
     return standing, _reason(limits, standing, score, bytes, seconds)
 
 
 def _reason(limits: Limits, standing: Standing, score: float | None, bytes: int, seconds: float) -> str | None:
-    if limits.score is not None and score is not None and score >= limits.score:
-        return f"validation score {score:.4g} reached run.stop.score {limits.score:g}"
+    wanted = limits.score
+    if wanted is not None and score is not None and (score == wanted or better(limits.metric, score, wanted)):
+        return f"validation score {score:.4g} reached run.stop.score {wanted:g}"
     if limits.bytes is not None and bytes >= limits.bytes:
         return f"{bytes:,} bytes sent reached run.stop.bytes {limits.bytes:,}"
     if limits.seconds is not None and seconds >= limits.seconds:

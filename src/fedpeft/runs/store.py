@@ -215,6 +215,20 @@ class RunFolder:
         """Write every client's rows, scores and losses."""
         self._write("clients.json", to_json(clients).encode() + b"\n", durable=False)
 
+    def save_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """What models said for some test rows: one JSON object a line."""
+        self._write("samples.jsonl", "".join(f"{to_json(one)}\n" for one in samples).encode(), durable=False)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """What `save_samples` wrote; nothing where nothing was."""
+        path = self.path / "samples.jsonl"
+        if not path.is_file():
+            return []
+        try:
+            return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); evaluate the run again, or remove the file") from error
+
     def _write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         self.lock()
         write_file(self.path / name, data, durable=durable)

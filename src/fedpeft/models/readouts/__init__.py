@@ -53,11 +53,23 @@ class Seen:
     hidden: Tensor
 
 
+class Passes(Protocol):
+    """What a readout asks of its model to score rows, without gradient and dropout."""
+
+    def logits(self, params: Params | None, data: Examples, rows: Sequence[int] | None = None) -> Tensor:
+        """(rows, classes) class scores."""
+        ...
+
+    def item_losses(self, params: Params, items: Sequence[Item]) -> Tensor:
+        """(items,) the loss of each."""
+        ...
+
+
 class Readout(Protocol):
     """A task format over one base; immutable.
 
     Attributes:
-        classes: how many labels there are.
+        classes: how many labels there are; 0 where the format predicts text.
         params: names of its own parameters, which are trained and travel; empty where the format has none.
         candidates: sequences per row when labels are predicted.
     """
@@ -99,6 +111,14 @@ class Readout(Protocol):
         """Token ids of an item, and token types where the data have them."""
         ...
 
+    def known(self, item: Item) -> int | None:
+        """How many tokens stand before the item's answer; None: no answer is part of it."""
+        ...
+
+    def weight(self, item: Item) -> int:
+        """What the item's loss counts for in the mean of its client's step: 1, or its answer tokens."""
+        ...
+
     def projected(self, item: Item) -> int:
         """How many states of an item go through the language model's head, for counted costs."""
         ...
@@ -109,6 +129,14 @@ class Readout(Protocol):
 
     def logits(self, seen: Seen) -> Tensor:
         """(items, classes) scores before the softmax; (items, 1) where every class is a candidate of its own."""
+        ...
+
+    def outcomes(self, model: Passes, params: Params | None, data: Examples) -> Tensor:
+        """(rows, ..) what became of each row, on the CPU; `sums` says what of it is counted."""
+        ...
+
+    def sums(self, outcomes: Tensor, data: Examples) -> dict[str, Tensor]:
+        """Sums over the rows that pool over clients by addition; see `runs/metrics.py` for what follows from them."""
         ...
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,11 +19,12 @@ from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import Shape
 from fedpeft.models.lm_head import LmHead
-from fedpeft.models.readouts import Item, Seen, wide
-from fedpeft.models.readouts.text import check_labels
+from fedpeft.models.readouts import Item, Seen
+from fedpeft.models.readouts.answers import answer_losses
+from fedpeft.models.readouts.text import LabelReadout, check_labels
 
 
-class VerbalizerReadout:
+class VerbalizerReadout(LabelReadout):
     """Mean negative log-likelihood of an answer; only states that predict its tokens go through the head.
 
     Args:
@@ -65,6 +64,10 @@ class VerbalizerReadout:
         """Tokens of context and answer."""
         return len(item.data.tokens[item.row]) + self.projected(item)
 
+    def known(self, item: Item) -> int | None:
+        """Tokens of the context, where an answer stands behind it."""
+        return len(item.data.tokens[item.row]) if item.candidate >= 0 else None
+
     def projected(self, item: Item) -> int:
         """The answer's tokens; none where an item has no answer."""
         return len(self.answers[item.candidate]) if item.candidate >= 0 else 0
@@ -76,19 +79,8 @@ class VerbalizerReadout:
 
     def losses(self, seen: Seen) -> Tensor:
         """(items,) mean negative log-likelihood of the answers' tokens, each predicted by the state before it."""
-        own = [self.answers[item.candidate] for item in seen.items]
-        counts = np.array([len(answer) for answer in own])
-        rows = np.repeat(np.arange(len(own)), counts)
-        within = np.concatenate([np.arange(n) for n in counts])
-        starts = np.array([len(item.data.tokens[item.row]) for item in seen.items])
-        device = seen.hidden.device
-        row, column, place, target = (
-            torch.from_numpy(np.ascontiguousarray(index, dtype=np.int64)).to(device)
-            for index in (rows, starts[rows] + within - 1, within, np.concatenate(own))
-        )
-        losses = F.cross_entropy(wide(self.lm.logits(seen.hidden[row, column])), target, reduction="none")
-        table = losses.new_zeros(len(own), int(counts.max())).index_put((row, place), losses)
-        return table.sum(dim=1) / torch.from_numpy(counts).to(device)
+        starts = [len(item.data.tokens[item.row]) for item in seen.items]
+        return answer_losses(self.lm, seen.hidden, starts, [self.answers[item.candidate] for item in seen.items])
 
     def logits(self, seen: Seen) -> Tensor:
         """(items, 1) minus the losses: every class is a candidate of its own."""

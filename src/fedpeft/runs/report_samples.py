@@ -1,0 +1,45 @@
+"""What a run's models said for some test rows, for the report: every text is somebody's, so all of it is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from fedpeft.runs.history import BASE, GLOBAL, History
+from fedpeft.runs.report_sections import section, table
+
+SHOWN = 8  # before the rest is folded away
+LONGEST = 600  # characters of a text that are shown
+HEAD = ("given", "reference", "said", "the untrained base")
+
+
+def samples(run: History) -> str:
+    """Prompts, a reference, and what the model and the untrained base said; empty text where nothing was generated."""
+    rows = [
+        [_cell(_given(one)), _cell(_reference(one)), _cell(one.get(GLOBAL)), _cell(one.get(BASE))]
+        for one in run.samples
+    ]
+    words = ",".join(HEAD)
+    inner = table(HEAD, rows[:SHOWN], words=words) if rows else ""
+    if len(rows) > SHOWN:
+        more = table(HEAD, rows[SHOWN:], words=words)
+        inner += f"<details><summary>{len(rows) - SHOWN} more</summary>{more}</details>"
+    note = "Test rows, answered word by word by the best-validated parameters, always with the likeliest next one."
+    return section("What it says", note, inner)
+
+
+def _given(sample: Mapping[str, Any]) -> str:
+    return "\n".join(str(sample[key]) for key in ("instruction", "context") if sample.get(key))
+
+
+def _reference(sample: Mapping[str, Any]) -> str:
+    references = sample.get("references") or [""]
+    more = f" (and {len(references) - 1} more)" if len(references) > 1 else ""
+    return f"{references[-1]}{more}"  # the row's own response is the last
+
+
+def _cell(text: Any) -> str:
+    shown = str(text or "")
+    cut = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
+    return "<br>".join(escape(line) for line in cut.splitlines()) or "—"
