@@ -206,7 +206,10 @@ class HFModel:
     def loss_terms(
         self, stack: Stack, rows: Sequence[Sequence[int]], step: int
     ) -> Iterator[tuple[Sequence[Item], Tensor]]:
-        """Part by part, the items and each one's own loss, with a graph back to the trained leaves."""
+        """Part by part, the items and each one's own loss, with a graph back to the trained leaves.
+
+        A part's backward pass must end before the next part is taken: with checkpointing it runs the adapters again.
+        """
         base = self.base.at(stack.fits[0].base)
         every = [
             self.readout.training(client, cast(Examples, fit.data), row)
