@@ -226,7 +226,10 @@ class HFModel:
     def loss_terms(
         self, stack: Stack, rows: Sequence[Sequence[int]], step: int
     ) -> Iterator[tuple[Sequence[Item], Tensor]]:
-        """Part by part, the items and each one's share of its client's mean loss, with a graph to trained leaves."""
+        """Part by part, the items and each one's share of its client's mean loss, with a graph to trained leaves.
+
+        A part's backward pass must end before the next part is taken: with checkpointing it runs the adapters again.
+        """
         base = self.base.at(stack.fits[0].base)
         every = [
             self.readout.training(client, cast(Examples, fit.data), row)

@@ -7,7 +7,8 @@
 | `int8` | 8 bits, equal steps | absmax of a row, float32 | 1, and 4 a row |
 
 `:simulated` behind a name rounds the weights and keeps them in the base's own format: no memory is saved.
-`:bitsandbytes` behind nf4 and nf4dq lets bitsandbytes turn codes into weights; codes and scales are laid out as there.
+`:bitsandbytes` behind nf4 and nf4dq lets bitsandbytes turn codes into weights where rows are whole blocks; codes and
+scales are laid out as there.
 
 References: NormalFloat and double quantisation Dettmers et al. 2023, arXiv 2305.14314; the 8-bit dynamic code of the
 scales Dettmers 2016, arXiv 1511.04561, as bitsandbytes has it.
@@ -192,11 +193,11 @@ def unpack(parts: Packed, shape: tuple[int, int], form: Format) -> Tensor:
         return codes * parts["scale"]
     scale = _scales(parts)
     n = shape[0] * shape[1]
-    if form.kernel == KERNEL:
-        out = torch.empty(shape, device=codes.device)
-        dequantize = _bitsandbytes().dequantize_4bit
-        dequantize(codes[: (n + 1) // 2, None], absmax=scale, out=out, blocksize=BLOCK, quant_type="nf4")
-        return out
+    if form.kernel == KERNEL and shape[1] % BLOCK == 0:  # its kernels count rows in whole blocks
+        theirs = _bitsandbytes()
+        size = torch.Size(shape)
+        state = theirs.QuantState(scale, size, dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
+        return cast(Tensor, theirs.dequantize_4bit(codes[: n // 2, None], state))
     if form.bits == 4:
         values = F.embedding(codes.int(), _pairs(codes.device)).flatten()
     else:
