@@ -543,6 +543,8 @@ def fits(down: Broadcast, up: Trained) -> None:
             raise RecordError(f"a failure {up.failure!r} with {len(up.params)} params is none that is known")
         return
     matching(Ask(), up)
+    if up.examples < 1:
+        raise RecordError("an answer with params counts no example")
     head = pairs.others(down.params)
     want = {f"{stem}.A": (rank, d_in) for stem, (rank, _, d_in) in down.train.items()}
     want |= {f"{stem}.B": (d_out, rank) for stem, (rank, d_out, _) in down.train.items()}
