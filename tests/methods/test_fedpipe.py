@@ -25,7 +25,7 @@ from fedpeft.planner.device import DEFAULT, Profile
 
 QUICK = {"warmup_steps": 3, "lr": 0.05, "ranks": (1, 2, 4), "batches": (1, 2, 4)}
 MODEL = {"width": 6, "dtype": "float32", "blocks": 2, "rank": 4}
-SLOW = dataclasses.replace(DEFAULT, name="slow", flops_per_s=3e6, latency_s=0.001)
+SLOW = dataclasses.replace(DEFAULT, name="slow", flops_per_s=1.2e6, latency_s=0.001)
 FAST = dataclasses.replace(DEFAULT, name="fast", flops_per_s=1e9, latency_s=0.001)
 TINY = dataclasses.replace(DEFAULT, name="tiny", memory_bytes=600)
 

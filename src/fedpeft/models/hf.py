@@ -86,7 +86,7 @@ class HFModel:
             **self.readout.shapes(),
         }
         self.weights: Mapping[str, str] = getattr(self.adapter, "weights", {})  # paths of the base's own, by name
-        self._partners = {**delta.PARTNERS, **self.adapter.partners}
+        self._partners = {**_HEAD_PARTNERS, **delta.PARTNERS, **self.adapter.partners}
         self._segments = int(getattr(base.module.config, "type_vocab_size", 0) or 0) > 1
         self._pad = int(getattr(base.module.config, "pad_token_id", None) or 0)
         caches = "use_cache" in inspect.signature(base.module.forward).parameters
@@ -170,8 +170,9 @@ class HFModel:
                 raise FitError(f"parameter {name!r} has shape {tuple(t.shape)}; this model needs {shown}")
         for name, t in params.items():
             stem, _, side = name.rpartition(".")
-            known = _HEAD_PARTNERS if name in self.readout.params else self._partners
-            other, dim, partner_dim = known.get(side, ("", 0, 0))
+            if name in self.weights:  # each means something alone
+                continue
+            other, dim, partner_dim = self._partners.get(side, ("", 0, 0))
             partner = f"{stem}.{other}"
             if other and partner not in params:
                 raise FitError(f"parameter {name!r} came without its partner {partner}")
