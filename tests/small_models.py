@@ -46,6 +46,14 @@ class Case:
         batches = [list(range(len(self.data)))] * steps
         return self.model.fit(Fit(self.params, self.data, batches, AdamW(1e-3), train=self.trained))
 
+    def head_tensors(self) -> list[torch.Tensor]:
+        """The frozen parts of the language model's head."""
+        lm = getattr(self.model.readout, "lm", None)
+        if lm is None:
+            return []
+        transform, weight, bias = lm._parts[self.model.base.dtype]
+        return [t for t in (weight, bias, *(transform.parameters() if transform else ())) if t is not None]
+
     def __repr__(self) -> str:
         return f"{self.name} {self.step}"
 

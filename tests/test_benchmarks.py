@@ -15,6 +15,7 @@ RUNS = {
     "imports": "--repeats 1",
     "null_client": "--clients 3 --rounds 2 --starts 1",
     "memory": "--model tiny --clients 2 3 --rows 2 --cohort-batching 2",
+    "peak": "--width 64 --layers 2 --vocabulary 100 --shrink 16 --settings bert llama",
     "overhead": f"{TINY} --repeats 2",
     "cohort": f"{TINY} --repeats 2 --matrix 32 --profile 3",
     "prefix": f"{TINY} --repeats 2",
@@ -68,6 +69,13 @@ def test_memory_compares_processes_of_their_own(tmp_path):
     assert result["2"]["over_first"] == 0
     for each in result.values():
         assert 50e6 < each["before"] <= each["peak"] < 2e9
+
+
+def test_predicted_peaks_are_compared_in_processes_of_their_own(tmp_path):
+    result = measured("peak", tmp_path)
+    assert result.keys() == {"bert", "llama"}
+    for each in result.values():
+        assert 0 < each["predicted"] < 10e6 and each["base"] > 0 and each["measured"] < 500e6
 
 
 def test_imports_are_slower_than_an_empty_interpreter(tmp_path):

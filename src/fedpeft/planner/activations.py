@@ -2,11 +2,11 @@
 
 Sizes are bytes by name of tensor, so that what has two uses is counted once. Names, in forward order:
 
-    x            the block's input          q k v        query, key, value     raw       before rotary encoding
-    h            input of query, key, value weights      of eager attention    out       mix of values
-    x1           input of the second half   h1           input of gate and up  y         output of the block's last matrix
-    gate silu up m    feed-forward part: m is the input of down; without gate, up and what the activation writes out
-    s1 s2        inputs of BERT's two norms, which come after the halves; there h is x, and h1 is x1
+    x      the block's input            h      input of query, key, value       raw    those before rotary encoding
+    q k v  query, key, value            out    mix of values                    weights, scores  of eager attention
+    x1     input of the second half     h1     input of gate and up             m, y   input and output of down
+    gate silu up                        of the feed-forward part; without a gate, up and what the activation writes out
+    s1 s2  inputs of BERT's two norms, which come after the halves; there h is x, and h1 is x1
 
 `memory.py` has the formulas in words.
 """
@@ -125,14 +125,14 @@ class Block:
 
     def on_the_way_up(self) -> int:
         """Bytes alive in the forward pass, what is kept of the block included, where they are most."""
-        return max(sum(self._before(*moment).values()) for moment in self._moments())
+        return max(sum(self._before(*moment).values()) for moment in self.moments())
 
     def _before(self, alive: dict[str, int], last: str) -> dict[str, int]:
         """What is alive, and what is kept of the tensors up to the last one that there is."""
         later = {self.alias(name) for name in _ORDER[_ORDER.index(last) + 1 :]} - {self.alias("h"), self.alias("h1")}
         return {name: size for name, size in self.kept().items() if name not in later} | alive
 
-    def _moments(self) -> list[tuple[dict[str, int], str]]:
+    def moments(self) -> list[tuple[dict[str, int], str]]:
         """What is alive at the moments at which that may be most, kept or not, and the last tensor that there is.
 
         `e` are the embeddings, which transformers' models hold until the last block is done; GPT-2 adds positions to
@@ -155,7 +155,22 @@ class Block:
             found = [(self.named(*held, "m", "y", "s2") | {"o": d}, "s2"), (self.named(*held, "up", "m"), "m")]
             found += [(self.named(*held, "up") | {"change": 2 * f}, "up")] * ("up" in adapted)
         found += [(self.named(*held, "m", "y") | {"change": 2 * d}, "y")] * ("down" in adapted)
+        first = (*held[:-2], "h")
+        if self.shape.family == "gpt2" and adapted & {"query", "key", "value"}:  # changes are as wide as all three
+            found.append((self.named(*first, "raw") | {"change": 2 * self.sizes["raw"] + self.sizes["q"]}, "raw"))
+        if self.step.eager:  # scores, and the same scaled or after the softmax
+            found.append((self.named(*first, "q", "k", "v", "weights") | {"scores": self.sizes["weights"]}, "weights"))
         return found
+
+    def attention_on_the_way_down(self) -> int:
+        """Bytes alive in attention's backward pass, what is kept until then included."""
+        if self.first > 0:
+            return 0
+        of_inputs = self.sizes["v"] + (
+            2 * self.sizes["weights"] if self.step.eager else self.sizes["q"] + self.sizes["k"]
+        )
+        residual = self.sizes["x"] if self.first == WHOLE else 0
+        return sum(self._before({}, "out").values()) + of_inputs + residual
 
     def on_the_way_down(self) -> int:
         """Bytes of gradients in the feed-forward part beside that of the block's output, where they are most.

@@ -1,8 +1,8 @@
 """What a transformer costs in floating point operations and bytes sent, from its configuration alone.
 
 There are two counts. `step_flops` is exact for one step of one client with LoRA: adapters, the classification head and
-the end of the backward pass at the lowest trained matrix included. `forward_flops` and `train_flops` are for rows of any
-lengths and adapters of any kind; what follows is about these two. Memory is in `memory.py`.
+the end of the backward pass at the lowest trained matrix included. `forward_flops` and `train_flops` are for rows of
+any lengths and adapters of any kind; what follows is about these two. Memory is in `memory.py`.
 
 Counted are the matrix products of the blocks, two operations per multiply-add. Embeddings, norms, activations, biases,
 the classification head and the adapters are neglected: at rank 8 LoRA on query and value adds 3 r / 2 d of the blocks'
@@ -26,6 +26,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedpeft.core.errors import ModelError
+from fedpeft.planner.configuration import details, size
 
 FAMILIES = {
     "bert": "bert",
@@ -106,78 +107,30 @@ def shape_of(config: Mapping[str, Any], lm_head: bool = False) -> Shape:
     Raises:
         ModelError: a size is missing or not a positive whole number.
     """
-    layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    hidden = _size(config, "hidden_size", "n_embd", "d_model", "dim")
-    heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    layers = size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    hidden = size(config, "hidden_size", "n_embd", "d_model", "dim")
+    heads = size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     gated = _is_gated(config)
-    head_size = _size(config, "head_dim", default=hidden // heads)
+    head_size = size(config, "head_dim", default=hidden // heads)
     family = FAMILIES.get(str(config.get("model_type")), "generic")
     return Shape(
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=_size(config, "num_key_value_heads", default=heads),
-        intermediate=_size(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "d_ff", default=4 * hidden),
-        vocab=_size(config, "vocab_size"),
+        kv_heads=size(config, "num_key_value_heads", default=heads),
+        intermediate=size(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "d_ff", default=4 * hidden),
+        vocab=size(config, "vocab_size"),
         family=family,
         head_size=head_size,
         mlp_matrices=3 if gated else 2,
         lm_head=lm_head,
-        **_details(config, family, hidden, head_size),
+        **details(config, family, hidden, head_size),
     )
-
-
-def _details(config: Mapping[str, Any], family: str, hidden: int, head_size: int) -> dict[str, Any]:
-    """What a family has beside its matrices; a family that is not known is taken to be built like BERT.
-
-    Where a configuration leaves a key out, the defaults are those of transformers 5.23.
-    """
-    kind = str(config.get("model_type"))
-    given = config.get("hidden_act") or config.get("activation_function") or config.get("hidden_activation")
-    activation = str(given or {"gpt2": "gelu_new", "llama": "silu"}.get(family, "gelu"))
-    tied = bool(config.get("tie_word_embeddings", kind in ("gemma",) or family != "llama"))
-    found: dict[str, Any] = {"tied": tied, "activation_copies": 4 if activation in _UNFUSED else 1}
-    if family == "llama":
-        biased = ("query", "key", "value") if config.get("attention_bias", kind == "qwen2") or kind == "qwen2" else ()
-        biased += ("output",) if biased and kind != "qwen2" else ()
-        biased += ("gate", "up", "down") if config.get("mlp_bias") else ()
-        norms = 2 * hidden + (2 * head_size if kind == "qwen3" else 0)  # Qwen 3 has norms of query and key
-        return found | {"biased": biased, "block_norms": norms, "outer_norms": hidden, "pre_norm": True}
-    plain = ("query", "key", "value", "output", "up", "down")
-    if family == "gpt2":
-        positions = _size(config, "n_positions", "max_position_embeddings", default=1024)
-        norms = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden, "pre_norm": True}
-        return found | norms | {"biased": plain, "positions": positions}
-    embedding = _size(config, "embedding_size", default=hidden) if kind == "electra" else hidden
-    return found | {
-        "biased": plain,
-        "block_norms": 4 * hidden,
-        "outer_norms": 2 * embedding,
-        "positions": _size(config, "max_position_embeddings", default=512),
-        "token_types": _size(config, "type_vocab_size", default=2) if family in ("bert", "roberta") else 0,
-        "embedding": 0 if embedding == hidden else embedding,
-    }
-
-
-_UNFUSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # written out in transformers, product by product
 
 
 def _is_gated(config: Mapping[str, Any]) -> bool:
     family = FAMILIES.get(str(config.get("model_type")), "generic")
     return family == "llama" or (family == "generic" and config.get("hidden_act") in ("silu", "swiglu"))
-
-
-def _size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    for name in names:
-        value = config.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"the model's configuration says {name}: {value!r}; it must be a positive whole number")
-        return value
-    if default is None:
-        raise ModelError(f"the model's configuration has none of {', '.join(names)}; its cost cannot be counted")
-    return default
 
 
 def forward_flops(shape: Shape, tokens: int, pairs: int) -> int:
