@@ -62,7 +62,7 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
     """
     name, section = config.model.name, config.task
     if section.format == "generate":
-        return _generate(config, base)
+        return _generate(config, base, task.response is None)
     if task.pattern is None or task.words is None:
         return Format(base, section.max_length)
     if section.format == "cloze":
@@ -84,7 +84,7 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
     return Format(base, section.max_length, readout, task.pattern.split()[0], max(map(len, answers)))
 
 
-def _generate(config: RunConfig, base: Base) -> Format:
+def _generate(config: RunConfig, base: Base, plain: bool) -> Format:
     name, section = config.model.name, config.task
     if not is_decoder(base.family):
         raise ModelError(
@@ -93,7 +93,7 @@ def _generate(config: RunConfig, base: Base) -> Format:
         )
     lm_head, end = load_lm_head(name, base), _end(name, base)
     longest = min(section.max_length, int(getattr(base.tokenizer, "model_max_length", section.max_length)))
-    prompting = Prompting(base.tokenizer, end, longest, section.template, section.choices)
+    prompting = Prompting(base.tokenizer, end, longest, section.template, section.choices, plain)
     return Format(base, section.max_length, GenerateReadout(lm_head), prompting=prompting)
 
 

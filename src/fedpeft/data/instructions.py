@@ -118,6 +118,8 @@ def _columns(spec: TaskSpec, train: Source) -> tuple[str, str | None, str | None
         return text, spec.text_pair or (CONTEXT if CONTEXT in columns else None), spec.response
     if spec.text_pair is not None:
         raise DataError(f"task.text_pair is a context, and {train.where} has no column {spec.response!r} to go with it")
+    if spec.template is not None:
+        raise DataError(f"task.template is for rows with a response, and {train.where} has no column {spec.response!r}")
     return text, None, None
 
 

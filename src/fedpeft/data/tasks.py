@@ -172,7 +172,9 @@ def load_task(spec: TaskSpec) -> Task:
     for source in sources.values():
         for key, column in (("task.text", text), ("task.text_pair", pair), ("task.label", spec.label)):
             if column is not None and column not in source.columns:
-                raise DataError(f"{source.where} has no column {column!r} ({key}); it has: {', '.join(source.columns)}")
+                hint = ". Rows with a response are for task.format generate" if spec.response in source.columns else ""
+                has = f"it has: {', '.join(source.columns)}{hint}"
+                raise DataError(f"{source.where} has no column {column!r} ({key}); {has}")
     keys = {split: label_keys(source, spec.label) for split, source in sources.items()}
     declared = spec.labels or meta.get("labels") or known.get(spec.label)
     names = tuple(str(n) for n in declared) if declared else sorted_values(keys["train"])

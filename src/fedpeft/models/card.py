@@ -199,8 +199,9 @@ def _speaking(prompt: str, tokenizer: Any) -> str:
         )
         if tokenizer is not None and _ends(tokenizer):
             made += "ids = ids[:, :-1]  # the end token belongs behind the answer\n"
+    ending = "" if tokenizer is None or tokenizer.eos_token_id is None else ", eos_token_id=tokenizer.eos_token_id"
     return made + (
-        "said = model.generate(input_ids=ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :]\n"
+        f"said = model.generate(input_ids=ids, max_new_tokens=64, do_sample=False{ending})[0, ids.shape[1] :]\n"
         "print(tokenizer.decode(said, skip_special_tokens=True))\n"
     )
 
