@@ -142,12 +142,17 @@ def test_personal_models_say_their_own(models: Path, tmp_path: Path) -> None:
     assert "p1" in (done.folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("method", "adapter"), [("fibecfed", "lora"), ("fedavg", "prompt"), ("fedpeptao", "prefix")])
+@pytest.mark.parametrize(
+    ("method", "adapter"),
+    [("fibecfed", "lora"), ("centralized", "lora"), ("fedavg", "prompt"), ("fedpeptao", "prefix")],
+)
 def test_methods_that_ask_more_of_a_model(method: str, adapter: str, models: Path, tmp_path: Path) -> None:
     values = config(models, run__rounds=1, task__generate_rows=2)
     values["model"]["name"] = str(models / "gpt2")
     values["adapter"] = {"kind": adapter} | ({} if adapter == "lora" else {"length": 3})
-    values["method"] = {"name": method, "cohort": 2, "lr": 1e-2} | (
+    values["method"] = {"name": method, "lr": 1e-2} | ({} if method == "centralized" else {"cohort": 2})
+    values["method"] |= {"schedule": "length"} if method == "fedavg" else {}
+    values["method"] |= (
         {"warmup_rounds": 1, "calibration_cohort": 1, "score_cohort": 2, "lanczos_steps": 2, "power_steps": 1}
         if method == "fedpeptao"
         else {}
