@@ -205,6 +205,7 @@ def test_plain_text_by_speaker(models: Path, tmp_path: Path) -> None:
         ({"model__name": "tiny"}, ModelError, "generate needs a causal language model .* family bert"),
         ({"partition__kind": "dirichlet", "task__label": "none", "task__train": "who"}, DataError, "skews categories"),
         ({"task__format": "head", "task__template": None}, DataError, "no column 'text'.*task.format generate"),
+        ({"task__end": "no token"}, DataError, "task.end 'no token' is not one token"),
         ({"task__template": "chat"}, DataError, "no chat template"),
         ({"task__metric": "accuracy"}, ConfigError, "task.metric: accuracy is not for format generate; use one of p"),
         ({"task__format": "head", "task__metric": "perplexity"}, ConfigError, "perplexity is not for format head"),
@@ -237,7 +238,7 @@ def test_a_real_model_is_better_than_chance_and_learns(tmp_path: Path) -> None:
         "model": {"name": str(STORIES), "device": "cpu"},
         "task": {
             "train": str(root / "stories.jsonl"), "test": str(root / "stories_test.jsonl"), "format": "generate",
-            "template": "{instruction}\n{context}\n", "max_length": 160, "generate_rows": 2, "generate_tokens": 40,
+            "template": "{instruction}\n{context}\n", "max_length": 160, "generate_rows": 2, "end": "<s>",
         },
         "partition": {"kind": "natural", "by": "animal"},
         "method": {"name": "fedavg", "cohort": 3, "steps": 6, "batch_size": 8, "lr": 1e-2},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpeft.config import RunConfig
-from fedpeft.core.errors import ModelError
+from fedpeft.core.errors import DataError, ModelError
 from fedpeft.core.examples import Examples
 from fedpeft.core.metrics import Of
 from fedpeft.data.answers import Prompting
@@ -91,10 +91,21 @@ def _generate(config: RunConfig, base: Base, plain: bool) -> Format:
             f"task.format generate needs a causal language model (GPT-2, Llama and their like), and {name} is of the "
             f"family {base.family}; give another model.name, or use task.format cloze or head"
         )
-    lm_head, end = load_lm_head(name, base), _end(name, base)
+    lm_head = load_lm_head(name, base)
+    end = _end(name, base) if section.end is None else _token(section.end, base)
     longest = min(section.max_length, int(getattr(base.tokenizer, "model_max_length", section.max_length)))
     prompting = Prompting(base.tokenizer, end, longest, section.template, section.choices, plain)
     return Format(base, section.max_length, GenerateReadout(lm_head), prompting=prompting)
+
+
+def _token(text: str, base: Base) -> int:
+    """The id of a token by its name, or of a text that is one token."""
+    tokenizer = base.tokenizer
+    named = tokenizer.get_vocab().get(text)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if named is None else [named]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise DataError(f"task.end {text!r} is not one token of the model's tokenizer; name one, such as its end token")
+    return int(ids[0])
 
 
 def _end(name: str, base: Base) -> int:

@@ -117,9 +117,10 @@ class Prompting:
         return [np.asarray(ids, np.int32) for ids in found]
 
     @property
-    def shown(self) -> str:
-        """The template as a model card shows it; of plain text the text alone."""
-        return "{instruction}" if self.plain else self.template or ALPACA_CONTEXT
+    def facts(self) -> dict[str, str]:
+        """What a model card tells: the template (of plain text the text alone), and the token behind an answer."""
+        template = "{instruction}" if self.plain else self.template or ALPACA_CONTEXT
+        return {"prompt": template, "end": str(self.tokenizer.convert_ids_to_tokens(self.end))}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, special tokens left out."""

@@ -50,6 +50,7 @@ class TaskSpec:
     response: str = "response"  # of generate: column of what is to be said; without it the text itself is learnt
     references: str = "references"  # of generate: column with lists of further right answers, for ROUGE-L alone
     choices: str = "choices"  # of generate: column with lists of answers of which the response is one
+    end: str | None = None  # of generate: the token that ends an answer; null: the tokenizer's or the model's
     match: str = "text"  # of generate: what an exact match compares: the text, or the last number in it
     generate_rows: int = 64  # of generate: test rows that texts are generated for, at the end
     generate_tokens: int = 64  # of generate: most tokens of a generated text
