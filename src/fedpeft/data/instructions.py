@@ -83,9 +83,9 @@ def choices_of(table: Table, column: str) -> list[list[str]]:
 
 
 def references_of(table: Table, column: str) -> list[list[str]]:
-    """All right answers of each row, its response among them."""
+    """All right answers of each row, its response first."""
     others = [listed(value) for value in table.columns.get(column, (None,) * len(table))]
-    return [list(dict.fromkeys([*own, _response(table, i)])) for i, own in enumerate(others)]
+    return [list(dict.fromkeys([_response(table, i), *own])) for i, own in enumerate(others)]
 
 
 def listed(value: Any) -> list[str]:
