@@ -32,7 +32,7 @@ def test_every_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     fields = yaml.safe_load(path.read_text())["method"]
     short = {f"method.{key}": value for key, value in SHORT.items() if key in fields}
     run = app.run(path, {**ONE, **short}, out=tmp_path / "run")
-    assert run.metrics["best"]["validation"]["global"]["accuracy"] > 0
+    assert run.metrics["best"]["validation"]["global"][run.manifest["metric"]] > 0
     assert (run.folder / "report.html").is_file() and (run.folder / "adapter" / "README.md").is_file()
 
 

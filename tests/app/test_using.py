@@ -18,7 +18,7 @@ from fedpeft.app.federation import build
 from fedpeft.config import load_config
 from fedpeft.core import tree
 from fedpeft.core.errors import DataError, ModelError, RequestError, StoreError
-from fedpeft.data import tasks
+from fedpeft.data import sources
 from fedpeft.data.load import HubRows
 from fedpeft.models.export import import_adapter
 
@@ -72,8 +72,8 @@ def test_evaluate_a_file_that_does_not_fit_the_task(place: Path, tmp_path: Path,
 def test_evaluate_a_file_in_a_run_on_a_hub_data_set(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The file is a file and not a split of the hub's data set."""
     splits = {"train": small.rows(120, "train"), "test": small.rows(42, "test")}
-    monkeypatch.setattr(tasks, "hub_splits", lambda name: tuple(splits))
-    monkeypatch.setattr(tasks, "read_hub", lambda name, split: HubRows(list(splits[split])))
+    monkeypatch.setattr(sources, "hub_splits", lambda name: tuple(splits))
+    monkeypatch.setattr(sources, "read_hub", lambda name, split: HubRows(list(splits[split])))
     config = small.config(place, task__name="owner/trades", task__train=None, task__test="test", run__rounds=1)
     done = app.run(config, out=tmp_path / "run")
     found = app.evaluate(done.folder, place / "test.jsonl")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tiny
 import tiny_lm
-from fedpeft.core.adapter import AdapterSpec, Lora, Prefix, Prompt
+from fedpeft.core.adapter import AdapterSpec, InstancePrompt, LatePrompt, Lora, Prefix, Prompt
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.core.examples import Choices, Examples
 from fedpeft.core.fit import SGD, AdamW, Fit
@@ -205,7 +205,11 @@ def test_greedy_tokens_are_those_of_transformers_on_the_merged_model(family: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", [Prefix(length=3), Prompt(length=3)], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize(
+    "spec",
+    [Prefix(length=3), Prompt(length=3), InstancePrompt(length=3), LatePrompt(length=3, block=1)],
+    ids=lambda spec: spec.kind,
+)
 def test_decoding_with_virtual_tokens_follows_the_likeliest_token(family: str, spec: AdapterSpec) -> None:
     """With a cache (prefix) or without (prompt): each token is the argmax of the whole sequence computed anew."""
     of = model(family, spec=spec)

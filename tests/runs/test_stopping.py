@@ -35,6 +35,14 @@ def test_each_limit(limits, end, says):
     assert says in (why or "")
 
 
+def test_a_lower_perplexity_is_better():
+    """9 8 8.5 8.2: the bound of 8.6 is reached in the second round; without it two evaluations are no better than 8."""
+    limits = Limits(score=8.6, metric="perplexity")
+    assert run(limits, [9.0, 8.0])[0] == 1 and run(limits, [9.0, 8.7, float("nan")])[0] is None
+    found, standing, _ = run(Limits(patience=2, metric="perplexity"), [9.0, 8.0, 8.5, 8.2])
+    assert (found, standing) == (3, Standing(8.0, 2))
+
+
 def test_nan_is_never_better_and_waits():
     found, standing, _ = run(Limits(patience=2), [0.5, float("nan"), float("nan"), 0.6])
     assert (found, standing) == (2, Standing(0.5, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedpeft.config import RunConfig
-from fedpeft.core.errors import ModelError
+from fedpeft.core.errors import DataError, ModelError
 from fedpeft.core.examples import Examples
 from fedpeft.core.metrics import Of
 from fedpeft.data.answers import Prompting
@@ -62,7 +62,7 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
     """
     name, section = config.model.name, config.task
     if section.format == "generate":
-        return _generate(config, base)
+        return _generate(config, base, task.response is None)
     if task.pattern is None or task.words is None:
         return Format(base, section.max_length)
     if section.format == "cloze":
@@ -84,17 +84,28 @@ def build_format(config: RunConfig, task: Task, base: Base) -> Format:
     return Format(base, section.max_length, readout, task.pattern.split()[0], max(map(len, answers)))
 
 
-def _generate(config: RunConfig, base: Base) -> Format:
+def _generate(config: RunConfig, base: Base, plain: bool) -> Format:
     name, section = config.model.name, config.task
     if not is_decoder(base.family):
         raise ModelError(
             f"task.format generate needs a causal language model (GPT-2, Llama and their like), and {name} is of the "
             f"family {base.family}; give another model.name, or use task.format cloze or head"
         )
-    lm_head, end = load_lm_head(name, base), _end(name, base)
+    lm_head = load_lm_head(name, base)
+    end = _end(name, base) if section.end is None else _token(section.end, base)
     longest = min(section.max_length, int(getattr(base.tokenizer, "model_max_length", section.max_length)))
-    prompting = Prompting(base.tokenizer, end, longest, section.template, section.choices)
+    prompting = Prompting(base.tokenizer, end, longest, section.template, section.choices, plain)
     return Format(base, section.max_length, GenerateReadout(lm_head), prompting=prompting)
+
+
+def _token(text: str, base: Base) -> int:
+    """The id of a token by its name, or of a text that is one token."""
+    tokenizer = base.tokenizer
+    named = tokenizer.get_vocab().get(text)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if named is None else [named]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise DataError(f"task.end {text!r} is not one token of the model's tokenizer; name one, such as its end token")
+    return int(ids[0])
 
 
 def _end(name: str, base: Base) -> int:

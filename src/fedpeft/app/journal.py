@@ -258,7 +258,7 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         "rounds": rounds,
         "clients": len(fed.clients),
         "max_length": fed.config.task.max_length,
-        **({} if fed.format.prompting is None else {"prompt": fed.format.prompting.card(fed.task.response is None)}),
+        **({} if fed.format.prompting is None else fed.format.prompting.facts),
         "metrics": metrics,
     }
 

@@ -20,7 +20,7 @@ def predict(
     client: Client = None,
     json: Json = False,
 ) -> None:
-    """Predict labels with probabilities, by the global or a client's model."""
+    """Predict labels with probabilities, or say texts, by the global or a client's model."""
     from fedpeft import app
     from fedpeft.cli import render
     from fedpeft.cli.folders import run_folder

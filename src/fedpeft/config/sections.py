@@ -114,6 +114,10 @@ class TaskSection(Section):
     choices: Annotated[str, Field(min_length=1)] = "choices"
     """For generate: column with lists of answers, the response among them; the likeliest is compared with it."""
 
+    end: Annotated[str, Field(min_length=1)] | None = None
+    """For generate: the token that ends an answer, as the tokenizer writes it; null: the tokenizer's end token, else
+    the model's."""
+
     match: Literal["text", "number"] = "text"
     """For generate: what an exact match compares, the whole text or the last number in it."""
 

@@ -49,6 +49,7 @@ class Prompting:
         max_length: tokens of a row.
         template: None: Alpaca's; `chat`: the tokenizer's own; else text with {instruction} and {context}.
         choices: the column of further answers.
+        plain: whether rows are plain texts, which need no template.
 
     Raises:
         DataError: a chat template was asked for and the tokenizer has none, or no token is left beside the template.
@@ -59,6 +60,7 @@ class Prompting:
     max_length: int
     template: str | None = None
     choices: str = "choices"
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if self.template == CHAT and not getattr(self.tokenizer, "chat_template", None):
@@ -89,7 +91,7 @@ class Prompting:
         stored = None if path is None else kept.read_arrays(path, len(table))
         if stored is not None:
             return _examples(stored, table, None)
-        rows = self._texts(table) if table.responses is None else self._answers(table)
+        rows = self._texts(table) if self.plain else self._answers(table)
         tokens = [prompt + answer for prompt, answer, _ in rows]
         arrays: dict[str, NDArray[Any]] = {
             "ids": np.fromiter((token for row in tokens for token in row), np.int32),
@@ -104,7 +106,7 @@ class Prompting:
     def prompts(self, table: Table, room: int) -> list[NDArray[np.int32]]:
         """What something is to be said behind, cut so that so many tokens of an answer have room."""
         room = min(room, max(1, (self.max_length - self._fixed) // 2))
-        if table.responses is None:
+        if self.plain:
             whole = self._encode(list(table.texts))
             return [np.asarray(ids[: self.max_length - room], np.int32) for ids in whole]
         contexts = table.pairs or ("",) * len(table)
@@ -114,9 +116,11 @@ class Prompting:
                 _, found[i] = self._shrunk(table.texts[i], contexts[i], self.max_length - room)
         return [np.asarray(ids, np.int32) for ids in found]
 
-    def card(self, plain: bool) -> str:
-        """The template as a model card shows it; of plain text the text alone."""
-        return "{instruction}" if plain else self.template or ALPACA_CONTEXT
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a model card tells: the template (of plain text the text alone), and the token behind an answer."""
+        template = "{instruction}" if self.plain else self.template or ALPACA_CONTEXT
+        return {"prompt": template, "end": str(self.tokenizer.convert_ids_to_tokens(self.end))}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, special tokens left out."""
@@ -211,7 +215,7 @@ class Prompting:
     @cached_property
     def _fixed(self) -> int:
         """Tokens of the template without a row's own texts."""
-        return len(self._encode([self.render("", "")])[0])
+        return 0 if self.plain else len(self._encode([self.render("", "")])[0])
 
     def _cached(self, table: Table) -> Any:
         """The file that the rows' tokens are kept in; None where they cannot be."""
@@ -219,7 +223,7 @@ class Prompting:
         if identity is None or folder is None:
             return None
         chat = getattr(self.tokenizer, "chat_template", None) if self.template == CHAT else None
-        own = [self.template, ALPACA, ALPACA_CONTEXT, str(chat), self.end, table.responses is not None]
+        own = [self.template, ALPACA, ALPACA_CONTEXT, str(chat), self.end, self.plain]
         key = kept.key_of(table, identity, self.max_length, json.dumps(own))
         return folder / f"answers-{key}.npz"
 

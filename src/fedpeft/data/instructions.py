@@ -83,9 +83,9 @@ def choices_of(table: Table, column: str) -> list[list[str]]:
 
 
 def references_of(table: Table, column: str) -> list[list[str]]:
-    """All right answers of each row, its response among them."""
+    """All right answers of each row, its response first."""
     others = [listed(value) for value in table.columns.get(column, (None,) * len(table))]
-    return [list(dict.fromkeys([*own, _response(table, i)])) for i, own in enumerate(others)]
+    return [list(dict.fromkeys([_response(table, i), *own])) for i, own in enumerate(others)]
 
 
 def listed(value: Any) -> list[str]:
@@ -118,6 +118,8 @@ def _columns(spec: TaskSpec, train: Source) -> tuple[str, str | None, str | None
         return text, spec.text_pair or (CONTEXT if CONTEXT in columns else None), spec.response
     if spec.text_pair is not None:
         raise DataError(f"task.text_pair is a context, and {train.where} has no column {spec.response!r} to go with it")
+    if spec.template is not None:
+        raise DataError(f"task.template is for rows with a response, and {train.where} has no column {spec.response!r}")
     return text, None, None
 
 

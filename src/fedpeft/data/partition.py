@@ -348,7 +348,8 @@ def _grouped(spec: PartitionSpec, task: Task) -> _Grouped:
     values = task.train.columns[by]
     for i, value in enumerate(values):
         if value is None or isinstance(value, list | dict) or value == "" or value != value:
-            raise DataError(f"training row {i + 1} has {value!r} in column {by!r} (partition.by), which is no client")
+            what = f"training row {i + 1} has {value!r} in column {by!r} (partition.by)"
+            raise DataError(f"{what}, which is no client; drop such rows")
     groups = sorted_groups(values)
     clients = _number(min(spec.clients, len(groups)))
     client_of = {group: i % len(clients) for i, group in enumerate(groups)}

@@ -50,6 +50,7 @@ class TaskSpec:
     response: str = "response"  # of generate: column of what is to be said; without it the text itself is learnt
     references: str = "references"  # of generate: column with lists of further right answers, for ROUGE-L alone
     choices: str = "choices"  # of generate: column with lists of answers of which the response is one
+    end: str | None = None  # of generate: the token that ends an answer; null: the tokenizer's or the model's
     match: str = "text"  # of generate: what an exact match compares: the text, or the last number in it
     generate_rows: int = 64  # of generate: test rows that texts are generated for, at the end
     generate_tokens: int = 64  # of generate: most tokens of a generated text
@@ -172,7 +173,9 @@ def load_task(spec: TaskSpec) -> Task:
     for source in sources.values():
         for key, column in (("task.text", text), ("task.text_pair", pair), ("task.label", spec.label)):
             if column is not None and column not in source.columns:
-                raise DataError(f"{source.where} has no column {column!r} ({key}); it has: {', '.join(source.columns)}")
+                hint = ". Rows with a response are for task.format generate" if spec.response in source.columns else ""
+                has = f"it has: {', '.join(source.columns)}{hint}"
+                raise DataError(f"{source.where} has no column {column!r} ({key}); {has}")
     keys = {split: label_keys(source, spec.label) for split, source in sources.items()}
     declared = spec.labels or meta.get("labels") or known.get(spec.label)
     names = tuple(str(n) for n in declared) if declared else sorted_values(keys["train"])

@@ -114,7 +114,8 @@ def model_card(
         tokenizer: of transformers, or None where there is none to use.
         facts: what is known about data, method and scores; nested mappings become rows with dotted names. The key
             `base_model` is the name that readers see, but for the models that come with a package; `max_length` is
-            the bound on tokens per text; `prompt` what {instruction} and {context} were put into, or `chat`.
+            the bound on tokens per text; `prompt` what {instruction} and {context} were put into, or `chat`; `end` the
+            token behind an answer.
         prompt: how many tokens of its own peft puts before the text, whose logits belong to no text.
     """
     known = published(base)
@@ -170,7 +171,7 @@ def _code(
     lines = [_LOADING[form].format(imports=imports, base=loaded, classes=len(labels))]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)\n")
     if form.startswith("speaking"):
-        return "".join([*lines, _speaking(str(facts.get("prompt", "{instruction}")), tokenizer)])
+        return "".join([*lines, _speaking(str(facts.get("prompt", "{instruction}")), facts.get("end"), tokenizer)])
     if tokenizer is not None and tokenizer.pad_token is None:
         pad = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         lines.append(f"tokenizer.pad_token = {json.dumps(pad)}  # any token: padding is masked\n")
@@ -186,7 +187,7 @@ def _code(
     return "".join(lines)
 
 
-def _speaking(prompt: str, tokenizer: Any) -> str:
+def _speaking(prompt: str, end: str | None, tokenizer: Any) -> str:
     """Code that puts a question into the prompt and prints what the model says."""
     if prompt == CHAT:
         made = (
@@ -202,8 +203,9 @@ def _speaking(prompt: str, tokenizer: Any) -> str:
         )
         if tokenizer is not None and _ends(tokenizer):
             made += "ids = ids[:, :-1]  # the end token belongs behind the answer\n"
+    ending = f", eos_token_id=tokenizer.convert_tokens_to_ids({json.dumps(end)})" if end else ""
     return made + (
-        "said = model.generate(input_ids=ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :]\n"
+        f"said = model.generate(input_ids=ids, max_new_tokens=64, do_sample=False{ending})[0, ids.shape[1] :]\n"
         "print(tokenizer.decode(said, skip_special_tokens=True))\n"
     )
 

@@ -21,12 +21,14 @@ def samples(run: History) -> str:
         for one in run.samples
     ]
     words = ",".join(HEAD)
-    inner = table(HEAD, rows[:SHOWN], words=words) if rows else ""
+    if not rows:
+        return ""
+    inner = table(HEAD, rows[:SHOWN], words=words)
     if len(rows) > SHOWN:
         more = table(HEAD, rows[SHOWN:], words=words)
         inner += f"<details><summary>{len(rows) - SHOWN} more</summary>{more}</details>"
     note = "Test rows, answered word by word by the best-validated parameters, always with the likeliest next one."
-    return section("What it says", note, inner)
+    return section("What it says", note, f'<div class="samples">{inner}</div>')
 
 
 def _given(sample: Mapping[str, Any]) -> str:
@@ -36,7 +38,7 @@ def _given(sample: Mapping[str, Any]) -> str:
 def _reference(sample: Mapping[str, Any]) -> str:
     references = sample.get("references") or [""]
     more = f" (and {len(references) - 1} more)" if len(references) > 1 else ""
-    return f"{references[-1]}{more}"  # the row's own response is the last
+    return f"{references[0]}{more}"
 
 
 def _cell(text: Any) -> str:
