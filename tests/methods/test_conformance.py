@@ -434,7 +434,7 @@ def numbers(params: Iterable[Mapping[str, torch.Tensor]]) -> int:
 def test_the_docstring_names_its_source_and_maps_it_to_code(name: str) -> None:
     module = sys.modules[methods.load(name).__module__]
     doc = module.__doc__ or ""
-    assert re.search(r"arXiv \d{4}\.\d{4,5}", doc), "no citation"
+    assert re.search(r"arXiv \d{4}\.\d{4,5}|DOI 10\.\d{4,}/\w", doc), "no citation"
     table = doc.partition("\nPaper to code\n\n")[2].partition("\n\n")[0].splitlines()
     assert table[:2] == ["| paper | here |", "|---|---|"] and len(table) > 3
     assert all(row.count("|") == 3 for row in table), "a cell of the table contains a bar"
