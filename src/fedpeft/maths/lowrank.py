@@ -1,8 +1,8 @@
 """Low-rank factors: sums of products, their truncation, and the ways in which servers combine unequal factors.
 
 A pair is (B, A), B (d_out, r) and A (r, d_in), and stands for the product B A. Everything is computed in float64; the
-results are float64 too. Names follow the section on the federated LoRA family of the documentation: M = sum_k p_k B_k
-A_k is the mean of the products, B̄ and Ā are the means of the factors.
+results are float64 too. M = sum_k p_k B_k A_k is the mean of the clients' products, p_k their weights; B̄ and Ā are the
+means of their factors.
 """
 
 from __future__ import annotations
