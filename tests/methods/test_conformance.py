@@ -27,7 +27,7 @@ import torch
 import toy
 from fedpeft import methods
 from fedpeft.core import records
-from fedpeft.core.adapter import AdaLora, HeadOnly, Lora
+from fedpeft.core.adapter import AdaLora, Bottleneck, HeadOnly, Lora
 from fedpeft.core.client import answer
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.exchange import Call, ClientEnv, Exchange, Method, Record, ServerEnv
@@ -38,7 +38,7 @@ from fedpeft.engines.inprocess import InProcess
 from transports import Direct, Pipes, Recording, Rewritten, Silent, backwards
 
 ROUNDS, SEED = 3, 11
-RANK = 2
+RANK, SIZE = 2, 16
 MODEL: dict[str, Any] = {"width": 3, "dtype": "float32", "dropout": 0.1, "blocks": 2}
 SETTINGS = {
     "cohort": 3,
@@ -49,7 +49,7 @@ SETTINGS = {
     "warmup_rounds": 2,
     "warmup_steps": 3,
 }  # used as far as a method has such fields
-HEADER_BYTES = 1000
+HEADER_BYTES = 1500
 FALLS = 0.95  # of the loss is left at most after a few rounds
 CPU_SECONDS = 5.0
 spent: dict[str, float] = {}
@@ -71,8 +71,10 @@ class Case:
 
     @functools.cached_property
     def model(self) -> dict[str, Any]:
-        """Arguments of the toy: with the factors of LoRA or AdaLoRA for methods that tune nothing else."""
+        """Arguments of the toy: with bottlenecks or factors for methods that tune these alone."""
         method = self.make()
+        if isinstance(method.adapter(), Bottleneck):
+            return MODEL | {"size": SIZE}
         if isinstance(method.adapter(), AdaLora):
             return MODEL | {"rank": RANK, "triplets": True}
         factors = isinstance(method.adapter(), Lora) and method.accepts(HeadOnly()) is not None

@@ -26,9 +26,9 @@ the larger of base + 12 T + activations + loss and base + 16 T, with T trained n
 - what a moment of the pass holds beside what is kept can exceed the loss: the top block's feed-forward part on the way
   down or up, or a block below that keeps nothing. `Block.moments` lists them, read off a tracker of live storages.
 
-Against that tracker, float32, fused attention, f of at least 2 d: within 2.1 % of all but the base in 440 cases of BERT,
-GPT-2 and Llama. A narrower f, eager attention and a bfloat16 Llama are looser (`docs/log.md` has figures); checkpointing
-and quantised bases are formulas alone. Resident memory of processes: `benchmarks/peak.py`.
+Against that tracker, float32, fused attention, f of at least 2 d: within 2.1 % of all but the base in 440 cases of
+BERT, GPT-2 and Llama. A narrower f, eager attention and a bfloat16 Llama are looser (`docs/log.md` has figures);
+checkpointing and quantised bases are formulas alone. Resident memory of processes: `benchmarks/peak.py`.
 """
 
 from __future__ import annotations
