@@ -97,7 +97,7 @@ def _transformer(options: argparse.Namespace, family: str) -> tuple[Any, Any]:
     if family == "llama":
         sizes |= {"num_key_value_heads": d // 32, "intermediate_size": 11 * d // 4}
     config = transformers.AutoConfig.for_model(family, vocab_size=options.vocabulary, **sizes)
-    kind = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    kind: Any = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
     whole = kind.from_config(config)
     return whole, freeze(whole.base_model, None, family, torch.device("cpu"))
 

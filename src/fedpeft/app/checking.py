@@ -15,11 +15,8 @@ from fedpeft.core import records, tree, wire
 from fedpeft.core.exchange import Weights
 from fedpeft.core.fit import SGD, Fit
 from fedpeft.data.answers import cut_answers
-from fedpeft.planner.cost import Shape, train_flops
-
-HIDDEN_COPIES = 8  # tensors of hidden width that a block keeps for its backward pass; measured on BERT and Llama
-
-LOGIT_COPIES = 3  # log-probabilities, their gradient and that of the logits
+from fedpeft.planner.cost import Shape, Step, all_weights, train_flops
+from fedpeft.planner.memory import peak_memory
 
 
 def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -134,32 +131,32 @@ def memory_bytes(fed: Federation, together: int) -> int:
     base = fed.base.weight_bytes
     own = tree.count(fed.initial) * 4 * FLAT_COPIES
     longest = int(row_lengths(fed).max())
-    tokens = min(fed.config.run.token_budget, together * int(getattr(fed.method, "batch_size", 1)) * longest)
-    width = fed.base.dtype.itemsize
-    blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
-    activations = width * kept_numbers(fed.shape, blocks, bool(fed.model.weights)) * max(tokens, longest)
-    return int(base + own * together + activations + lm_head_bytes(fed, max(tokens, longest)))
-
-
-def lm_head_bytes(fed: Federation, tokens: int) -> int:
-    """The language model's own head, where the format uses it: its weights, and logits in float32 of one part."""
+    rows = together * int(getattr(fed.method, "batch_size", 1))
+    rows = max(1, min(rows, fed.config.run.token_budget // longest))
+    found = peak_memory(fed.shape, step_of(fed, rows, longest))
+    inputs = 0
+    if fed.model.weights:
+        blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
+        inputs = fed.base.dtype.itemsize * rows * longest * weight_inputs(fed.shape, blocks)
     lm = getattr(fed.model.readout, "lm", None)
-    if lm is None:
-        return 0
-    logits = LOGIT_COPIES * 4 * lm.vocabulary * fed.shape.lm_share * tokens
-    return int(lm.own_bytes + logits)
+    return base + own * together + found.activations + inputs + found.loss + (lm.own_bytes if lm else 0)
 
 
-def kept_numbers(shape: Shape, blocks: int, trained: bool = False) -> int:
-    """Numbers per token that the backward pass through the upper `blocks` blocks keeps.
+def weight_inputs(shape: Shape, blocks: int) -> int:
+    """Numbers per token that matrices which train themselves keep for their gradients: query, key and value share one."""
+    return blocks * (3 * shape.hidden + shape.intermediate)
 
-    Frozen matrices keep nothing; norms, attention and adapters keep tensors of hidden width, activations their input.
 
-    Args:
-        trained: whether the matrices train themselves, for which each keeps its input.
-    """
-    inputs = 3 * shape.hidden + shape.intermediate if trained else 0  # query, key and value share one
-    return blocks * (HIDDEN_COPIES * shape.hidden + (shape.mlp_matrices - 1) * shape.intermediate + inputs)
+def step_of(fed: Federation, rows: int, tokens: int) -> Step:
+    """A pass of so many rows through the model as the planner describes it; what is no LoRA counts by its depth."""
+    known = {w.name for w in all_weights(fed.shape)}
+    factors = {name.removesuffix(".A"): t.shape[0] for name, t in fed.initial.items() if name.endswith(".A")}
+    dtype = str(fed.base.dtype).removeprefix("torch.")
+    return Step(
+        rows, tokens, {name: rank for name, rank in factors.items() if name in known},
+        base=dtype, compute=dtype, classes=None if fed.shape.lm_head else fed.model.classes,
+        depth=fed.model.lowest_block(fed.initial),
+    )  # fmt: skip
 
 
 def _top_share(labels: NDArray[np.int64]) -> float:

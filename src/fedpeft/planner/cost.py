@@ -43,7 +43,6 @@ FAMILIES = {
 }
 
 
-KINDS = ("query", "key", "value", "output", "gate", "up", "down")  # of a block's matrices, in forward order
 _PLACE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 2, "down": 3}  # of a matrix's input
 WHOLE = -1  # place of the first input that needs a gradient, where the block's own input needs one
 NOTHING = 4  # ... where no input does
@@ -185,6 +184,11 @@ def weights(shape: Shape, kinds: Sequence[str]) -> tuple[Weight, ...]:
         raise ModelError(f"the model has no weights of kind {unknown[0]!r}; it has {', '.join(sizes)}")
     chosen = [kind for kind in sizes if kind in kinds]
     return tuple(Weight(f"block.{b}.{kind}", b, kind, *sizes[kind]) for b in range(shape.layers) for kind in chosen)
+
+
+def all_weights(shape: Shape) -> tuple[Weight, ...]:
+    """The matrices of every kind that the family has."""
+    return weights(shape, tuple(_sizes(shape)))
 
 
 @lru_cache(maxsize=64)
