@@ -46,6 +46,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.imports
 	$(BIN)/python -m benchmarks.null_client
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.peak
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.cohort --clients 10
 	$(BIN)/python -m benchmarks.cohort --clients 30
@@ -54,6 +55,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.prefix
 	$(BIN)/python -m benchmarks.rounds
 	$(BIN)/python -m benchmarks.difficulty
+	$(BIN)/python -m benchmarks.quantize
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,11 +15,13 @@ RUNS = {
     "imports": "--repeats 1",
     "null_client": "--clients 3 --rounds 2 --starts 1",
     "memory": "--model tiny --clients 2 3 --rows 2 --cohort-batching 2",
+    "peak": "--width 64 --layers 2 --vocabulary 100 --shrink 16 --settings bert llama",
     "overhead": f"{TINY} --repeats 2",
     "cohort": f"{TINY} --repeats 2 --matrix 32 --profile 3",
     "prefix": f"{TINY} --repeats 2",
     "rounds": f"{TINY} --repeats 2",
     "difficulty": f"{TINY} --repeats 2",
+    "quantize": f"{TINY} --repeats 2",
 }
 
 
@@ -67,6 +69,13 @@ def test_memory_compares_processes_of_their_own(tmp_path):
     assert result["2"]["over_first"] == 0
     for each in result.values():
         assert 50e6 < each["before"] <= each["peak"] < 2e9
+
+
+def test_predicted_peaks_are_compared_in_processes_of_their_own(tmp_path):
+    result = measured("peak", tmp_path)
+    assert result.keys() == {"bert", "llama"}
+    for each in result.values():
+        assert 0 < each["predicted"] < 10e6 and each["base"] > 0 and each["measured"] < 500e6
 
 
 def test_imports_are_slower_than_an_empty_interpreter(tmp_path):
@@ -138,3 +147,12 @@ def test_difficulty_is_the_same_by_hooks_and_one_by_one(tmp_path):
     result = measured("difficulty", tmp_path)
     assert result["largest_relative_difference"] < 1e-4
     assert result["ratio"]["difficulty"]["median"] > 0 and -1 <= result["rank_correlation"]["median"] <= 1
+
+
+def test_quantised_bases_are_smaller_and_checkpointing_changes_nothing(tmp_path):
+    result = measured("quantize", tmp_path)
+    held = result["bytes"]
+    assert held["nf4dq"] < held["nf4"] < held["int8"] < held[""]
+    assert result["ratio"].keys() == {"int8", "nf4", "nf4dq", "full, checkpointing"}
+    assert result["change"]["full, checkpointing"] == 0 < result["change"]["int8"] < result["change"]["nf4"]
+    assert result["kept_bytes"]["full, checkpointing"] < result["kept_bytes"]["full"]

@@ -253,11 +253,14 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"task": {"format": "cloze", "label_words": ["a", "a"]}}, "task.label_words is ['a', 'a']; give a different"),
         ({"task": {"format": "cloze"}, "adapter": {"kind": "head"}}, "adapter.kind: head trains the head, and format"),
         ({"run": {"engine": "flower"}}, "run.engine: 'flower' is not available; what exists: 'inprocess'."),
-        ({"model": {"quantize": "nf4"}}, "model.quantize: 'nf4' is not available; what exists: 'none'."),
+        (
+            {"model": {"quantize": "nf3"}},
+            "model.quantize: 'nf3' is not available; what exists: 'none', 'int8', 'nf4' or",
+        ),
         ({"model": {"device": "gpu"}}, "model.device: 'gpu' cannot be used; give auto, cpu, mps, cuda, or cuda with"),
         (
-            {"adapter": {"kind": "full"}},
-            "adapter.kind: 'full' is not available; what exists: lora, adalora, head, prefix, prompt,",
+            {"adapter": {"kind": "fully"}},
+            "adapter.kind: 'fully' is not available; what exists: lora, adalora, head, prefix, prompt,",
         ),
         ({"run": {"rounds": 0}}, "run.rounds: 0 cannot be used; give at least 1."),
         ({"run": {"rounds": "many"}}, "run.rounds: 'many' cannot be used; give a whole number."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,3 +148,11 @@ def plain_logits(classifier: Any, data: Examples, pooling: str, pad: int = 0) ->
     """(rows, classes) of a token classifier of transformers or peft, pooled."""
     batch = padded(data, pad)
     return pooled(classifier(**batch).logits, batch["attention_mask"], pooling)
+
+
+def saved_shapes(run: Callable[[], object]) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that autograd keeps."""
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+        run()
+    return kept

@@ -6,7 +6,10 @@ data is a point x and its loss is 1/2 ||w - x||², so the gradient of a batch is
 lr (mean(x) - w), and a client's optimum is the mean of its rows. A block without parameters stands at 0.
 
 With a rank, the numbers of a block are 2 B A instead, a product of LoRA's factors `block.0.w.B` (1, rank) and
-`block.0.w.A` (rank, numbers), and a base delta (`delta.block.0.w.left` and so on) is added to them.
+`block.0.w.A` (rank, numbers), and a base delta (`delta.block.0.w.left` and so on) is added to them. With a size, they
+are what a bottleneck makes of the input 1: `up.weight` GELU(`down.weight` + `down.bias`) + `up.bias`.
+
+A base of another precision has rounded points (`GRIDS`); `Fit.checkpointing` changes nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fedpeft.core.adapter import AdaLora, AdapterSpec, Lora
+from fedpeft.core.adapter import AdaLora, AdapterSpec, Bottleneck, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import Fisher, Method, Perturbation, TokenNorm
@@ -33,6 +37,7 @@ from fedpeft.engines.inprocess import InProcess
 BODY, HEAD = "block.0.w", "head.w"
 BODIES = {f"{start}block.{i}" for i in range(4) for start in ("", "delta.")}
 SCALE = 2.0  # alpha / rank of the factors
+GRIDS = {"int8": 2.0**-7, "nf4": 2.0**-3, "nf4dq": 2.0**-3}  # what a quantised base rounds the points to, in training
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class ToyModel:
         blocks: how many blocks it has.
         rank: of LoRA's factors; 0: the blocks hold their numbers themselves.
         triplets: whether the factors are AdaLoRA's P, E and Q.
+        size: of bottlenecks; 0: there are none.
     """
 
     device = torch.device("cpu")
@@ -114,8 +120,10 @@ class ToyModel:
         blocks: int = 1,
         rank: int = 0,
         triplets: bool = False,
+        size: int = 0,
     ) -> None:
         self.triplets = triplets
+        self.size = size
         self.blocks = blocks
         self.rank = rank
         self.start = start
@@ -124,16 +132,29 @@ class ToyModel:
         self.spec: AdapterSpec = Lora(rank or 8, SCALE * (rank or 8), dropout=dropout)
         if triplets:
             self.spec = AdaLora(rank, SCALE * rank)
+        if size:
+            self.spec = Bottleneck(size)
         self.dirt: Any = None
         self.calls: list[int] = []  # how many fits each call of fit_many was given
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As costly as the smallest of transformers: what a planner would like to know."""
+        return {"num_hidden_layers": self.blocks, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 8}
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
         numbers = rng.standard_normal(self.width) if self.start is None else self.start
         plain = cut(torch.tensor(numbers, dtype=self.dtype), self.blocks)
-        if not self.rank:
+        if not self.rank and not self.size:
             return plain
         made = {HEAD: plain.pop(HEAD)}
         for name, own in plain.items():
+            if self.size:
+                made[f"{name}.down.weight"] = torch.from_numpy(rng.standard_normal((self.size, 1))).to(self.dtype)
+                for side, shape in (("down.bias", [self.size]), ("up.weight", [len(own), self.size])):
+                    made[f"{name}.{side}"] = torch.zeros(shape, dtype=self.dtype)
+                made[f"{name}.up.bias"] = torch.zeros_like(own)
+                continue
             if self.triplets:
                 for side, shape in (("P", (1, self.rank)), ("Q", (self.rank, len(own)))):
                     made[f"{name}.{side}"] = torch.from_numpy(rng.standard_normal(shape)).to(self.dtype)
@@ -150,14 +171,16 @@ class ToyModel:
         count = len(data) if rows is None else len(rows)
         return 3 * count, 9 * count
 
-    def cost(self, fit: Fit) -> tuple[int, int]:
-        return self.passes(None, fit.data, [row for batch in fit.batches for row in batch])
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        return *self.passes(None, fit.data, [row for batch in fit.batches for row in batch]), 0
 
     def check(self, fit: Fit) -> None:
+        if fit.base and fit.base not in GRIDS:
+            raise FitError(f"the toy's base has no precision {fit.base!r}; use one of {sorted(GRIDS)}")
         known = cut(torch.zeros(3), self.blocks).keys()
-        if self.rank:
+        if self.rank or self.size:
             if HEAD not in fit.params or any(name.split(".w.")[0] not in BODIES for name in fit.params.keys() - {HEAD}):
-                raise FitError(f"the toy has factors, deltas and a head, the fit has {sorted(fit.params)}")
+                raise FitError(f"the toy has factors, bottlenecks, deltas and a head, the fit has {sorted(fit.params)}")
             return
         if not (HEAD in fit.params and fit.params.keys() <= known and (self.blocks > 1 or len(fit.params) == 2)):
             raise FitError(f"the toy has {sorted(known)}, the fit has {sorted(fit.params)}")
@@ -180,9 +203,12 @@ class ToyModel:
 
     def own(self, params: Params, name: str, zeros: Tensor) -> Tensor:
         """The numbers of one block, or of the head."""
-        if not self.rank or name == HEAD:
+        if name == HEAD or not (self.rank or self.size):
             return params.get(name, zeros)
         total = zeros
+        if f"{name}.up.bias" in params:
+            low = F.gelu(params[f"{name}.down.weight"][:, 0] + params[f"{name}.down.bias"])
+            total = total + params[f"{name}.up.weight"] @ low + params[f"{name}.up.bias"]
         if f"{name}.E" in params:
             total = total + SCALE * (params[f"{name}.P"] * params[f"{name}.E"] @ params[f"{name}.Q"])[0]
         if f"{name}.A" in params:
@@ -247,10 +273,12 @@ class ToyModel:
         self.dirt = stack
         losses = []
         for i, fit in enumerate(stack.fits):
-            w = self.point({name: t[i] for name, t in stack.params.items()}, fit.data.x.shape[1])
+            w = self.point(_own(stack, i), fit.data.x.shape[1])
             for layer in stack.also:
                 w = w + self.point({name: t[i] for name, t in layer.items()}, fit.data.x.shape[1])
             x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
+            if fit.base:
+                x = (x / GRIDS[fit.base]).round() * GRIDS[fit.base]
             if fit.dropout:
                 x = x * torch.from_numpy(_noise(fit, step, rows[i], x.shape[1])).to(w)
             own = 0.5 * (w - x).square().sum(dim=1)
@@ -261,6 +289,16 @@ class ToyModel:
         if any(leaf.requires_grad for leaf in stack.params.values()):
             torch.stack(losses).sum().backward()
         return torch.stack(losses).detach()
+
+
+def _own(stack: Stack, client: int) -> dict[str, Tensor]:
+    """One client's parameters without padding."""
+    sizes = {name: own[client] for name, own in stack.sizes.items()}
+    return {
+        name: t[client][tuple(slice(n) for n in size)]
+        for name, t in stack.params.items()
+        if (size := sizes[name]) is not None
+    }
 
 
 def _noise(fit: Fit, step: int, rows: Sequence[int], width: int) -> np.ndarray:

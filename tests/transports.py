@@ -156,7 +156,7 @@ class Silent:
         return list(self.inner.clients())
 
     def exchange(self, call: Call, downs: Mapping[ClientId, Record]) -> Answers:
-        victim = list(downs)[self.place] if call.attempt == 0 else None
+        victim = list(downs)[self.place] if downs and call.attempt == 0 else None
         self.inner.carry = lambda client, _, data: None if client == victim else data
         try:
             return self.inner.exchange(call, downs)

@@ -41,6 +41,7 @@ _PLACES = {
     "SGD": "fedpeft.core.fit",
     "Lora": "fedpeft.core.adapter",
     "Bottleneck": "fedpeft.core.adapter",
+    "Full": "fedpeft.core.adapter",
     "HeadOnly": "fedpeft.core.adapter",
     "InstancePrompt": "fedpeft.core.adapter",
     "LatePrompt": "fedpeft.core.adapter",
@@ -63,6 +64,7 @@ __all__ = [
     "FedpeftError",
     "Fit",
     "Fitted",
+    "Full",
     "HeadOnly",
     "InstancePrompt",
     "LatePrompt",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from fedpeft.core.adapter import (
         AdaLora,
         Bottleneck,
+        Full,
         HeadOnly,
         InstancePrompt,
         LatePrompt,

@@ -13,7 +13,8 @@ import small
 import tiny
 from fedpeft import app
 from fedpeft.app.checking import kept_numbers
-from fedpeft.core.adapter import Lora
+from fedpeft.core import tree
+from fedpeft.core.adapter import AdapterSpec, Full, Lora
 from fedpeft.core.errors import ConfigError, DataError
 from fedpeft.core.examples import Examples
 from fedpeft.core.fit import AdamW, Fit
@@ -111,8 +112,8 @@ def test_values_that_nobody_has_set_are_told_as_defaults(place: Path, tmp_path: 
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def kept_bytes(base: Base, spec: Lora, rows: int, length: int) -> int:
-    """What autograd really keeps of one step with LoRA: the storages of all saved tensors but the weights."""
+def kept_bytes(base: Base, spec: AdapterSpec, rows: int, length: int) -> int:
+    """What autograd really keeps of one step: the storages of all saved tensors but the weights."""
     model = HFModel(base, spec, 3, rows * length)
     tokens = tuple(tiny.place(i).integers(5, 50, size=length).astype(np.int32) for i in range(rows))
     data = Examples(tokens, np.zeros(rows, dtype=np.int64))
@@ -127,7 +128,8 @@ def kept_bytes(base: Base, spec: Lora, rows: int, length: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         (fitted,) = model.fit_many([Fit(model.init(tiny.place()), data, [list(range(rows))], AdamW(1e-3))])
     assert not isinstance(fitted, Exception)
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    own = 4 * tree.count(fitted.params) if isinstance(spec, Full) else 0  # one storage, that of the weights that train
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) - own
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -139,6 +141,14 @@ def test_memory_of_a_step_is_estimated_within_a_factor_of_two(family: str, block
     shape = shape_of(base.config)
     estimate = 4 * 16 * 48 * kept_numbers(shape, shape.layers if blocks is None else 1)
     assert estimate / 2 < real < 2 * estimate
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_memory_of_a_step_of_all_weights(family: str) -> None:
+    base = tiny.base(family, "float32")
+    shape = shape_of(base.config)
+    estimate = 4 * 16 * 48 * kept_numbers(shape, shape.layers, trained=True)
+    assert estimate / 1.5 < kept_bytes(base, Full(), 16, 48) < 1.5 * estimate
 
 
 @pytest.mark.slow

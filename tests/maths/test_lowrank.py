@@ -116,3 +116,81 @@ def test_what_has_less_rank_is_padded_with_zeros() -> None:
         lowrank.cut((torch.arange(6.0).view(2, 3), torch.arange(6.0).view(3, 2)), 1)[1],
         torch.tensor([[0.0, 1]]).double(),
     )
+
+
+# --- factors of unequal rank (FedPipe) ----------------------------------------------------------------------------
+
+
+def tensor(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_the_golden_mean_of_two_rank_one_products() -> None:
+    """B1 = e1, A1 = (2, 0), B2 = e2, A2 = (0, 4), w = .5: exact diag(1, 2); rank 1 keeps diag(0, 2); factor means miss
+    it by .707107."""
+    own = [(tensor([1], [0]), tensor([2, 0])), (tensor([0], [1]), tensor([0, 4]))]
+    exact = dense(own, (0.5, 0.5))
+    np.testing.assert_allclose(exact, np.diag([1, 2]))
+    b, a = lowrank.halves(lowrank.stack(own, (0.5, 0.5)), 1)
+    np.testing.assert_allclose(b @ a, np.diag([0, 2]), atol=1e-12)
+    np.testing.assert_allclose(b.norm(), a.norm())
+    zeros = (torch.zeros(2, 1), torch.zeros(1, 2))
+    assert error(lowrank.slices(own, (0.5, 0.5), zeros), exact) == pytest.approx(0.707107, abs=1e-6)
+
+
+def test_golden_aggregates_of_unequal_ranks() -> None:
+    """Ranks 1 and 2, w = .25, .75, (e1, e1) and (I, I): exact diag(1, .75), slices I, padded diag(1, .5625); with the
+    old second component ((0, 1)^T, (0, .4)) frozen, exact diag(1, .85)."""
+    own = [(tensor([1], [0]), tensor([1, 0])), (torch.eye(2).double(), torch.eye(2).double())]
+    weights = (0.25, 0.75)
+    zeros = (torch.zeros(2, 2).double(), torch.zeros(2, 2).double())
+    old = (tensor([0, 0], [0, 1]), tensor([0, 0], [0, 0.4]))
+    np.testing.assert_allclose(lowrank.product(lowrank.stack(own, weights)), np.diag([1, 0.75]))
+    b, a = lowrank.slices(own, weights, zeros)
+    np.testing.assert_allclose(b @ a, np.eye(2))
+    b, a = lowrank.mean([lowrank.filled(pair, zeros) for pair in own], weights)
+    np.testing.assert_allclose(b @ a, np.diag([1, 0.5625]))
+    tail = lowrank.tail(old, [1, 2], weights)
+    both = lowrank.stack([*own, tail], [*weights, 1.0])
+    np.testing.assert_allclose(lowrank.product(both), np.diag([1, 0.85]))
+    b, a = lowrank.halves(both, 2)
+    np.testing.assert_allclose(b @ a, np.diag([1, 0.85]), atol=1e-12)
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.integers(0, 10**6))
+def test_halves_are_exact_while_the_rank_lasts_and_share_the_singular_values(ranks: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    own = [(torch.from_numpy(rng.normal(size=(6, r))), torch.from_numpy(rng.normal(size=(r, 5)))) for r in ranks]
+    weights = tuple(rng.dirichlet(np.ones(len(ranks))))
+    whole = lowrank.stack(own, weights)
+    b, a = lowrank.halves(whole, 5)
+    np.testing.assert_allclose(b @ a, dense(own, weights), atol=1e-9)
+    np.testing.assert_allclose(b.norm(dim=0), a.norm(dim=1), atol=1e-9)
+    best = np.linalg.svd(dense(own, weights))
+    first = best[1][:2] * best[0][:, :2] @ best[2][:2]
+    np.testing.assert_allclose(lowrank.product(lowrank.halves(whole, 2)), first, atol=1e-9)
+
+
+def test_halves_leave_out_what_is_negligible() -> None:
+    b, a = lowrank.halves((torch.diag(tensor([1, 1e-7])[0]), torch.eye(2).double()), 2)
+    assert not bool(b[:, 1].any()) and not bool(a[1].any()) and bool(a[0].any())
+
+
+def test_slices_keep_what_nobody_has() -> None:
+    before = (torch.arange(6.0).view(2, 3).double(), torch.arange(9.0).view(3, 3).double())
+    own = [
+        (torch.ones(2, 1).double(), torch.ones(1, 3).double()),
+        (3 * torch.ones(2, 2).double(), torch.ones(2, 3).double()),
+    ]
+    b, a = lowrank.slices(own, (0.25, 0.75), before)
+    np.testing.assert_allclose(b, [[2.5, 3, 2], [2.5, 3, 5]])
+    np.testing.assert_allclose(a, [[1, 1, 1], [1, 1, 1], [6, 7, 8]])
+
+
+def test_equal_clients_leave_every_aggregate_as_it_is() -> None:
+    pair = (torch.randn(4, 2).double(), torch.randn(2, 3).double())
+    for b, a in (
+        lowrank.slices([pair, pair], (0.3, 0.7), pair),
+        lowrank.halves(lowrank.stack([pair, pair], (0.3, 0.7)), 2),
+    ):
+        np.testing.assert_allclose(b @ a, pair[0] @ pair[1], atol=1e-12)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from fedpeft.core import tree
 from fedpeft.core.adapter import AdaLora, HeadOnly, Lora
 from fedpeft.core.errors import ConfigError, FitError, ModelError, RecordError
-from fedpeft.core.exchange import ServerEnv, Weights
+from fedpeft.core.exchange import ClientEnv, ServerEnv, Weights
 from fedpeft.core.federate import federate
 from fedpeft.core.fit import SGD, AdamW, Fit
 from fedpeft.engines.inprocess import InProcess
@@ -21,6 +22,7 @@ from fedpeft.methods.adalora import METHOD, Answer, Orthogonal, scored, sensitiv
 from fedpeft.models.export import export_adapter, import_adapter
 from fedpeft.models.hf import HFModel
 from fedpeft.models.merge import merge
+from turns import turn
 
 SPEC = AdaLora(rank=3, alpha=6.0)
 
@@ -127,7 +129,11 @@ def test_the_server_smooths_and_prunes() -> None:
     first = {"a": torch.tensor([4.0, 0.0]), "b": torch.tensor([2.0, 1.0])}
     up = Answer(ones, first, 3, 1.0)
     state = method.average(state, {"x": up}, env)
-    assert state.smoothed["a"].tolist() == [2, 0] and state.uncertain["a"].tolist() == [1, 0] and state.kept == 2
+    assert (
+        state.smoothed.mean["a"].tolist() == [2, 0]
+        and state.smoothed.spread["a"].tolist() == [1, 0]
+        and state.kept == 2
+    )
     assert state.params["a.E"].tolist() == [1, 0] and state.params["b.E"].tolist() == [1, 0]
     assert state.params["a.P"].tolist() == ones["a.P"].tolist(), "what is outside of the budget may come back"
     assert method.choices(state) == {"triplets": 2, "triplets_of": {"a": 1, "b": 1}}
@@ -136,6 +142,39 @@ def test_the_server_smooths_and_prunes() -> None:
         scored(Weights(ones), Answer(ones, {"a": -first["a"], "b": first["b"]}, 3, 1.0))
     with pytest.raises(RecordError):
         scored(Weights(ones), Answer(ones, {"a": first["a"]}, 3, 1.0))
+
+
+def test_ten_rounds_of_two_clients_as_numpy_has_them() -> None:
+    """Unequal weights and momenta: Ī <- .7 Ī + .3 I, U <- .6 U + .4 |I - Ī|; the largest Ī U of 12 keep their E."""
+    method, rounds, slots, draw = METHOD(share=0.4, beta1=0.7, beta2=0.6), 10, "abcd", np.random.default_rng(0)
+    shapes = {"P": (5, 3), "E": (3,), "Q": (3, 4)}
+    start = {f"{slot}.{side}": torch.ones(shape) for slot in slots for side, shape in shapes.items()}
+    state, mean, spread = METHOD.state(start, kept=12), np.zeros((4, 3)), np.zeros((4, 3))
+    for round in range(1, rounds + 1):
+        told, numbers, ups = draw.random((2, 4, 3)), draw.normal(size=(2, 4, 3)), {}
+        for i, n in enumerate((1, 3)):
+            own = {name: torch.full_like(t, 2.0 + 4 * i) for name, t in start.items()}
+            own |= {f"{slot}.E": torch.tensor(numbers[i, j]).float() for j, slot in enumerate(slots)}
+            sensitivity = {slot: torch.tensor(told[i, j]).float() for j, slot in enumerate(slots)}
+            ups[str(i)] = Answer(own, sensitivity, n, 1.0)
+        state = method.average(state, ups, ServerEnv(None, ("0", "1"), 0, rounds, round=round))  # type: ignore[arg-type]
+        now = 0.25 * told[0] + 0.75 * told[1]
+        mean = 0.7 * mean + 0.3 * now
+        spread = 0.6 * spread + 0.4 * np.abs(now - mean)
+        kept = np.zeros(12, dtype=bool)
+        kept[np.argsort(-(mean * spread).ravel())[: method.budget(round, rounds, 12)]] = True
+        wanted = (0.25 * numbers[0] + 0.75 * numbers[1]) * kept.reshape(4, 3)
+        got = np.stack([state.params[f"{slot}.E"].numpy() for slot in slots])
+        assert np.allclose(got, wanted, atol=1e-6) and state.kept == kept.sum(), round
+        assert bool((state.params["a.P"] == 5).all()) and bool((state.params["d.Q"] == 5).all())
+
+
+def test_clients_train_with_the_penalty_and_tell_their_sensitivities() -> None:
+    model = tiny.model("bert", SPEC, "float32")
+    here = ClientEnv("a", model, {"train": tiny.examples(tiny.place(1), 5)}, 0, 3, 1, "train")
+    (fit,), up, _ = turn(METHOD(penalty=0.3), Weights(here.initial()), here)
+    assert fit.penalty == Orthogonal(0.3) and fit.train is None
+    assert tree.sha256(up.sensitivities) == tree.sha256(sensitivities(model.fit(fit))) and up.examples == 5
 
 
 def test_a_run_ends_with_its_budget() -> None:

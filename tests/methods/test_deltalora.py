@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor
 import tiny
 from fedpeft.core import changes, pairs, tree
 from fedpeft.core.adapter import Lora, Prefix
-from fedpeft.core.changes import Copy
 from fedpeft.core.errors import ConfigError, RecordError
 from fedpeft.core.exchange import ClientEnv, ServerEnv
 from fedpeft.core.fit import AdamW, Fit
@@ -20,20 +20,10 @@ from fedpeft.core.method import local_batches
 from fedpeft.core.tree import Params
 from fedpeft.methods.deltalora import Answer, Broadcast, DeltaLora, fits, path
 from fedpeft.models.hf import HFModel
+from turns import turn
 
 SPEC = Lora(rank=2, alpha=3.0, targets=("query", "value"), blocks=(0, 1))
 C = 1.5
-
-
-def turn(method: DeltaLora, down: Broadcast, here: ClientEnv) -> tuple[Answer, Copy]:
-    work = method.train(down, Copy(), here)
-    try:
-        fit = next(work)
-        while True:
-            fit = work.send(here.model.fit(fit))
-    except StopIteration as stop:
-        result: tuple[Answer, Copy] = stop.value
-        return result
 
 
 @pytest.mark.parametrize("first", [0, 2])
@@ -44,7 +34,7 @@ def test_a_turn_is_the_papers_loop(first: int) -> None:
     here = ClientEnv("a", model, {"train": data}, 0, 3, 1, "train")
     method = DeltaLora(lr=0.05, batch_size=3, epochs=1, weight=0.7, start_steps=first)
     params = {name: t.double() for name, t in tiny.params(model, tiny.place()).items()}
-    up, _ = turn(method, Broadcast(params, changes.news_for(changes.Changed(), "a")), here)
+    up = turn(method, Broadcast(params, changes.news_for(changes.Changed(), "a")), here).up
 
     body = copy.deepcopy(tiny.module("bert"))
     moving = HFModel(tiny.freeze(body, None, "moving", tiny.CPU), SPEC, 3)
@@ -79,7 +69,7 @@ def test_without_weight_it_is_lora() -> None:
     down = Broadcast(params, changes.news_for(changes.Changed(), "a"))
     method = DeltaLora(lr=0.05, batch_size=3, weight=0.0)
     plain = model.fit(Fit(params, here.data, local_batches(method, here), AdamW(0.05)))
-    up, _ = turn(method, down, here)
+    up = turn(method, down, here).up
     for name, t in plain.params.items():
         torch.testing.assert_close(up.params[name], t, rtol=1e-9, atol=1e-12)
 
@@ -103,6 +93,26 @@ def test_the_server_adds_the_mean_path_of_the_weights() -> None:
     assert tree.sha256({n: t for n, t in result.items() if not n.startswith("delta")}) == tree.sha256(same)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_turn_acts_over_what_the_weights_have_moved(first: int) -> None:
+    """W's change of earlier rounds lies under every step; from step K on there is also what takes away c B_K A_K."""
+    model = tiny.model("bert", SPEC)
+    here = ClientEnv("a", model, {"train": tiny.examples(tiny.place(1), 6)}, 0, 3, 2, "train")
+    params = {name: t.double() for name, t in tiny.params(model, tiny.place()).items()}
+    moved = pairs.as_delta({name: t.double() for name, t in tiny.params(model, tiny.place(7)).items()}, 1.0)
+    changed = changes.advanced(changes.Changed(), moved, ())
+    method = DeltaLora(batch_size=3, weight=0.5, start_steps=first)
+    fits, _, memory = turn(method, Broadcast(params, changes.news_for(changed, "a")), here)
+    assert tree.sha256(memory.total) == tree.sha256(changed.total) and memory.version == 1
+    assert len(fits) == 1 + first and {fit.steps for fit in fits} == {2 - first}
+    assert [len(fit.also) for fit in fits] == [1] * first + [2]
+    assert all(tree.sha256(fit.also[0]) == tree.sha256(changed.total) for fit in fits)
+    start = pairs.factors(fits[-1].params)
+    assert tree.sha256(fits[-1].also[1]) == tree.sha256(pairs.as_delta(start, -0.5 * C))
+    again = turn(method, Broadcast(params, changes.news_for(replace(changed, known={"a": 1}), "a")), here, memory)
+    assert tree.sha256(again.fits[-1].also[0]) == tree.sha256(changed.total), "it is remembered, not sent again"
+
+
 def test_in_company_every_client_has_its_own_echo() -> None:
     model = tiny.model("bert", SPEC)
     made = []
@@ -121,7 +131,7 @@ def test_what_is_refused() -> None:
     model = tiny.model("bert", SPEC)
     here = ClientEnv("a", model, {"train": tiny.examples(tiny.place(1), 6)}, 0, 3, 1, "train")
     down = Broadcast(here.initial(), changes.news_for(changes.Changed(), "a"))
-    up, _ = turn(DeltaLora(), down, here)
+    up = turn(DeltaLora(), down, here).up
     fits(down, up)
     with pytest.raises(RecordError):
         fits(down, Answer(up.params, pairs.factors(up.params), up.examples, up.loss))

@@ -17,7 +17,7 @@ from fedpeft.core import changes, pairs, tree
 from fedpeft.core.adapter import Lora, Prefix
 from fedpeft.core.changes import Changed, Copy
 from fedpeft.core.errors import ConfigError, RecordError
-from fedpeft.core.exchange import Method, ServerEnv, Update
+from fedpeft.core.exchange import ClientEnv, Method, ServerEnv, Update
 from fedpeft.core.federate import Done, federate
 from fedpeft.core.tree import Params
 from fedpeft.engines.inprocess import InProcess
@@ -31,6 +31,7 @@ from fedpeft.methods.hetlora import HetLora
 from fedpeft.methods.lora_fair import LoraFair
 from fedpeft.methods.rolora import RoLora
 from fedpeft.planner.device import Profile
+from turns import turn
 
 SLOT, OWN = "block.0.query", {"head.weight": torch.zeros(1, 1), "head.bias": torch.zeros(1)}
 SPEC = Lora(rank=4, alpha=6.0)
@@ -140,6 +141,19 @@ def test_stacked_factors_and_residuals_are_exact() -> None:
     if f"delta.{SLOT}.left" in step:
         parts = step[f"delta.{SLOT}.left"].numpy() @ step[f"delta.{SLOT}.right"].numpy()
     assert np.allclose(parts, 0, atol=1e-12), "one client has no residual"
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "fedsa_lora"])
+def test_the_head_is_the_mean_by_examples(name: str) -> None:
+    """Of clients with 1, 2 and 5 examples the heads 1, 2 and 4 give 25 / 8."""
+    method: Any = methods.load(name)()
+    (exchange,), state, ups = method.round(), method.init(ranked(2)), {}
+    sides = "B" if name in ("ffa_lora", "rolora") else "AB"
+    for (client, up), value in zip(golden().items(), (1.0, 2.0, 4.0), strict=True):
+        head = {own: torch.full_like(t, value) for own, t in OWN.items()}
+        ups[client] = replace(up, params={**pairs.factors(up.params, sides), **head})
+    result = method.result(exchange.fold(state, ups, ranked(2)))
+    assert [result[own].item() for own in OWN] == [25 / 8, 25 / 8]
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -274,6 +288,44 @@ def test_the_global_model_is_the_mean_of_the_clients_models(method: Any) -> None
             assert torch.allclose(got + own, expected, atol=1e-5)
             total[stem] = expected if isinstance(method, FLora) else expected - own
     assert any(name.endswith("dense") for name in done[-1].state.changed.total), "the factors became a matrix"
+
+
+def here(model: Any, client: str = "a", round: int = 1) -> ClientEnv:
+    return ClientEnv(client, model, {"train": tiny.examples(tiny.place(ord(client)), 6)}, 0, 3, round, "train")
+
+
+@pytest.mark.parametrize("method", [FLora(lr=0.01), FedExLora(lr=0.01)])
+def test_clients_train_over_what_was_folded_into_the_base(method: Any) -> None:
+    """Nothing in the first round; in the second the delta that the server made of both clients' answers."""
+    model = tiny.model("bert", SPEC, "float32")
+    server = ServerEnv(model, ("a", "b"), 0, 3, round=1)
+    state = method.init(server)
+    first = {client: turn(method, method.send(state, client), here(model, client)) for client in "ab"}
+    assert all(fit.also == () for own in first.values() for fit in own.fits)
+    fold = method.round()[0].fold
+    after = fold(state, {client: own.up for client, own in first.items()}, server)
+    second = turn(method, method.send(after, "a"), here(model, "a", 2), first["a"].memory)
+    assert any(t.any() for t in after.changed.total.values())
+    ((delta,),) = (fit.also for fit in second.fits)
+    assert tree.sha256(delta) == tree.sha256(after.changed.total)
+
+
+def test_flora_draws_factors_for_every_turn() -> None:
+    model = tiny.model("bert", SPEC, "float32")
+    down = FLora().send(FLora().init(ServerEnv(model, ("a", "b"), 0, 3)), "a")
+    starts = [turn(FLora(), down, here(model, *place)).fits[0].params for place in (("a", 1), ("a", 2), ("b", 1))]
+    for stem in down.widths:
+        drawn = torch.stack([start[f"{stem}.A"] for start in starts])
+        assert len(drawn.unique(dim=0)) == 3 and not any(start[f"{stem}.B"].any() for start in starts)
+
+
+def test_fedsa_lora_goes_on_with_its_own_factors_and_head() -> None:
+    model, method = tiny.model("bert", SPEC, "float32"), FedSALora(lr=0.01)
+    down = method.send(method.init(ServerEnv(model, ("a",), 0, 3)), "a")
+    own = pairs.others({name: t.float() for name, t in tiny.params(model, tiny.place(3)).items()}, "A")
+    (fit,), _, after = turn(method, down, here(model), Memory(own))
+    assert tree.sha256(fit.params) == tree.sha256({**down.params, **own})
+    assert tree.sha256(after.local) == tree.sha256(pairs.others(model.fit(fit).params, "A"))
 
 
 def test_flora_starts_from_another_adapter_by_folding_it_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from fedpeft.core.adapter import Lora, Prefix
 from fedpeft.core.errors import ConfigError
 from fedpeft.core.exchange import ClientEnv, ServerEnv, Update, Weights
 from fedpeft.core.federate import Done, federate
-from fedpeft.core.fit import Fit
 from fedpeft.core.tree import block_of
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.methods.fedalt import FedAlt, Memory
 from fedpeft.methods.slora import SLora, State, scattered, under_mask
+from turns import turn
 
 SAME: dict[str, Any] = {"cohort": 3, "epochs": 1, "batch_size": 4, "lr": 5e-3}
 
@@ -61,14 +62,7 @@ def test_whose_turn_it_is(updates: Any) -> None:
     model = tiny.model("bert", Lora(rank=4), "float32")
     here = ClientEnv("a", model, {"train": tiny.examples(tiny.place(1), 9)}, 0, 3, 1, "train")
     down = method.send(method.init(ServerEnv(model, ("a",), 0, 3)), "a")
-    work, fits = method.train(down, Memory(), here), []
-    try:
-        fit: Fit = next(work)
-        while True:
-            fits.append(fit)
-            fit = work.send(model.fit(fit))
-    except StopIteration as stop:
-        up, memory = stop.value
+    fits, up, memory = turn(method, down, here)
     assert isinstance(down, Weights) and up.params.keys() == down.params.keys()
     own = here.initial().keys() - down.params.keys()
     names = [set(fit.trained) for fit in fits]
@@ -76,6 +70,31 @@ def test_whose_turn_it_is(updates: Any) -> None:
     if updates == "alternating":
         assert fits[0].batches != fits[1].batches
         assert all(torch.equal(fits[1].params[name], memory.local[name]) for name in own)
+    later = turn(method, down, here, memory).fits[0].params
+    assert all(torch.equal(later[name], memory.local[name]) for name in own), "its own layers go on where they were"
+    assert all(torch.equal(later[name], t) for name, t in down.params.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "round", "parts"),
+    [
+        (FedAlt(), 1, ("shared",)),
+        (SLora(stage_rounds=2), 1, ("values", "params")),
+        (SLora(stage_rounds=2), 3, ("params",)),
+    ],
+    ids=["fedalt", "slora-1", "slora-2"],
+)
+def test_every_mean_is_weighted_by_examples(method: Any, round: int, parts: tuple[str, ...]) -> None:
+    """Of clients with 1 and 3 rows the numbers 2 and 6 give 5, whatever it is that travels."""
+    env = ServerEnv(tiny.model("bert", dtype="float32"), ("a", "b"), 0, 4, round=round)
+    state = method.init(env)
+    if round == 3:
+        state = replace(state, values={})
+    sent = method.send(state, "a").params
+    told = (("a", 2.0, 1), ("b", 6.0, 3))
+    ups = {c: Update({name: torch.full_like(t, x) for name, t in sent.items()}, n, 1.0) for c, x, n in told}
+    found = tree.overlay(*(getattr(method.average(state, ups, env), part) for part in parts))
+    assert all(bool((found[name] == 5).all()) for name in sent)
 
 
 # --- SLoRA ------------------------------------------------------------------------------------------------------------
@@ -98,6 +117,39 @@ def test_stage_one_trains_a_common_sparse_part_and_sends_its_numbers() -> None:
     assert not done[1].state.values, "the second round is the last of stage 1"
     assert done[-1].state.params.keys() == model.init(tiny.place()).keys()
     assert done[-1].state.loss < done[0].state.loss
+
+
+def test_a_stage_has_its_own_rate_and_goes_on_from_what_was_sent() -> None:
+    """In stage 1 the numbers under the mask start at the server's, and they and the head alone may change."""
+    method = SLora(**SAME, stage_rounds=2, density=0.02, stage_lr=0.25)
+    model = tiny.model("bert", Lora(rank=4, alpha=6.0), "float32")
+    here = ClientEnv("a", model, {"train": tiny.examples(tiny.place(1), 9)}, 0, 8, 2, "train")
+    state = method.init(ServerEnv(model, ("a",), 0, 8))
+    drawn = {name: 0.01 * torch.arange(1.0, len(t) + 1) for name, t in state.values.items()}
+    down = method.send(replace(state, values=drawn), "a")
+    (fit,), up, _ = turn(method, down, here)
+    assert fit.optimizer.lr == 0.25 and not fit.rates
+    for stem in state.widths:
+        places = under_mask(0, stem, (tiny.WIDTH, tiny.WIDTH), 0.02)
+        change, mask = fit.params[f"delta.{stem}.dense"].flatten(), (fit.mask or {})[f"delta.{stem}.dense"].flatten()
+        assert torch.equal(change[places], drawn[f"values.{stem}"]) and int((change != 0).sum()) == len(places)
+        assert bool((mask[places] == 1).all()) and int(mask.sum()) == len(places)
+    assert fit.params.keys() - {f"delta.{stem}.dense" for stem in state.widths} == pairs.others(state.params).keys()
+    assert up.params.keys() == down.params.keys()
+    (later,), _, _ = turn(method, method.send(replace(state, values={}), "a"), here)
+    assert later.optimizer.lr == SAME["lr"] and later.mask is None and later.params.keys() == state.params.keys()
+
+
+def test_components_that_the_change_does_not_have_stay_as_they_were_drawn() -> None:
+    """Where there is no singular value, B is zero and A fresh: rows of zeros on both sides would never train."""
+    model = tiny.model("bert", Lora(rank=4, alpha=6.0), "float32")
+    env = ServerEnv(model, ("a",), 0, 8, round=4)
+    method = SLora(stage_rounds=4, density=0.05)
+    state = method.init(env)
+    nothing = Update({**state.values, **pairs.others(state.params)}, 5, 1.0)
+    end = method.average(state, {"a": nothing}, env)
+    for stem in state.widths:
+        assert torch.equal(end.params[f"{stem}.A"], state.params[f"{stem}.A"]) and not end.params[f"{stem}.B"].any()
 
 
 def test_factors_start_from_the_best_approximation_of_the_change() -> None:

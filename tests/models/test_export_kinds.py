@@ -16,7 +16,17 @@ from torch import Tensor
 import tiny
 import tiny_lm
 from fedpeft.core import tree
-from fedpeft.core.adapter import AdapterSpec, Bottleneck, InstancePrompt, LatePrompt, Lora, MixedPrompt, Prefix, Prompt
+from fedpeft.core.adapter import (
+    AdapterSpec,
+    Bottleneck,
+    Full,
+    InstancePrompt,
+    LatePrompt,
+    Lora,
+    MixedPrompt,
+    Prefix,
+    Prompt,
+)
 from fedpeft.core.errors import ModelError
 from fedpeft.core.examples import Examples
 from fedpeft.models.export import export_adapter, export_merged, import_adapter
@@ -35,6 +45,7 @@ KINDS: dict[str, AdapterSpec] = {
     "idpg": InstancePrompt(length=P, size=3),
     "lpt": LatePrompt(length=P, size=3),
     "lora": Lora(rank=2),
+    "full": Full(),
 }
 PEFT = {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING", "lora": "LORA"}
 
@@ -145,7 +156,7 @@ def test_an_exported_prompt_is_a_source_of_a_mixture(tmp_path: Path) -> None:
     assert tree.sha256(import_adapter(tmp_path / "mixed", mixed)) == tree.sha256(own)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("lora", "full")])
 def test_what_is_no_change_of_weights_cannot_be_merged(kind: str, tmp_path: Path) -> None:
     model = tiny.model("bert", KINDS[kind], dtype="float32")
     with pytest.raises(ModelError, match="cannot be folded into the weights; export it without --merge"):

@@ -58,7 +58,9 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
         },
         "model": {
             "name": fed.config.model.name,
-            "parameters": sum(p.numel() for p in fed.base.module.parameters()),
+            "precision": fed.base.precision,
+            "parameters": fed.base.weights,
+            "base_bytes": fed.base.weight_bytes,
             "trainable_parameters": tree.count(fed.initial),
             "device": str(fed.base.device),
         },
@@ -82,8 +84,8 @@ def _estimate(fed: Federation) -> dict[str, Any]:
     cohort = min(int(getattr(fed.method, "cohort", 0)) or clients, clients)
     passes = rows_per_client(fed) / len(train)  # a client's rows of one round, as a share of all rows
     whole = fed.model.cost(Fit(fed.initial, train, [range(len(train))], SGD(0.0)))
-    tokens, pairs = (int(passes * count) for count in whole)
-    flops = train_flops(fed.shape, tokens, pairs, fed.model.lowest_block(fed.initial))
+    tokens, pairs, products = (int(passes * count) for count in whole)
+    flops = train_flops(fed.shape, tokens, pairs, fed.model.lowest_block(fed.initial)) + 2 * products
     sent = bytes_down(fed)
     device = next(iter(fed.resources.values()))
     seconds = device.latency_s + sent / device.down_bytes_per_s + sent / device.up_bytes_per_s
@@ -129,13 +131,13 @@ def bytes_down(fed: Federation) -> int:
 
 def memory_bytes(fed: Federation, together: int) -> int:
     """The base, the trained parameters of `together` clients with their optimizers, and one part of a step."""
-    base = sum(int(p.numel() * p.element_size()) for p in fed.base.module.parameters())
+    base = fed.base.weight_bytes
     own = tree.count(fed.initial) * 4 * FLAT_COPIES
     longest = int(row_lengths(fed).max())
     tokens = min(fed.config.run.token_budget, together * int(getattr(fed.method, "batch_size", 1)) * longest)
-    width = int(next(fed.base.module.parameters()).element_size())
+    width = fed.base.dtype.itemsize
     blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
-    activations = width * kept_numbers(fed.shape, blocks) * max(tokens, longest)
+    activations = width * kept_numbers(fed.shape, blocks, bool(fed.model.weights)) * max(tokens, longest)
     return int(base + own * together + activations + lm_head_bytes(fed, max(tokens, longest)))
 
 
@@ -148,12 +150,16 @@ def lm_head_bytes(fed: Federation, tokens: int) -> int:
     return int(lm.own_bytes + logits)
 
 
-def kept_numbers(shape: Shape, blocks: int) -> int:
+def kept_numbers(shape: Shape, blocks: int, trained: bool = False) -> int:
     """Numbers per token that the backward pass through the upper `blocks` blocks keeps.
 
     Frozen matrices keep nothing; norms, attention and adapters keep tensors of hidden width, activations their input.
+
+    Args:
+        trained: whether the matrices train themselves, for which each keeps its input.
     """
-    return blocks * (HIDDEN_COPIES * shape.hidden + (shape.mlp_matrices - 1) * shape.intermediate)
+    inputs = 3 * shape.hidden + shape.intermediate if trained else 0  # query, key and value share one
+    return blocks * (HIDDEN_COPIES * shape.hidden + (shape.mlp_matrices - 1) * shape.intermediate + inputs)
 
 
 def _top_share(labels: NDArray[np.int64]) -> float:

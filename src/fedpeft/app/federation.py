@@ -188,7 +188,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
     """
     method = build_method(config)
     task = load_task(task_spec(config))
-    base = load_base(config.model.name, config.model.dtype, config.model.device)
+    base = load_base(config.model.name, config.model.dtype, config.model.device, config.model.quantize)
     spec = adapter_spec(config)
     if refusal := method.accepts(spec):
         raise ModelError(refusal)
@@ -246,11 +246,11 @@ def _kind_of(folder: Path) -> str:
 def _resolved(config: RunConfig, task: Task, model: HFModel, clients: int) -> RunConfig:
     """The configuration with what `auto`, `off` and null mean here, so that a resumed run does the same."""
     setting = config.run.cohort_batching
-    if setting == "auto":
+    if setting == "off" or (setting == "auto" and model.weights):  # weights of their own train one after another
+        setting = 1
+    elif setting == "auto":
         own = tree.count(model.init(rng_for(0, "adapter"))) * 4 * FLAT_COPIES
         setting = max(1, min(AUTO_CLIENTS, AUTO_BYTES // own, clients))
-    elif setting == "off":
-        setting = 1
     threads = torch.get_num_threads() if config.run.threads == "auto" else config.run.threads
     run = config.run.model_copy(update={"cohort_batching": setting, "threads": threads})
     where = config.model.model_copy(update={"device": str(model.device)})

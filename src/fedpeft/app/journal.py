@@ -15,10 +15,10 @@ from fedpeft.app.generating import speak, with_texts
 from fedpeft.app.ledger import Ledger
 from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
-from fedpeft.core.adapter import HeadOnly
 from fedpeft.core.errors import ModelError
 from fedpeft.core.federate import Done
 from fedpeft.models.export import export_adapter, export_merged
+from fedpeft.models.load import Base
 from fedpeft.progress import Listener, Progress
 from fedpeft.runs.stopping import Limits
 from fedpeft.runs.store import Checkpoint, RunFolder
@@ -213,7 +213,7 @@ class Journal:
     def _export(self, best: tree.Params) -> None:
         """Write `adapter/`; PEFT cannot hold a head alone, so that is written as a whole model."""
         model = self.fed.model
-        write = export_merged if isinstance(model.spec, HeadOnly) else export_adapter
+        write = export_merged if best.keys() <= model.readout.params else export_adapter
         summary = self.folder.manifest().get("metrics", {}).get("best", {})
         scores = {split: values for split, values in summary.items() if split != "round"}
         card = card_facts(self.fed, summary.get("round"), scores)
@@ -252,6 +252,7 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
     """
     return {
         "base_model": fed.config.model.name,
+        **({"base_in_training": trained_on(fed.base)} if fed.base.quantized else {}),
         "task": fed.config.task.name,
         "method": fed.config.method.name,
         "rounds": rounds,
@@ -260,6 +261,11 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         **({} if fed.format.prompting is None else fed.format.prompting.facts),
         "metrics": metrics,
     }
+
+
+def trained_on(base: Base) -> str:
+    """What a model card says of a quantised base."""
+    return f"its blocks' weights rounded to {base.quantized}; a merged model has the full ones"
 
 
 def exchange_lines(done: Done) -> Iterator[dict[str, Any]]:

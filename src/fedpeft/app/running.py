@@ -175,6 +175,7 @@ def _identity(fed: Federation) -> dict[str, Any]:
         "labels": list(fed.task.labels),
         "data_sha256": fed.task.sha256,
         "model_sha256": fed.base.sha256,
+        "model_precision": fed.base.precision,
         "initial_sha256": tree.sha256(fed.initial),
         "partition_sha256": fed.partition.sha256,
         "trainable_parameters": tree.count(fed.initial),

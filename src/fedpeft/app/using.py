@@ -120,6 +120,8 @@ def export(
             cannot hold what was trained.
     """
     opened, fed = _opened(folder)
+    if fed.model.weights and fed.model.readout.params and not merge:  # a format without a head has no merged model
+        raise RequestError("adapter.kind full trains all weights, which are a whole model, no adapter; add --merge")
     params = _params(opened, fed, client)
     manifest = opened.manifest()
     summary: Mapping[str, Any] = manifest.get("metrics", {}).get("best", {}) if client is None else {}

@@ -37,8 +37,9 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the base; adapters train in float32."""
 
-    quantize: Literal["none"] = "none"
-    """Quantisation of the base."""
+    quantize: Literal["none", "int8", "nf4", "nf4dq"] = "none"
+    """Number format that the frozen blocks' linear weights are kept in: `nf4dq` takes the least memory, `int8` is
+    the most exact; a step takes longer with each of them."""
 
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """Where the model computes; `auto` takes a GPU where there is one."""

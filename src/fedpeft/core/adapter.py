@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,15 @@ class LatePrompt:
     block: int | None = None  # the block that the prompt enters; None: the middle one
 
 
+@dataclass(frozen=True)
+class Full:
+    """No adapter: all weights of the base train, in a copy of every client's own (vanilla fine-tuning)."""
+
+    kind: ClassVar[str] = "full"
+
+
 AdapterSpec: TypeAlias = (
-    Lora | AdaLora | HeadOnly | Prefix | Prompt | Bottleneck | InstancePrompt | MixedPrompt | LatePrompt
+    Lora | AdaLora | HeadOnly | Prefix | Prompt | Bottleneck | InstancePrompt | MixedPrompt | LatePrompt | Full
 )
 
-_KINDS = (Lora, AdaLora, HeadOnly, Prefix, Prompt, Bottleneck, InstancePrompt, MixedPrompt, LatePrompt)
-ADAPTERS: dict[str, type[AdapterSpec]] = {spec.kind: spec for spec in _KINDS}
+ADAPTERS: dict[str, type[AdapterSpec]] = {spec.kind: spec for spec in get_args(AdapterSpec)}

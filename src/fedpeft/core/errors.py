@@ -33,6 +33,17 @@ class RequestError(FedpeftError):
     """The request is wrong or cannot be met; the message says what to change."""
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that memory ran out."""
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if "can't allocate memory" in str(error):  # torch on the CPU
+            return True
+        error = error.__cause__
+    return False
+
+
 class ConfigError(RequestError):
     """One or more problems of a configuration, reported together.
 

@@ -61,6 +61,11 @@ class Model(Protocol):
         """The adapter that `init` draws."""
         ...
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The base's configuration as plain data (`config.json`), from which its cost follows."""
+        ...
+
     def init(self, rng: Rng) -> dict[str, Tensor]:
         """Fresh adapter parameters; a new adapter leaves the base's outputs unchanged wherever its kind allows."""
         ...
@@ -157,6 +162,7 @@ class Meter:
     Attributes:
         trained: (tokens, pairs) that went forward and backward, by the lowest block that the backward pass entered;
             pairs is the sum over rows of tokens times the keys that they attend to.
+        products: multiply-adds of backward passes beyond those of adapters, where the base's own weights train.
     """
 
     steps: int = 0
@@ -164,6 +170,7 @@ class Meter:
     trained: dict[int, tuple[int, int]] = field(default_factory=dict)
     forward_tokens: int = 0  # forward alone
     forward_pairs: int = 0
+    products: int = 0
 
     @property
     def trained_tokens(self) -> int:
@@ -179,6 +186,7 @@ class Meter:
         """Count one finished Fit."""
         self.steps += fitted.steps
         self.examples += fitted.examples
+        self.products += fitted.products
         self.train(fitted.tokens, fitted.pairs, lowest_block)
 
     def train(self, tokens: int, pairs: int, lowest_block: int) -> None:

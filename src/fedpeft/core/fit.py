@@ -130,7 +130,7 @@ class Fit:
     optimizer: Optimizer
     train: frozenset[str] | None = None  # names that change (None: all); the rest is applied, frozen
     also: tuple[Params, ...] = ()  # further adapters or base deltas, applied, frozen
-    base: str = ""  # precision of the base; "" is the model's own
+    base: str = ""  # precision of the base (bfloat16, int8, nf4, ...); "" is the model's own
     clip: float | None = None  # bound on the gradient's norm, over all trained parameters of this client
     mask: Params | None = None  # 1 where a number may change, 0 where it stays (drift still enters its moments)
     drift: Params | None = None  # added to the clipped gradient at every step
@@ -143,6 +143,7 @@ class Fit:
     seed: int = 0  # of the dropout noise
     dropout: float = 0.0  # probability; 0: the model is deterministic
     soften: Soften | None = None  # targets of hard rows; the losses that are told stay the plain ones
+    checkpointing: bool = False  # compute the blocks again in the backward pass: less memory, more time, equal results
 
     @property
     def steps(self) -> int:
@@ -166,6 +167,7 @@ class Fitted:
     moments: Moments
     tokens: int = 0  # real tokens that went through the model, padding not counted
     pairs: int = 0  # sum of squared lengths: what attention costs
+    products: int = 0  # multiply-adds of the backward pass beyond those of adapters: the base's own weights trained
 
     @property
     def loss(self) -> float:

@@ -12,6 +12,7 @@ from fedpeft.core.errors import ConfigError
 from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import ClientEnv, Exchange, Method, Nothing, Record
 from fedpeft.core.fit import SGD, AdamW, Fit, Optimizer
+from fedpeft.core.rng import rng_for
 from fedpeft.core.tree import Params
 
 M = TypeVar("M", bound=Method)
@@ -125,6 +126,18 @@ def local_batches(
         epochs = math.ceil(steps / max(1, math.ceil(len(used) / method.batch_size)))
     batches = epoch_batches(len(used), epochs, method.batch_size, rng)
     return [[used[i] for i in batch] for batch in batches[:steps]]
+
+
+def stream_batches(env: ClientEnv, cursor: int, steps: int, batch_size: int) -> list[list[int]]:
+    """Whole batches from the client's endless stream of rows: one shuffled epoch after another, from a place on.
+
+    A client that stops early in one round goes on there in the next, and sees all of its rows over the rounds.
+    """
+    n, last = len(env.data), cursor + steps * batch_size
+    epochs = range(cursor // n, (last - 1) // n + 1)
+    orders = {e: rng_for(env.seed, "stream", round=e, client=env.client).permutation(n) for e in epochs}
+    rows = [int(orders[place // n][place % n]) for place in range(cursor, last)]
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
 def local_optimizer(name: str, method: Training) -> Optimizer:

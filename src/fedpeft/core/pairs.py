@@ -5,7 +5,7 @@ The methods of the LoRA family differ in what they train, send and combine of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -50,13 +50,34 @@ def ranks(params: Params) -> dict[str, int]:
     return {stem: int(params[f"{stem}.A"].shape[0]) for stem in stems(params)}
 
 
+def of(params: Params, slots: Collection[str]) -> dict[str, Tensor]:
+    """The factors of these slots, and everything that is no factor."""
+    return tree.select(params, lambda name: not is_factor(name) or name.rpartition(".")[0] in slots)
+
+
 def cut(params: Params, rank: int) -> dict[str, Tensor]:
     """The first `rank` rows of every A and columns of every B; slots of less rank and the head stay as they are."""
+    return cut_each(params, dict.fromkeys(stems(params), rank))
+
+
+def cut_each(params: Params, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """The first components of every slot, as many as its rank; what has no rank stays as it is."""
     own = dict(params)
     for stem in stems(params):
-        own[f"{stem}.B"] = params[f"{stem}.B"][:, :rank].clone()
-        own[f"{stem}.A"] = params[f"{stem}.A"][:rank].clone()
+        if stem in ranks:
+            own[f"{stem}.B"] = params[f"{stem}.B"][:, : ranks[stem]].clone()
+            own[f"{stem}.A"] = params[f"{stem}.A"][: ranks[stem]].clone()
     return own
+
+
+def rest_of(params: Params, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """What `cut_each` leaves: the further components of the slots that have a rank, and the slots that have none."""
+    rest: dict[str, Tensor] = {}
+    for stem in stems(params):
+        b, a = pair(params, stem)
+        if (first := ranks.get(stem, 0)) < len(a):
+            rest |= {f"{stem}.B": b[:, first:].clone(), f"{stem}.A": a[first:].clone()}
+    return rest
 
 
 def combined(parts: Sequence[Params], how: Combine, before: Params) -> dict[str, Tensor]:

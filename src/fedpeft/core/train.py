@@ -70,8 +70,13 @@ class Objective(Protocol):
         """
         ...
 
-    def cost(self, fit: Fit) -> tuple[int, int]:
-        """Real tokens that go through the model in a fit, and the sum over rows of tokens times keys they attend to."""
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        """What a fit takes.
+
+        Returns:
+            real tokens that go through the model; the sum over rows of tokens times keys that they attend to; further
+            multiply-adds of the backward pass, see `Fitted.products`.
+        """
         ...
 
 
@@ -92,7 +97,8 @@ def train_many(fits: Sequence[Fit], objective: Objective, check: Callable[[Fit],
         else:
             dtypes = frozenset(t.dtype for t in fit.params.values())
             buffered = getattr(fit.optimizer, "momentum", 1.0) != 0  # without, SGD keeps no buffer
-            groups.setdefault((type(fit.optimizer), buffered, fit.penalty, fit.base, dtypes), []).append(i)
+            shared = (type(fit.optimizer), buffered, fit.penalty, fit.base, fit.checkpointing, dtypes)
+            groups.setdefault(shared, []).append(i)
     for members in groups.values():
         members.sort(key=lambda i: -fits[i].steps)
         results.update(zip(members, _train_group([fits[i] for i in members], objective), strict=True))

@@ -1,8 +1,8 @@
 """Low-rank factors: sums of products, their truncation, and the ways in which servers combine unequal factors.
 
 A pair is (B, A), B (d_out, r) and A (r, d_in), and stands for the product B A. Everything is computed in float64; the
-results are float64 too. Names follow the section on the federated LoRA family of the documentation: M = sum_k p_k B_k
-A_k is the mean of the products, B̄ and Ā are the means of the factors.
+results are float64 too. M = sum_k p_k B_k A_k is the mean of the clients' products, p_k their weights; B̄ and Ā are the
+means of their factors.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ def pad(pair: Pair, rank: int) -> Pair:
     return torch.nn.functional.pad(b.double(), (0, more)), torch.nn.functional.pad(a.double(), (0, 0, 0, more))
 
 
+def filled(pair: Pair, others: Pair) -> Pair:
+    """The pair with the components of another one from its own rank on."""
+    b, a = (t.double() for t in pair)
+    return torch.cat([b, others[0].double()[:, len(a) :]], dim=1), torch.cat([a, others[1].double()[len(a) :]])
+
+
 def cut(pair: Pair, rank: int) -> Pair:
     """The first columns of B and rows of A."""
     return pair[0].double()[:, :rank], pair[1].double()[:rank]
@@ -81,6 +87,44 @@ def truncate(pair: Pair, rank: int) -> Pair:
     u, s, v = svd(pair)
     kept = min(rank, len(s))
     return pad((u[:, :kept] * s[:kept], v[:, :kept].T), rank)
+
+
+def halves(pair: Pair, rank: int, negligible: float = 1e-6) -> Pair:
+    """The best pair of this rank whose factors share the singular values: B = U_r s_r^1/2, A = s_r^1/2 V_r^T.
+
+    Zeros where there is no singular value, or one of at most `negligible` times the largest.
+    """
+    u, s, v = svd(pair)
+    kept = min(rank, int((s > negligible * s[:1]).sum()))
+    root = s[:kept].sqrt()
+    return pad((u[:, :kept] * root, (v[:, :kept] * root).T), rank)
+
+
+def tail(pair: Pair, ranks: Sequence[int], weights: Sequence[float]) -> Pair:
+    """What those who train only the first r_i components leave as it was: sum over i of w_i B_k A_k for k >= r_i.
+
+    Args:
+        pair: the components that everybody was given.
+        ranks: r_i, how many of the first ones each trained.
+        weights: w_i, which sit on B.
+    """
+    b, a = pair
+    left = [sum(w for r, w in zip(ranks, weights, strict=True) if r <= k) for k in range(len(a))]
+    return b.double() * torch.tensor(left, dtype=torch.float64, device=b.device), a.double()
+
+
+def slices(pairs: Sequence[Pair], weights: Sequence[float], before: Pair) -> Pair:
+    """Component by component the weighted mean of the factors of those who have it; as before where nobody has it."""
+    top, n = len(before[1]), len(pairs)
+    padded = [pad(pair, top) for pair in pairs]
+    has = torch.tensor([[float(len(a) > k) for k in range(top)] for _, a in pairs], dtype=torch.float64)
+    share = has * torch.tensor(list(weights), dtype=torch.float64)[:, None]
+    total = share.sum(dim=0)
+    share = share / torch.where(total > 0, total, torch.ones_like(total))
+    old = (total == 0).double()
+    b = sum((padded[i][0] * share[i] for i in range(n)), before[0].double() * old)
+    a = sum((padded[i][1] * share[i][:, None] for i in range(n)), before[1].double() * old[:, None])
+    return torch.as_tensor(b), torch.as_tensor(a)
 
 
 def refit(pair: Pair, a: Tensor, ridge: float) -> Tensor:

@@ -39,6 +39,7 @@ from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, Server
 from fedpeft.core.fit import AdamW, Fit, Fitted
 from fedpeft.core.method import check_ranges, mean_loss, ordinary_fit
 from fedpeft.core.tree import Params
+from fedpeft.maths.sensitivity import Smoothed, grams, stems, triplet_scores
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,8 @@ class Orthogonal:
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         """(clients,) from stacked params, each (clients, ...)."""
         total = torch.zeros(len(next(iter(params.values()))))
-        for stem in triplets(params):
-            p, q = params[f"{stem}.P"], params[f"{stem}.Q"]
-            for square in (p.transpose(1, 2) @ p, q @ q.transpose(1, 2)):
-                rest = square - torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
-                total = total.to(rest) + rest.square().sum(dim=(1, 2))
+        for rest in grams(params):
+            total = total.to(rest) + rest.square().sum(dim=(1, 2))
         return self.weight * total
 
 
@@ -63,8 +61,7 @@ class State:
     """What the server knows."""
 
     params: Params  # P, E, Q and the head
-    smoothed: Params = field(default_factory=dict)  # (rank,) by slot: mean sensitivity
-    uncertain: Params = field(default_factory=dict)  # (rank,) by slot: how much it changes
+    smoothed: Smoothed = field(default_factory=Smoothed)  # (rank,) by slot: mean sensitivity, and how much it changes
     kept: int = 0  # triplets in the budget
     loss: float | None = None  # mean training loss of the last cohort; None before the first
 
@@ -104,7 +101,7 @@ class AdaLoraMethod(Tuning):
     def init(self, env: ServerEnv) -> State:
         """Fresh triplets, all in the budget."""
         params = env.initial()
-        return State(params, kept=sum(len(params[f"{stem}.E"]) for stem in triplets(params)))
+        return State(params, kept=sum(len(params[f"{stem}.E"]) for stem in stems(params)))
 
     def round(self) -> tuple[Exchange, ...]:
         """One round."""
@@ -123,12 +120,8 @@ class AdaLoraMethod(Tuning):
         """The mean; sensitivities are smoothed, and E outside of the budget is zero."""
         params = tree.mean((up.params, up.examples) for up in ups.values())
         found = tree.mean((up.sensitivities, up.examples) for up in ups.values())
-        before = state.smoothed or tree.zeros_like(found)
-        smoothed = tree.map2(lambda old, new: self.beta1 * old + (1 - self.beta1) * new, before, found)
-        change = tree.map2(lambda new, old: (new - old).abs(), found, smoothed)
-        old = state.uncertain or tree.zeros_like(found)
-        uncertain = tree.map2(lambda last, new: self.beta2 * last + (1 - self.beta2) * new, old, change)
-        importance = tree.map2(torch.mul, smoothed, uncertain)
+        smoothed = state.smoothed.after(found, self.beta1, self.beta2)
+        importance = smoothed.scores
         total = sum(len(t) for t in importance.values())
         kept = self.budget(env.round, env.rounds, total)
         every = torch.cat([importance[stem] for stem in sorted(importance)])
@@ -137,7 +130,7 @@ class AdaLoraMethod(Tuning):
         parts = torch.split(inside, [len(importance[stem]) for stem in sorted(importance)])
         for stem, own in zip(sorted(importance), parts, strict=True):
             params[f"{stem}.E"] = torch.where(own, params[f"{stem}.E"], torch.zeros_like(params[f"{stem}.E"]))
-        return State(params, smoothed, uncertain, kept, mean_loss(ups.values()))
+        return State(params, smoothed, kept, mean_loss(ups.values()))
 
     def budget(self, round: int, rounds: int, total: int) -> int:
         """How many triplets are kept after a round: all, then cubically fewer, then the share."""
@@ -155,13 +148,8 @@ class AdaLoraMethod(Tuning):
 
     def choices(self, state: State) -> dict[str, Any]:
         """How many triplets every slot has in the budget."""
-        kept = {stem: int((state.params[f"{stem}.E"] != 0).sum()) for stem in triplets(state.params)}
+        kept = {stem: int((state.params[f"{stem}.E"] != 0).sum()) for stem in stems(state.params)}
         return {"triplets": state.kept, "triplets_of": kept}
-
-
-def triplets(params: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The slots that have triplets, sorted."""
-    return tuple(sorted(name.removesuffix(".E") for name in params if name.endswith(".E")))
 
 
 def round_up(number: float) -> int:
@@ -177,15 +165,13 @@ def sensitivities(fitted: Fitted) -> dict[str, Tensor]:
         for name, second in fitted.moments.second.items()
         if name.endswith((".P", ".E", ".Q"))
     }
-    return {
-        stem: own[f"{stem}.E"] + own[f"{stem}.P"].mean(dim=0) + own[f"{stem}.Q"].mean(dim=1) for stem in triplets(own)
-    }
+    return triplet_scores(own)
 
 
 def scored(down: Weights, up: Answer) -> None:
     """Raise RecordError unless there is a sensitivity, not negative, for every triplet."""
     matching(down, up)
-    want = {stem: down.params[f"{stem}.E"] for stem in triplets(down.params)}
+    want = {stem: down.params[f"{stem}.E"] for stem in stems(down.params)}
     tree.same_layout(want, up.sensitivities)
     if any(bool((t < 0).any()) for t in up.sensitivities.values()):
         raise RecordError("a sensitivity is negative")

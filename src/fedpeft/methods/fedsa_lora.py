@@ -1,6 +1,6 @@
 """FedSA-LoRA: A is shared and averaged; B, and the head, stay with the client.
 
-Guo, Zeng, Wang, Qiu, Liu: Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025,
+Guo, Zeng, Wang, Fan, Wang, Qu: Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025,
 arXiv 2410.01463.
 
 Paper to code

@@ -1,7 +1,7 @@
 """RoLoRA: the two factors take turns, so that every mean is exact.
 
-Chen, Xu, Zhang, et al.: Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, 2025,
-arXiv 2502.01755.
+Chen, Guo, Ju, Dalal, Zhu, Khisti: Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, NeurIPS
+2025, arXiv 2502.01755.
 
 Paper to code
 

@@ -1,7 +1,7 @@
 """SE: self-evolution learning. Rows that the model finds hard learn from a mix of their label and its own opinion.
 
 Peng, Ding, Zhong, Ouyang, Rong, Xiong, Tao: Token-Level Self-Evolution Training for Sequence-to-Sequence Learning, ACL
-2023, arXiv 2304.08247, on LoRA under federated averaging.
+2023 (short papers), DOI 10.18653/v1/2023.acl-short.73, on LoRA under federated averaging.
 
 Paper to code
 

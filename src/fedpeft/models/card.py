@@ -29,6 +29,7 @@ _TITLES = {
     "own": ("Adapter for", "An adapter"),
     "prefix": ("Prefix for", "A prefix (trained keys and values)"),
     "bare": ("Adapter for", "An adapter without a head"),
+    "full": ("Weights for", "All weights of a model, fine-tuned,"),
     "merged": ("Text classifier on", "A model with its adapter folded in"),
     "speaking": ("Adapter for", "An adapter"),
     "speaking_merged": ("Language model from", "A model with its adapter folded in"),
@@ -37,8 +38,10 @@ _LIBRARIES = {  # fedpeft where it is none of these
     **dict.fromkeys(("adapter", "prefix", "speaking"), "peft"),
     **dict.fromkeys(("merged", "speaking_merged"), "transformers"),
 }
+_OWN = "`adapter_model.safetensors` holds the parameters under fedpeft's names, `fedpeft.json` says what they are."
 _PLAIN = {  # forms that no three lines of other libraries use
-    "own": "`adapter_model.safetensors` holds the parameters under fedpeft's names, `fedpeft.json` says what they are.",
+    "own": _OWN,
+    "full": f"{_OWN} For plain transformers, export the run with `--merge`.",
     "prefix": "peft loads it, but moves the text's positions behind the prefix, which changes the scores.",
     "bare": "It acts with the model's own language-model head, by the template and label words of its run.",
 }
@@ -104,7 +107,7 @@ def model_card(
 
     Args:
         form: "adapter" or "merged", whose card has code, of models that predict text "speaking" or "speaking_merged";
-            "own", "prefix" or "bare", whose card says how to go on.
+            "own", "full", "prefix" or "bare", whose card says how to go on.
         base: folder or hub name that the base model was loaded from.
         labels: names of the classes, in the order of the logits.
         pooling: "mean" or "last".

@@ -108,6 +108,7 @@ def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> d
         "form": form,  # adapter (of PEFT), own, merged, or head: a merged model whose base is unchanged
         "family": model.base.family,
         "base": published(model.base.source),  # None: the demo encoder
+        "base_precision": model.base.precision,  # in training; what is merged has the full weights
         "pooling": model.pooling,
         "labels": list(labels),
         "classes": len(labels),
@@ -117,11 +118,13 @@ def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> d
 
 
 def _card_form(model: HFModel, params: Params, form: str) -> str:
-    """What the card explains: a prefix and an adapter without a head need words of their own."""
+    """What the card explains: whole weights, a prefix and an adapter without a head need words of their own."""
     if model.lm is not None:
         return "speaking" if form == "adapter" else "own"
     if head.WEIGHT not in params:
         return "bare"
+    if model.weights:
+        return "full"
     return "prefix" if form == "adapter" and isinstance(model.spec, Prefix) else form
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from fedpeft.core.errors import ModelError
+from fedpeft.models.quantize import QuantisedLinear
 
 KINDS = ("query", "key", "value", "output", "gate", "up", "down")
 
@@ -108,13 +109,24 @@ def key_value_size(config: Any) -> tuple[int, int]:
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer (GPT-2's transposed one included), or None."""
-    if isinstance(module, nn.Linear):
+    """(d_in, d_out) of a linear layer (GPT-2's transposed one and packed ones included), or None."""
+    if isinstance(module, nn.Linear | QuantisedLinear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D":
         d_in, d_out = module.get_parameter("weight").shape
         return int(d_in), int(d_out)
     return None
+
+
+def block_linears(base: nn.Module, model_type: str) -> list[str]:
+    """The module paths of all linear layers within the blocks; of a family not known, those in numbered modules."""
+    stems = [f"{path}." for path in block_paths(base, model_type)]
+    return [
+        path
+        for path, module in base.named_modules()
+        if linear_size(module) is not None
+        and (path.startswith(tuple(stems)) if stems else any(part.isdigit() for part in path.split(".")))
+    ]
 
 
 def slots(base: nn.Module, model_type: str) -> dict[str, Slot]:
@@ -173,13 +185,13 @@ def _matches(base: nn.Module, known: Mapping[str, Slot], target: str) -> list[Sl
     for path, module in base.named_modules():
         size = linear_size(module)
         if size is not None and fnmatch.fnmatchcase(path, target):
-            name = _slot_name(path)
+            name = own_name(path)
             found.append(Slot(name, path, size[0], size[1], 0, size[1]))
     return found
 
 
-def _slot_name(path: str) -> str:
-    """`encoder.layers.3.attn.wq` -> `block.3.attn.wq`; a path without a number keeps its own name."""
+def own_name(path: str) -> str:
+    """`encoder.layers.3.attn.wq` -> `block.3.attn.wq`; `norm` -> `module.norm`, where there is no number."""
     parts = re.match(r"^(?:[A-Za-z_]\w*\.)*(\d+)\.(.+)$", path)
     return f"block.{parts.group(1)}.{parts.group(2)}" if parts else f"module.{path}"
 

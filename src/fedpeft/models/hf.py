@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
@@ -22,9 +23,11 @@ from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
 from fedpeft.models import probes, virtual
 from fedpeft.models.adapters import Partner, Rows, Shape, delta
+from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.kinds import build_adapter
 from fedpeft.models.adapters.prompt import complete
-from fedpeft.models.families import is_decoder, slots
+from fedpeft.models.checkpointing import checkpointed
+from fedpeft.models.families import block_paths, is_decoder, slots
 from fedpeft.models.fisher import fisher
 from fedpeft.models.lm_head import LmHead
 from fedpeft.models.load import Base
@@ -82,6 +85,7 @@ class HFModel:
             **delta.shapes(self.places),
             **self.readout.shapes(),
         }
+        self.weights: Mapping[str, str] = getattr(self.adapter, "weights", {})  # paths of the base's own, by name
         self._partners = {**_HEAD_PARTNERS, **delta.PARTNERS, **self.adapter.partners}
         self._segments = int(getattr(base.module.config, "type_vocab_size", 0) or 0) > 1
         self._pad = int(getattr(base.module.config, "pad_token_id", None) or 0)
@@ -92,6 +96,11 @@ class HFModel:
     def spec(self) -> AdapterSpec:
         """The adapter that `init` draws."""
         return self._spec
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """See `Base.config`."""
+        return self.base.config
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +149,15 @@ class HFModel:
         if twice:
             raise FitError(f"Fit.also holds {twice[0]!r}; a forward pass has one head, that of Fit.params")
         self.readout.check(fit.params, fit.data)
-        self.base.at(fit.base)
+        try:
+            self.base.at(fit.base)
+        except ModelError as error:
+            raise FitError(f"Fit.base: {error}") from None
+        if fit.checkpointing and not block_paths(self.base.module, self.base.family):
+            raise FitError(
+                f"Fit.checkpointing needs to know the blocks, and those of the family {self.base.family!r} are not "
+                "known; leave it out, or use a BERT, RoBERTa, GPT-2 or Llama model"
+            )
 
     def check_params(self, params: Params) -> None:
         """Raise FitError at the first parameter that this model does not have, or not in this shape."""
@@ -153,6 +170,8 @@ class HFModel:
                 raise FitError(f"parameter {name!r} has shape {tuple(t.shape)}; this model needs {shown}")
         for name, t in params.items():
             stem, _, side = name.rpartition(".")
+            if name in self.weights:  # each means something alone
+                continue
             other, dim, partner_dim = self._partners.get(side, ("", 0, 0))
             partner = f"{stem}.{other}"
             if other and partner not in params:
@@ -167,9 +186,11 @@ class HFModel:
     def lowest_block(self, names: Iterable[str]) -> int:
         """The lowest block that these parameters act in: no backward pass goes below it.
 
-        The readout's parameters act above all blocks; those before the first block count as in block 0.
+        The readout's parameters act above all blocks, and so do the base's last norms; those before the first block
+        count as in block 0.
         """
-        acting = [block_of(name) or 0 for name in names if name not in self.readout.params]
+        above = self.readout.params | getattr(self.adapter, "above", frozenset())
+        acting = [block_of(name) or 0 for name in names if name not in above]
         return min(acting, default=self.blocks)
 
     # --- training ---
@@ -182,7 +203,12 @@ class HFModel:
         return fitted
 
     def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
-        """Train every fit, the whole cohort in the same passes; a failed one gives its exception."""
+        """Train every fit, the whole cohort in the same passes; a failed one gives its exception.
+
+        Clients with weights of their own cannot share a pass: they train one after another, the same as alone.
+        """
+        if self.weights:
+            return [train_many([fit], self, self.check)[0] for fit in fits]
         return train_many(fits, self, self.check)
 
     def backward(self, stack: Stack, rows: Sequence[Sequence[int]], step: int) -> Tensor:
@@ -201,7 +227,10 @@ class HFModel:
     def loss_terms(
         self, stack: Stack, rows: Sequence[Sequence[int]], step: int
     ) -> Iterator[tuple[Sequence[Item], Tensor]]:
-        """Part by part, the items and each one's share of its client's mean loss, with a graph to trained leaves."""
+        """Part by part, the items and each one's share of its client's mean loss, with a graph to trained leaves.
+
+        A part's backward pass must end before the next part is taken: with checkpointing it runs the adapters again.
+        """
         base = self.base.at(stack.fits[0].base)
         every = [
             self.readout.training(client, cast(Examples, fit.data), row)
@@ -212,7 +241,8 @@ class HFModel:
         shares = weights / np.bincount([item.client for item in every], weights)[[item.client for item in every]]
         for part in self.parts(every):
             items = [every[i] for i in part]
-            with self.seen(base, stack, items, step) as seen:
+            kept = checkpointed(base) if stack.fits[0].checkpointing else nullcontext()
+            with kept, self.seen(base, stack, items, step) as seen:  # in place until the consumer's backward has ended
                 terms = self._softened(self.readout.losses(seen), items, stack.fits)
                 yield items, terms * torch.from_numpy(shares[part]).to(terms)
 
@@ -226,11 +256,18 @@ class HFModel:
         fixed = losses.detach()
         return torch.where(fixed > bounds, (1 - shares) * losses + shares * fixed, losses)
 
-    def cost(self, fit: Fit) -> tuple[int, int]:
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
         """See `train.Objective`: tokens and pairs of all rows that a fit uses, prompts included."""
         data = cast(Examples, fit.data)
-        own = {row: self.readout.length(self.readout.training(0, data, row)) for batch in fit.batches for row in batch}
-        return self._work((own[row] for batch in fit.batches for row in batch), fit.params)
+        used = [row for batch in fit.batches for row in batch]
+        items = {row: self.readout.training(0, data, row) for row in used}
+        tokens, pairs = self._work((self.readout.length(items[row]) for row in used), fit.params)
+        if not isinstance(self.adapter, FullAdapter):
+            return tokens, pairs, 0
+        tied = getattr(getattr(self.readout, "lm", None), "tied", False)
+        projected = sum(self.readout.projected(items[row]) for row in used) if tied else 0
+        products = self.adapter.products(fit.trained, tokens, projected)
+        return tokens, pairs, products
 
     def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
         """Tokens and pairs of forward passes that predict the labels of the rows."""
@@ -292,6 +329,8 @@ class HFModel:
         inputs: dict[str, Any] = {**batch.inputs, **self._extra}
         if acting.prefixes:
             inputs["prefixes"] = acting.prefixes
+        if acting.weights:
+            return cast(Tensor, functional_call(base.module, acting.weights, (), inputs).last_hidden_state)
         if acting.virtual is None:
             return cast(Tensor, base.module(**inputs).last_hidden_state)
         ahead = [n for item in items if (n := self.readout.known(item)) is not None]

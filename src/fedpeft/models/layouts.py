@@ -5,7 +5,7 @@
 | LoRA | PEFT's LORA | `lora_A.weight`, `lora_B.weight` by module; slots that share a module are joined |
 | a prefix of equal length in all layers, with a head | PEFT's PREFIX_TUNING | `prompt_embeddings` (P, all numbers) |
 | a prompt with a head, or where text is predicted | PEFT's PROMPT_TUNING | `prompt_embeddings` (P, d) |
-| everything else | fedpeft's own | the parameters under their own names |
+| everything else | fedpeft's own | the parameters under their own names; of `full` all weights of the base |
 
 A row of a prefix is (layers, 2, heads, size). PEFT moves the text's positions behind a prefix, which fedpeft does not:
 the numbers are the same, PEFT's outputs are not unless it is called with the text's own positions. A prefix in some

@@ -1,8 +1,8 @@
-"""The language model's own head over a frozen base: states to logits over the vocabulary, nothing of it trained.
+"""The language model's own head over a base: states to logits over the vocabulary, nothing of it trained.
 
 A masked model (BERT, RoBERTa, ELECTRA) has a dense layer, an activation and a norm before the projection onto the
 vocabulary; a causal one (GPT-2, Llama) has the projection alone. Where the projection is tied to the embeddings, it is
-the base's own tensor.
+the base's own tensor, or what takes its place where all weights train.
 """
 
 from __future__ import annotations
@@ -77,11 +77,16 @@ class LmHead:
                 self._embeddings(dtype) if self.tied else weight.to(dtype),
                 None if bias is None else bias.to(dtype),
             )
-        return self._parts[dtype]
+        transform, weight, bias = self._parts[dtype]
+        if self.tied:  # where the base's weights train, they are not its own in this pass
+            weight = self._base(dtype).acting.weights.get(self.base.embeddings, weight)
+        return transform, weight, bias
 
     def _embeddings(self, dtype: torch.dtype) -> Tensor:
-        module = self.base.at(str(dtype).removeprefix("torch.")).module
-        return cast(Tensor, module.get_input_embeddings().weight)
+        return cast(Tensor, self._base(dtype).module.get_input_embeddings().weight)
+
+    def _base(self, dtype: torch.dtype) -> Base:
+        return self.base.at(str(dtype).removeprefix("torch."))
 
 
 def load_lm_head(source: str, base: Base) -> LmHead:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from fedpeft.core.errors import ModelError
 from fedpeft.core.hub import loading_from_hub
 from fedpeft.models import attention
 from fedpeft.models.adapters import Acting, Applied
-from fedpeft.models.families import FAMILIES
+from fedpeft.models.families import FAMILIES, block_linears
+from fedpeft.models.quantize import KNOWN, QuantisedLinear, format_of, quantise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +40,10 @@ class Base:
         module: the transformer without any head, in eval mode, no parameter requires a gradient.
         tokenizer: a fast tokenizer of transformers.
         source: the folder or hub name that it came from.
+        dtype: what it computes in.
         acting: what adapters do in the forward pass that is going on.
+        quantized: the format of the blocks' linear weights (`models/quantize.py`); "": they are as loaded.
+        unquantized: gives the base that a quantised one was made from.
     """
 
     module: Any
@@ -47,6 +52,8 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     acting: Acting = field(default_factory=Acting)
+    quantized: str = ""
+    unquantized: Callable[[], Base] | None = None
     _hooked: set[nn.Module] = field(default_factory=set)
     _copies: dict[str, Base] = field(default_factory=dict)
 
@@ -60,6 +67,12 @@ class Base:
     def sha256(self) -> str:
         """Of the weights as they are loaded."""
         return tree.sha256(self.module.state_dict())
+
+    @cached_property
+    def embeddings(self) -> str:
+        """The path of the weights that embed the tokens."""
+        weight = self.module.get_input_embeddings().weight
+        return next(str(path) for path, own in self.module.named_parameters() if own is weight)
 
     @property
     def family(self) -> str:
@@ -79,26 +92,98 @@ class Base:
             output = applied(args[0], output)
         return output
 
+    @property
+    def precision(self) -> str:
+        """What tells its weights: the format where it is quantised, else the dtype."""
+        return self.quantized or _name(self.dtype)
+
+    @property
+    def weights(self) -> int:
+        """How many numbers it has, packed ones counted one by one."""
+        packed = sum(m.in_features * m.out_features for m in self._packed())
+        return packed + sum(int(p.numel()) for p in self.module.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights, with the scales of packed ones."""
+        kept = [*self.module.parameters(), *(t for m in self._packed() for t in m.packed.values())]
+        return sum(int(t.numel() * t.element_size()) for t in kept)
+
+    def _packed(self) -> list[QuantisedLinear]:
+        return [m for m in self.module.modules() if isinstance(m, QuantisedLinear)]
+
     def at(self, precision: str) -> Base:
-        """The same base in another precision; made once, kept beside this one. "" is this one."""
-        if precision in ("", str(self.dtype).removeprefix("torch.")):
+        """The same base in another precision; made once, kept beside this one. "" is this one.
+
+        Args:
+            precision: a dtype, what it computes in (a quantised base keeps its codes); or a format of
+                `models/quantize.py`, made of these weights. All other weights are shared with this base then.
+
+        Raises:
+            ModelError: a name that is not known, or another format than that of a base that is quantised already.
+        """
+        if precision in ("", self.precision, _name(self.dtype)):
             return self
-        if precision not in DTYPES:
-            raise ModelError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
         if precision not in self._copies:
-            module = self.copy_module(DTYPES[precision])
-            if attention.installed(self.module):
-                attention.install(module)
-            self._copies[precision] = Base(module, self.tokenizer, self.source, self.device, DTYPES[precision])
+            self._copies[precision] = self._in_dtype(precision) if precision in DTYPES else self._in_format(precision)
         return self._copies[precision]
 
+    def _in_dtype(self, name: str) -> Base:
+        module = self.copy_module(DTYPES[name])
+        if attention.installed(self.module):
+            attention.install(module)
+        return Base(
+            module,
+            self.tokenizer,
+            self.source,
+            self.device,
+            DTYPES[name],
+            quantized=self.quantized,
+            unquantized=self.unquantized,
+        )
+
+    def _in_format(self, name: str) -> Base:
+        form = format_of(name)
+        if form is None:
+            raise ModelError(f"precision {name!r} is not known; use one of {', '.join(DTYPES)}, {KNOWN}")
+        if self.quantized:
+            raise ModelError(
+                f"the base is quantised as {self.quantized} and cannot be had as {name}; use model.quantize none"
+            )
+        module = self._copy([*self.module.parameters(), *self.module.buffers()])
+        quantise(module, block_linears(module, self.family), form)
+        return Base(
+            module,
+            self.tokenizer,
+            self.source,
+            self.device,
+            self.dtype,
+            quantized=name,
+            unquantized=lambda: self,
+        )
+
     def copy_module(self, dtype: torch.dtype) -> Any:
-        """A copy of the transformer in another precision, on which no adapter acts; one of plain transformers."""
-        module = copy.deepcopy(self.module, {id(self): self})  # the hooks lead to this Base: it is not copied with them
-        for inner in module.modules():
-            inner._forward_hooks.clear()
+        """A copy of the transformer in another precision, on which no adapter acts; one of plain transformers.
+
+        That of a quantised base has packed layers: merge into `unquantized`.
+        """
+        module = self._copy(t for layer in self._packed() for t in layer.packed.values())  # no dtype changes these
         attention.uninstall(module)
         return module.to(dtype)
+
+    def _copy(self, shared: Iterable[Tensor]) -> Any:
+        """A copy of the transformer without hooks, which has these tensors in common with it."""
+        memo: dict[int, Any] = {id(t): t for t in shared}
+        module = copy.deepcopy(
+            self.module, memo | {id(self): self}
+        )  # the hooks lead here: this is not copied with them
+        for inner in module.modules():
+            inner._forward_hooks.clear()
+        return module
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -150,24 +235,36 @@ def locate(name: str) -> str:
     return name
 
 
-def load_base(name: str, dtype: str = "float32", device: str = "auto") -> Base:
+def load_base(name: str, dtype: str = "float32", device: str = "auto", quantize: str = "none") -> Base:
     """The frozen base; the same arguments give the same object for the life of the process.
 
     Args:
         name: `demo`, `minilm`, a folder in Hugging Face format, or a hub name; safetensors alone, no remote code.
         dtype: float32, bfloat16 or float64.
         device: `auto`, or a device of torch.
+        quantize: `none`, or a format of `models/quantize.py`; the full weights are given up after it is made.
 
     Raises:
         ModelError: nothing usable there; the message says what is wrong.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    return _load(locate(name), dtype, str(resolve_device(device)))
+    if quantize != "none" and format_of(quantize) is None:
+        raise ModelError(f"model.quantize {quantize!r} is not known; use none, {KNOWN}")
+    return _load(locate(name), dtype, str(resolve_device(device)), quantize)
 
 
 @cache
-def _load(source: str, dtype: str, device: str) -> Base:
+def _load(source: str, dtype: str, device: str, quantize: str) -> Base:
+    base = _read(source, dtype, device)
+    if quantize == "none":
+        return base
+    packed = base.at(quantize)
+    packed.unquantized = partial(_read, source, dtype, device)  # read again: nothing keeps the full weights
+    return packed
+
+
+def _read(source: str, dtype: str, device: str) -> Base:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils import logging

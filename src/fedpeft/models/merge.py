@@ -125,7 +125,7 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     """A new token classifier (of text: causal language model), float32, in eval mode; the base keeps its bits.
 
     Args:
-        model: whose adapter `params` are.
+        model: whose adapter `params` are; where its base is quantised, the full weights are read again.
         params: adapter, base delta and head.
         labels: names of the classes for its configuration.
 
@@ -135,8 +135,10 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     names = check_labels(model, params, labels)
     _check_foldable(model, params)
     shell = shell_of(model, names)
-    body = model.base.copy_module(torch.float32)
+    body = _whole(model.base).copy_module(torch.float32)
     with torch.no_grad():
+        for name in model.weights.keys() & params.keys():
+            body.get_parameter(model.weights[name]).copy_(params[name])
         for name, slot in model.places.items():
             change = _change(params, name, model.scale)
             if change is not None:
@@ -145,6 +147,18 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
     setattr(merged, shell.prefix, body)
     setattr(merged, shell.head, _head(model, params, body).requires_grad_(False))
     return merged.eval()
+
+
+def _whole(base: Base) -> Base:
+    """The base with full weights: an adapter is never folded into rounded ones."""
+    if not base.quantized:
+        return base
+    if base.unquantized is None:
+        raise ModelError(
+            f"the base is quantised as {base.quantized}, and nothing is known of its full weights; merge with a model "
+            "on the unquantised base"
+        )
+    return base.unquantized()
 
 
 def _head(model: HFModel, params: Params, body: Any) -> nn.Linear:
@@ -172,6 +186,7 @@ def _check_foldable(model: HFModel, params: Params) -> None:
             "export the adapter without --merge, or use fedpeft.predict"
         )
     folded = {f"{name}.{side}" for name in model.places for side in "ABPEQ"}
+    folded |= model.weights.keys()
     odd = [name for name in params if name not in folded and not name.startswith((delta.PREFIX, "head."))]
     if odd:
         raise ModelError(

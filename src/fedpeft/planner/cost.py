@@ -1,10 +1,17 @@
-"""What a transformer costs in floating point operations, from its configuration alone.
+"""What a transformer costs in floating point operations and bytes sent, from its configuration alone.
+
+There are two counts. `step_flops` is exact for one step of one client with LoRA: adapters, the classification head and
+the end of the backward pass at the lowest trained matrix included. `forward_flops` and `train_flops` are for rows of
+any lengths and adapters of any kind; what follows is about these two. Memory is in `memory.py`.
 
 Counted are the matrix products of the blocks, two operations per multiply-add. Embeddings, norms, activations, biases,
 the classification head and the adapters are neglected: at rank 8 LoRA on query and value adds 3 r / 2 d of the blocks'
 forward products (about 0.3 % for d = 4096 and 3 % for d = 384). Per token a block has four attention projections and
 two or three of the feed-forward part; per pair of tokens that see each other there are two products of the heads'
 total width (scores, and their mix of values). Causal models are counted over the full square, as kernels compute it.
+
+Where a base's own weights train, each matrix costs a product more, which `Fitted.products` counts (see
+`models/adapters/full.py`); it is the same for every family, two operations per number and token.
 
 A language model's head is counted for the share of the tokens whose states enter it (a mask, an answer), without what a
 masked model does to a state before the projection. A forward pass alone counts the whole vocabulary too, although a
@@ -13,11 +20,13 @@ cloze prediction computes the label words' columns only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from fedpeft.core.errors import ModelError
+from fedpeft.planner.configuration import details, size
 
 FAMILIES = {
     "bert": "bert",
@@ -32,6 +41,12 @@ FAMILIES = {
     "qwen3": "llama",
     "gemma": "llama",
 }
+
+
+KINDS = ("query", "key", "value", "output", "gate", "up", "down")  # of a block's matrices, in forward order
+_PLACE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 2, "down": 3}  # of a matrix's input
+WHOLE = -1  # place of the first input that needs a gradient, where the block's own input needs one
+NOTHING = 4  # ... where no input does
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,17 @@ class Shape:
     mlp_matrices: int = 2  # 3 where the feed-forward part is gated
     lm_head: bool = False  # whether tokens also go through the output projection onto the vocabulary
     lm_share: float = 1.0  # share of the tokens that do: those at a mask or in an answer, say
+    tied: bool = True  # whether that projection's weights are the embeddings
+    positions: int = 0  # learned position embeddings
+    token_types: int = 0  # learned embeddings of token types
+    embedding: int = 0  # width of the embeddings where it is not `hidden` (ELECTRA); 0: it is
+    biased: tuple[str, ...] = ()  # kinds of matrices that have a bias
+    block_norms: int = 0  # numbers in the norms of one block
+    outer_norms: int = 0  # numbers in the norms outside the blocks
+    pre_norm: bool = (
+        False  # norms before attention and feed-forward part and at the end (GPT-2, Llama), not after (BERT)
+    )
+    activation_copies: int = 1  # feed-forward tensors that the activation function keeps: 4 where it is not fused
 
     @property
     def lower_flops(self) -> int:
@@ -81,40 +107,30 @@ def shape_of(config: Mapping[str, Any], lm_head: bool = False) -> Shape:
     Raises:
         ModelError: a size is missing or not a positive whole number.
     """
-    layers = _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    hidden = _size(config, "hidden_size", "n_embd", "d_model", "dim")
-    heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    layers = size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    hidden = size(config, "hidden_size", "n_embd", "d_model", "dim")
+    heads = size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     gated = _is_gated(config)
+    head_size = size(config, "head_dim", default=hidden // heads)
+    family = FAMILIES.get(str(config.get("model_type")), "generic")
     return Shape(
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=_size(config, "num_key_value_heads", default=heads),
-        intermediate=_size(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "d_ff", default=4 * hidden),
-        vocab=_size(config, "vocab_size"),
-        family=FAMILIES.get(str(config.get("model_type")), "generic"),
-        head_size=_size(config, "head_dim", default=hidden // heads),
+        kv_heads=size(config, "num_key_value_heads", default=heads),
+        intermediate=size(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "d_ff", default=4 * hidden),
+        vocab=size(config, "vocab_size"),
+        family=family,
+        head_size=head_size,
         mlp_matrices=3 if gated else 2,
         lm_head=lm_head,
+        **details(config, family, hidden, head_size),
     )
 
 
 def _is_gated(config: Mapping[str, Any]) -> bool:
     family = FAMILIES.get(str(config.get("model_type")), "generic")
     return family == "llama" or (family == "generic" and config.get("hidden_act") in ("silu", "swiglu"))
-
-
-def _size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    for name in names:
-        value = config.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"the model's configuration says {name}: {value!r}; it must be a positive whole number")
-        return value
-    if default is None:
-        raise ModelError(f"the model's configuration has none of {', '.join(names)}; its cost cannot be counted")
-    return default
 
 
 def forward_flops(shape: Shape, tokens: int, pairs: int) -> int:
@@ -142,3 +158,197 @@ def train_flops(shape: Shape, tokens: int, pairs: int, lowest_block: int = 0) ->
     per_token = whole * shape.upper_flops + passed * shape.lower_flops
     per_token += shape.head_flops if whole else 0
     return forward_flops(shape, tokens, pairs) + per_token * tokens + 2 * whole * shape.pair_flops * pairs
+
+
+# --- adapted weights --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A frozen matrix of a block, which a LoRA can be put on. GPT-2's fused matrix counts as three."""
+
+    name: str  # "block.3.query", as models/families.py names slots
+    block: int
+    kind: str
+    d_in: int
+    d_out: int
+
+
+def weights(shape: Shape, kinds: Sequence[str]) -> tuple[Weight, ...]:
+    """The matrices of these kinds, block by block, in forward order.
+
+    Raises:
+        ModelError: a kind that the family does not have.
+    """
+    sizes = _sizes(shape)
+    if unknown := [kind for kind in kinds if kind not in sizes]:
+        raise ModelError(f"the model has no weights of kind {unknown[0]!r}; it has {', '.join(sizes)}")
+    chosen = [kind for kind in sizes if kind in kinds]
+    return tuple(Weight(f"block.{b}.{kind}", b, kind, *sizes[kind]) for b in range(shape.layers) for kind in chosen)
+
+
+@lru_cache(maxsize=64)
+def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) by kind, in forward order."""
+    d, f, wide, shared = (
+        shape.hidden,
+        shape.intermediate,
+        shape.heads * shape.head_size,
+        shape.kv_heads * shape.head_size,
+    )
+    sizes = {"query": (d, wide), "key": (d, shared), "value": (d, shared), "output": (wide, d)}
+    gate = {"gate": (d, f)} if shape.mlp_matrices == 3 else {}
+    return sizes | gate | {"up": (d, f), "down": (f, d)}
+
+
+def weight_of(shape: Shape, name: str) -> Weight:
+    """The matrix of a name; one of a kind without a name of ours (a pattern's) counts as d x d.
+
+    Raises:
+        ModelError: no block of this model has it.
+    """
+    stem, _, rest = name.partition(".")
+    block, _, kind = rest.partition(".")
+    sizes = _sizes(shape)
+    if stem != "block" or not block.isdigit() or int(block) >= shape.layers or kind in set(KINDS) - sizes.keys():
+        known = f"block.0.{next(iter(sizes))} to block.{shape.layers - 1}.{list(sizes)[-1]}"
+        raise ModelError(f"the model has no weight {name!r}; it has {known}")
+    return Weight(name, int(block), kind, *sizes.get(kind, (shape.hidden, shape.hidden)))
+
+
+def update_bytes(adapted: Iterable[Weight], ranks: Mapping[str, int], head_numbers: int = 0) -> int:
+    """Tensor bytes of a message in float32: 4 sum r (d_in + d_out), and the head. The codec's header comes on top.
+
+    Args:
+        adapted: the weights that may be in the message.
+        ranks: of those that are, by name: a client's own on the way up, the largest one on the way down.
+        head_numbers: of a trained head.
+    """
+    return 4 * (sum(ranks.get(w.name, 0) * (w.d_in + w.d_out) for w in adapted) + head_numbers)
+
+
+# --- one step ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of one client's local training does, with LoRA, on rows of equal length."""
+
+    rows: int  # b
+    tokens: int  # of each row
+    trained: Mapping[str, int]  # rank by weight name
+    frozen: Mapping[str, int] = field(default_factory=dict)  # rank by name of components applied and not trained
+    base: str = "float32"  # what the frozen matrices are kept in: a dtype, int8, nf4 (nfk for any k), nf4dq
+    compute: str = "float32"  # dtype of activations, and of what of the base is no matrix of a block
+    classes: int | None = None  # of a trained head on the pooled state; None: language-model loss, no trained head
+    depth: int | None = None  # lowest block whose whole backward pass counts, for bounds; None: what `trained` needs
+    checkpointing: bool = False  # blocks keep their input alone and are computed again
+    eager: bool = False  # attention written out, not torch's fused kernel
+
+    @property
+    def n_tokens(self) -> int:
+        """N, tokens of all rows."""
+        return self.rows * self.tokens
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations, two per multiply-add."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        """Of the step."""
+        return self.forward + self.backward
+
+
+def first_input(shape: Shape, step: Step) -> tuple[int, int]:
+    """The block that the backward pass ends in, and the place of its first input that needs a gradient.
+
+    Inputs have the places 0 to 3, in forward order: of query, key and value; of the output projection; of gate and up;
+    of down. The input of the first adapter needs no gradient itself; what comes later does. `WHOLE`: the block's own
+    input needs one, as in all blocks above. (`shape.layers`, `WHOLE`): nothing in the blocks is trained.
+
+    Raises:
+        ModelError: `depth` is above a trained weight, or no block.
+    """
+    if step.depth is not None and not 0 <= step.depth <= shape.layers:
+        raise ModelError(f"depth is {step.depth}; the model has blocks 0 to {shape.layers - 1}")
+    places = [(w.block, _PLACE.get(w.kind, 0)) for w, _ in ranked(shape, step.trained)]
+    lowest = min(places, default=(shape.layers, WHOLE))
+    if step.depth is None:
+        return lowest
+    if lowest[0] < step.depth:
+        raise ModelError(f"depth is {step.depth}, but a weight of block {lowest[0]} is trained")
+    return step.depth, WHOLE
+
+
+def ranked(shape: Shape, ranks: Mapping[str, int]) -> list[tuple[Weight, int]]:
+    """The weights with a rank above 0."""
+    return [(weight_of(shape, name), rank) for name, rank in ranks.items() if rank > 0]
+
+
+def step_flops(shape: Shape, step: Step) -> Flops:
+    """Operations of one forward and backward pass: every matrix product, full attention.
+
+    Frozen matrices have one product forward and one backward (the gradient of their input), an adapter of rank r
+    2 N r (d_in + d_out) forward and twice that backward, half of it where it is frozen. In the lowest block the
+    gradients of inputs not later than the first adapter's are not computed. Checkpointing adds the forward pass of the
+    blocks that the backward pass enters. Exact against torch's FlopCounterMode with eager attention; a fused kernel has
+    all four products of attention's backward pass, wherever its gradient goes, and computes some of the forward pass
+    again, which is not counted.
+
+    Raises:
+        ModelError: see `first_input` and `weight_of`.
+    """
+    n, (lowest, place) = step.n_tokens, first_input(shape, step)
+    products = {kind: 2 * n * d_in * d_out for kind, (d_in, d_out) in _sizes(shape).items()}
+    attention = n * step.tokens * shape.pair_flops
+    block = sum(products.values()) + attention
+    forward, again = shape.layers * block, (shape.layers - lowest) * block
+    backward = 0
+    for b in range(lowest, shape.layers):
+        first = place if b == lowest else WHOLE
+        backward += sum(count for kind, count in products.items() if _PLACE[kind] > first)
+        backward += attention // 2 * _attention_products(shape, step, b, first)
+    for is_trained, ranks in ((True, step.trained), (False, step.frozen)):
+        for weight, rank in ranked(shape, ranks):
+            low, high = 2 * n * rank * weight.d_in, 2 * n * rank * weight.d_out
+            forward += low + high
+            if weight.block < lowest:
+                continue
+            again += low + high
+            passed = weight.block > lowest or _PLACE.get(weight.kind, 0) > place
+            backward += 2 * high + low if is_trained else high * passed  # gradients of B, of A x, and of A
+            backward += low * passed
+    head = _head_products(shape, step)
+    backward += head if lowest < shape.layers else 0
+    backward += 2 * step.rows * shape.hidden * step.classes if step.classes else 0
+    return Flops(forward + head, backward + (again if step.checkpointing else 0))
+
+
+def _attention_products(shape: Shape, step: Step, block: int, first: int) -> int:
+    """How many products of attention the backward pass has in a block: with the gradient of all inputs, four."""
+    if first > 0:
+        return 0
+    if first == WHOLE or not step.eager or shape.family == "gpt2":  # GPT-2's fused matrix has one output
+        return 4
+    query, key, value = (bool(step.trained.get(f"block.{block}.{kind}")) for kind in ("query", "key", "value"))
+    return (query or key) + query + key + value
+
+
+def _head_products(shape: Shape, step: Step) -> int:
+    """Operations from the last hidden state to the loss; as many go back to it."""
+    if step.classes is not None:
+        pooling = 0 if shape.pre_norm else 2 * step.n_tokens * shape.hidden  # decoders take the last token
+        return pooling + 2 * step.rows * shape.hidden * step.classes
+    width = shape.hidden if shape.pre_norm else (shape.embedding or shape.hidden)
+    transform = 0 if shape.pre_norm else shape.hidden * width
+    return 2 * lm_tokens(shape, step) * (width * shape.vocab + transform)
+
+
+def lm_tokens(shape: Shape, step: Step) -> int:
+    """Tokens whose states go through the language model's head."""
+    return round(step.n_tokens * shape.lm_share)

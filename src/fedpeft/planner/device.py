@@ -10,6 +10,7 @@ A devices file is TOML. Profiles are named tables; a key that a profile leaves o
     latency_s = 0.08
     availability = 0.9          # probability that the client answers when it is asked
     rank = 4                    # of its LoRA, in methods that let ranks differ
+    formats = ["int8", "nf4"]   # what its base can be kept in: full (as it is loaded), int8, nf4, nf4dq
 
     [profile.laptop]            # equal to the default
 
@@ -34,9 +35,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft.core.errors import ConfigError, RequestError
+from fedpeft.core.errors import ConfigError, RecordError, RequestError
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.rng import rng_for
+
+FORMATS = ("full", "int8", "nf4", "nf4dq")  # of the base, most bits first
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Profile:
     latency_s: float = 0.05  # per message and answer together
     availability: float = 1.0  # probability that a picked client answers, in (0, 1]
     rank: int = 0  # of the LoRA that this machine trains, in methods with unequal ranks; 0: the adapter's
+    context_bytes: int = 0  # taken by the driver before anything is computed
+    peak_ratio: float = 1.0  # measured peak memory over the predicted one
+    step_overhead_s: float = 0.0  # of one training step, besides its operations
+    dequant_bytes_per_s: float = 0.0  # how fast a quantised base is unpacked; 0: not counted
+    formats: tuple[str, ...] = FORMATS  # what the base can be kept in; "full" is as it is loaded
 
 
 DEFAULT = Profile()
@@ -87,7 +95,8 @@ def load_devices(path: Path, clients: Sequence[ClientId], seed: int = 0) -> dict
     return {client: profiles[chosen[client]] for client in clients}
 
 
-_WHOLE = frozenset({"memory_bytes", "rank"})
+_WHOLE = frozenset({"memory_bytes", "rank", "context_bytes"})
+_MAY_BE_ZERO = frozenset({"latency_s", "context_bytes", "step_overhead_s", "dequant_bytes_per_s"})
 _TABLES = frozenset({"profile", "clients"})
 
 
@@ -108,6 +117,8 @@ def _profiles(tables: Any, path: Path, problems: list[str]) -> dict[str, Profile
                 problems.append(_unknown(f"{path}: profile.{name}.", key, _KEYS))
             elif problem := _bad_value(key, value):
                 problems.append(f"{where} is {value!r}; {problem}")
+            elif key == "formats":
+                values[key] = tuple(f for f in FORMATS if f in value)
             else:
                 values[key] = int(value) if key in _WHOLE else float(value)
         found[name] = dataclasses.replace(found[name], **values)
@@ -115,10 +126,13 @@ def _profiles(tables: Any, path: Path, problems: list[str]) -> dict[str, Profile
 
 
 def _bad_value(key: str, value: Any) -> str | None:
+    if key == "formats":
+        good = isinstance(value, list | tuple) and value and all(f in FORMATS for f in value)
+        return None if good else f"give a list of some of {', '.join(FORMATS)}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "give a finite number"
-    if key == "latency_s":
-        return None if value >= 0 else "give a number of seconds that is not negative"
+    if key in _MAY_BE_ZERO:
+        return None if value >= 0 else "give a number that is not negative"
     if key == "rank":
         return None if value >= 0 and value == int(value) else "give a whole number of at least 0"
     if key == "availability":
@@ -200,6 +214,13 @@ def _unknown(where: str, key: str, known: Iterable[str]) -> str:
     remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:6]) or 'none'}"
     space = "" if where.endswith(".") else " "
     return f"{where}{space}{key!r} is unknown; {remedy}"
+
+
+def check_profile(profile: Profile) -> None:
+    """Raise RecordError unless a profile that came from afar could stand in a devices file."""
+    for key in _KEYS:
+        if problem := _bad_value(key, getattr(profile, key)):
+            raise RecordError(f"a device profile's {key} is {getattr(profile, key)!r}; {problem}")
 
 
 def lost(profile: Profile, seed: int, client: ClientId, number: int, attempt: int = 0) -> bool:

@@ -30,6 +30,7 @@ class Clock:
     def flops(self, meter: Meter) -> int:
         """Counted operations of one client's work."""
         trained = sum(train_flops(self._shape, *work, lowest) for lowest, work in meter.trained.items())
+        trained += 2 * meter.products
         return trained + forward_flops(self._shape, meter.forward_tokens, meter.forward_pairs)
 
     def __call__(self, receipt: Receipt) -> float:

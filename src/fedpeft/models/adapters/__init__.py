@@ -104,17 +104,20 @@ class Acting:
         outputs: what changes a module's output, in this order.
         prefixes: keys and values of attention modules.
         virtual: tokens before the text; at most one adapter brings some.
+        weights: by path, what takes the place of the base's own weight; of one client, as a pass has one set of them.
     """
 
     outputs: dict[nn.Module, list[Applied]] = field(default_factory=dict)
     prefixes: dict[nn.Module, Prefixed] = field(default_factory=dict)
     virtual: Virtual | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Nothing acts."""
         self.outputs.clear()
         self.prefixes.clear()
         self.virtual = None
+        self.weights.clear()
 
 
 class Adapter(Protocol):

@@ -11,6 +11,7 @@ from fedpeft.core.adapter import (
     AdaLora,
     AdapterSpec,
     Bottleneck,
+    Full,
     HeadOnly,
     InstancePrompt,
     LatePrompt,
@@ -23,6 +24,7 @@ from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import Adapter, Layer, Network, Partner, Rows, Shape, Sizes
 from fedpeft.models.adapters.bottleneck import BottleneckAdapter
+from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.instance import InstancePromptAdapter
 from fedpeft.models.adapters.late import LatePromptAdapter
 from fedpeft.models.adapters.lora import LoraAdapter
@@ -76,4 +78,5 @@ _BUILDERS: dict[type[AdapterSpec], Callable[[Any, Base], Adapter]] = {
     InstancePrompt: InstancePromptAdapter,
     MixedPrompt: MixedPromptAdapter,
     LatePrompt: LatePromptAdapter,
+    Full: FullAdapter,
 }

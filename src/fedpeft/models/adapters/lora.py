@@ -6,6 +6,9 @@ the gradient of each is a product with the other.
 
 Where there is an `s.echo` (1,), the projection has the same change once more, that many times and held fixed for the
 gradients of A and B: a base that moves along with the factors (Delta-LoRA).
+
+The same change can be trained as triplets, y = W x + (alpha / rank) P diag(E) Q x, `s.P` (d_out, rank), `s.E` (rank,),
+`s.Q` (rank, d_in), whose sensitivity tells what a projection is worth (Zhang et al. 2023, arXiv 2303.10512).
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from fedpeft.models.families import Slot, choose, slots
 from fedpeft.models.load import Base
 from fedpeft.models.noise import keep
 
+TRIPLET_PARTNERS: Mapping[str, Partner] = {"P": ("Q", 1, 0), "Q": ("E", 0, 0), "E": ("P", 0, 1)}
+
 
 class LoraAdapter:
     """LoRA on the projections that a specification names; parameters on the family's other projections apply too.
@@ -35,7 +40,7 @@ class LoraAdapter:
         ModelError: a rank below 1, or targets that the base does not have.
     """
 
-    partners: Mapping[str, Partner] = {"A": ("B", 0, 1), "B": ("A", 1, 0)}
+    partners: Mapping[str, Partner] = {"A": ("B", 0, 1), "B": ("A", 1, 0), **TRIPLET_PARTNERS}
     networks: Sequence[Network] = ()
 
     def __init__(self, spec: Lora, base: Base) -> None:
@@ -63,19 +68,36 @@ class LoraAdapter:
             want[f"{name}.A"] = (None, slot.d_in)
             want[f"{name}.B"] = (slot.d_out, None)
             want[f"{name}.echo"] = (1,)
-        return want
+        return want | triplet_shapes(self.places)
 
     def bind(self, layer: Layer, sizes: Sizes, rows: Rows, base: Base) -> None:
-        """Add B A x to every projection whose factors are there."""
+        """Add B A x to every projection whose factors are there, P diag(E) Q x where there are triplets."""
         for name, slot in self.places.items():
             if f"{name}.A" in layer:
                 echo = layer.get(f"{name}.echo")
                 change = apply(layer[f"{name}.A"], layer[f"{name}.B"], self.scale, slot, rows, echo)
                 base.change_output(slot.path, change)
+        bind_triplets(layer, self.places, self.scale, rows, base)
 
     def context(self, params: Params) -> tuple[float, float]:
         """No token and no key more."""
         return 0.0, 0.0
+
+
+def triplet_shapes(places: Mapping[str, Slot]) -> dict[str, Shape]:
+    """None stands for the rank, which may differ between clients."""
+    want: dict[str, Shape] = {}
+    for name, slot in places.items():
+        want |= {f"{name}.P": (slot.d_out, None), f"{name}.E": (None,), f"{name}.Q": (None, slot.d_in)}
+    return want
+
+
+def bind_triplets(layer: Layer, places: Mapping[str, Slot], scale: float, rows: Rows, base: Base) -> None:
+    """Add P diag(E) Q x to every projection whose triplets are there."""
+    for name, slot in places.items():
+        if f"{name}.E" in layer:
+            low = layer[f"{name}.E"].unsqueeze(2) * layer[f"{name}.Q"]
+            base.change_output(slot.path, apply(low, layer[f"{name}.P"], scale, slot, rows))
 
 
 def apply(a: Tensor, b: Tensor, scale: float, slot: Slot, rows: Rows, echo: Tensor | None = None) -> Applied:

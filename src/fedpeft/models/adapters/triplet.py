@@ -30,7 +30,7 @@ class TripletAdapter:
         ModelError: a rank below 1, or targets that the base does not have.
     """
 
-    partners: Mapping[str, Partner] = {"P": ("Q", 1, 0), "Q": ("E", 0, 0), "E": ("P", 0, 1)}
+    partners: Mapping[str, Partner] = lora.TRIPLET_PARTNERS
     networks: Sequence[Network] = ()
 
     def __init__(self, spec: AdaLora, base: Base) -> None:
@@ -52,18 +52,12 @@ class TripletAdapter:
         return params
 
     def shapes(self) -> dict[str, Shape]:
-        """None stands for the rank, which may differ between clients."""
-        want: dict[str, Shape] = {}
-        for name, slot in self.places.items():
-            want |= {f"{name}.P": (slot.d_out, None), f"{name}.E": (None,), f"{name}.Q": (None, slot.d_in)}
-        return want
+        """See `lora.triplet_shapes`."""
+        return lora.triplet_shapes(self.places)
 
     def bind(self, layer: Layer, sizes: Sizes, rows: Rows, base: Base) -> None:
-        """Add P diag(E) Q x to every projection whose triplets are there."""
-        for name, slot in self.places.items():
-            if f"{name}.E" in layer:
-                low = layer[f"{name}.E"].unsqueeze(2) * layer[f"{name}.Q"]
-                base.change_output(slot.path, lora.apply(low, layer[f"{name}.P"], self.scale, slot, rows))
+        """See `lora.bind_triplets`."""
+        lora.bind_triplets(layer, self.places, self.scale, rows, base)
 
     def context(self, params: Params) -> tuple[float, float]:
         """No token and no key more."""

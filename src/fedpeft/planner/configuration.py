@@ -1,0 +1,61 @@
+"""What is read of a transformer's configuration: sizes under their several names, and what each family has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpeft.core.errors import ModelError
+
+_UNFUSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # written out in transformers, product by product
+
+
+def details(config: Mapping[str, Any], family: str, hidden: int, head_size: int) -> dict[str, Any]:
+    """What a family has beside its matrices, as fields of `cost.Shape`.
+
+    A family that is not known is taken to be built like BERT. Where a configuration leaves a key out, the
+    defaults are those of transformers 5.23.
+    """
+    kind = str(config.get("model_type"))
+    given = config.get("hidden_act") or config.get("activation_function") or config.get("hidden_activation")
+    activation = str(given or {"gpt2": "gelu_new", "llama": "silu"}.get(family, "gelu"))
+    tied = bool(config.get("tie_word_embeddings", kind in ("gemma",) or family != "llama"))
+    found: dict[str, Any] = {"tied": tied, "activation_copies": 4 if activation in _UNFUSED else 1}
+    if family == "llama":
+        biased: tuple[str, ...] = ("query", "key", "value") if config.get("attention_bias") or kind == "qwen2" else ()
+        biased += ("output",) if biased and kind != "qwen2" else ()
+        biased += ("gate", "up", "down") if config.get("mlp_bias") else ()
+        norms = 2 * hidden + (2 * head_size if kind == "qwen3" else 0)  # Qwen 3 has norms of query and key
+        return found | {"biased": biased, "block_norms": norms, "outer_norms": hidden, "pre_norm": True}
+    plain = ("query", "key", "value", "output", "up", "down")
+    if family == "gpt2":
+        positions = size(config, "n_positions", "max_position_embeddings", default=1024)
+        more = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden, "pre_norm": True}
+        return found | more | {"biased": plain, "positions": positions}
+    embedding = size(config, "embedding_size", default=hidden) if kind == "electra" else hidden
+    return found | {
+        "biased": plain,
+        "block_norms": 4 * hidden,
+        "outer_norms": 2 * embedding,
+        "positions": size(config, "max_position_embeddings", default=512),
+        "token_types": size(config, "type_vocab_size", default=2) if family in ("bert", "roberta") else 0,
+        "embedding": 0 if embedding == hidden else embedding,
+    }
+
+
+def size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+    """The size under the first of these names that is there.
+
+    Raises:
+        ModelError: it is not a positive whole number, or no name is there and no default was given.
+    """
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"the model's configuration says {name}: {value!r}; it must be a positive whole number")
+        return value
+    if default is None:
+        raise ModelError(f"the model's configuration has none of {', '.join(names)}; its cost cannot be counted")
+    return default

@@ -1,0 +1,205 @@
+"""What a step of local training needs in memory, from a model's configuration alone.
+
+N = rows * tokens, d hidden width, A attention width, K width of keys and values, f feed-forward width, e bytes of the
+compute dtype. A block keeps for its backward pass (sizes per token; a tensor is kept once, whoever needs it):
+
+    norms               the input of each whose output needs a gradient, d (a fused LayerNorm, or RMSNorm's factors)
+    attention, fused    query A, key K, value K, output A, and a logarithm per head
+    attention, eager    what of query, key and value needs the others' gradient, and the weights, heads * tokens
+    feed-forward part   gated: gate, its activation, up, 3 f; else what the activation keeps, f, or 4 f written out
+    trained adapters    the input of their matrix, and r for what lies between their factors
+
+In the lowest block that is only what follows the first adapter's input, and below it nothing (`cost.first_input`). The
+final norm keeps its input. Formulas, and checks on CPU, nothing on a GPU: FedPipe's specification in this project,
+section 8; its authors' cost model is not public.
+
+**Two loops.** `plain`: a plain loop over parameters with AdamW, float32 adapters on a base of any dtype; its peak is
+the larger of base + 12 T + activations + loss and base + 16 T, with T trained numbers. `ours`: `core/train.py` and
+`models/hf.py`, one client. There
+
+- trained numbers exist as they were received, and in flat buffers as values, gradients and two moments, 20 T; when the
+  result is cut out, its values and moments come on top, 32 T, and a copy of the frozen adapters;
+- adapters compute in the base's dtype, so they share inputs with it, and keep a copy of themselves where it is not
+  float32;
+- the last hidden state lives until the backward pass ends, N d;
+- only one part of a step is in the model at a time, at most `token_budget` tokens: give the rows of one part;
+- what a moment of the pass holds beside what is kept can exceed the loss: the top block's feed-forward part on the way
+  down or up, or a block below that keeps nothing. `Block.moments` lists them, read off a tracker of live storages.
+
+Against that tracker, float32, fused attention, f of at least 2 d: within 2.1 % of all but the base in 440 cases of
+BERT, GPT-2 and Llama. A narrower f, eager attention and a bfloat16 Llama are looser (`docs/log.md` has figures);
+checkpointing and quantised bases are formulas alone. Resident memory of processes: `benchmarks/peak.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedpeft.core.errors import ModelError
+from fedpeft.planner.activations import DTYPE_BYTES, Block
+from fedpeft.planner.cost import KINDS, NOTHING, WHOLE, Shape, Step, first_input, lm_tokens, ranked, weights
+
+WEIGHT_ERROR: Mapping[str, float] = {  # relative, of weights N(0, 0.02); measured by the specification, section 4.5
+    "float64": 0.0, "float32": 0.0, "bfloat16": 0.0017, "float16": 0.0002,
+    "int8": 0.0059, "nf8": 0.0142, "nf4": 0.0919, "nf4dq": 0.0919, "nf3": 0.197, "nf2": 0.564,
+}  # fmt: skip
+Loop = Literal["ours", "plain"]
+
+
+def weight_bytes(base: str) -> float:
+    """Bytes of one frozen weight: of a dtype, int8, nfk (blocks of 64 with a float32 scale) or nf4dq.
+
+    Double quantisation keeps the scales in 8 bits, and one float32 for 256 of them.
+
+    Raises:
+        ModelError: a precision that is not known.
+    """
+    if base in DTYPE_BYTES:
+        return DTYPE_BYTES[base]
+    if base == "int8":
+        return 1.0
+    found = re.fullmatch(r"nf([2-8])(dq)?", base)
+    if found is None:
+        raise ModelError(f"precision {base!r} is not known; use one of {', '.join(DTYPE_BYTES)}, int8, nf4, nf4dq")
+    scales = 8 / 64 + 32 / (64 * 256) if found[2] else 32 / 64
+    return (int(found[1]) + scales) / 8
+
+
+# --- the base ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of a base by what they are."""
+
+    matrices: int  # of the blocks: the only ones that quantisation touches
+    biases: int
+    norms: int
+    embeddings: int
+    head: int  # of the language model, beside what it shares with the embeddings
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.matrices + self.biases + self.norms + self.embeddings + self.head
+
+
+def parameters(shape: Shape) -> Parameters:
+    """Every number of the transformer, its unused pooler left out, with the language model's head if it has one."""
+    every = weights(replace(shape, layers=1), tuple(k for k in KINDS if k != "gate" or shape.mlp_matrices == 3))
+    width = shape.embedding or shape.hidden
+    projected = width * shape.hidden + shape.hidden if shape.embedding else 0
+    head = 0
+    if shape.lm_head:
+        head = 0 if shape.tied else width * shape.vocab
+        if not shape.pre_norm:  # dense layer and norm before the projection, which has a bias
+            head += shape.hidden * width + width + 2 * width + shape.vocab
+    return Parameters(
+        shape.layers * sum(w.d_in * w.d_out for w in every),
+        shape.layers * sum(w.d_out for w in every if w.kind in shape.biased),
+        shape.layers * shape.block_norms + shape.outer_norms,
+        width * (shape.vocab + shape.positions + shape.token_types) + projected,
+        head,
+    )
+
+
+def base_bytes(shape: Shape, base: str, compute: str) -> int:
+    """Bytes of the frozen base: its blocks' matrices as `base` says, everything else in the compute dtype."""
+    of = parameters(shape)
+    return round(of.matrices * weight_bytes(base) + (of.total - of.matrices) * DTYPE_BYTES[compute])
+
+
+# --- a step -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step by what they are for. `peak` is the most at one time, and may be less or more than their sum."""
+
+    base: int
+    frozen: int  # adapters that are applied and not trained
+    trained: int  # plain: values; ours: as received, values, gradients
+    optimizer: int  # two moments
+    activations: int  # what the backward pass will use
+    loss: int  # plain: of the loss; ours: the most that a moment of the pass needs besides, in the loss or in a block
+    peak: int
+
+
+def peak_memory(shape: Shape, step: Step, loop: Loop = "ours") -> Memory:
+    """Bytes of a step, its pass through the model and the optimizer's work.
+
+    Args:
+        shape: whether it has the language model's head follows from the step, whether that is tied from the shape.
+        step: of one client; where a step is cut into parts, `rows` and `tokens` of the largest.
+        loop: whose training loop.
+
+    Raises:
+        ModelError: see `first_input`, `weight_bytes`.
+    """
+    shape = replace(shape, lm_head=step.classes is None)
+    head = (shape.hidden + 1) * step.classes if step.classes else 0
+    numbers = head + sum(r * (w.d_in + w.d_out) for w, r in ranked(shape, step.trained))
+    frozen = 4 * sum(r * (w.d_in + w.d_out) for w, r in ranked(shape, step.frozen))
+    base = base_bytes(shape, step.base, step.compute)
+    lowest, place = first_input(shape, step)
+    plain = loop == "plain"
+    blocks = [Block(shape, step, b, place if b == lowest else WHOLE, plain) for b in range(lowest, shape.layers)]
+    kept = [sum(block.kept().values()) for block in blocks]
+    final = _final(shape, step) if blocks else 0
+    loss = _loss(shape, step)
+    if step.checkpointing and blocks:
+        activations, together = len(blocks) * _state(shape, step) + final, max(max(kept), loss)
+        activations, together = activations + max(kept), together - max(kept)
+    else:
+        activations, together = sum(kept) + final, loss
+    if plain:
+        static = base + frozen + 12 * numbers
+        peak = static + max(activations + together, 4 * numbers)
+        return Memory(base, frozen, 4 * numbers, 8 * numbers, activations, loss, peak)
+    activations += _state(shape, step)
+    if not step.checkpointing:
+        together = max(together, _passing(shape, step, blocks, kept, final))
+    peak = base + frozen + max(20 * numbers + activations + together, 32 * numbers + frozen)
+    return Memory(base, frozen, 12 * numbers, 8 * numbers, activations, together, peak)
+
+
+def _final(shape: Shape, step: Step) -> int:
+    """Bytes that the final norm keeps, and the factors of rotary encoding, which all blocks share."""
+    if shape.family != "llama":
+        return _state(shape, step) if shape.pre_norm else 0
+    return max(_state(shape, step), 4 * step.n_tokens * shape.hidden)  # RMSNorm computes in float32
+
+
+def _passing(shape: Shape, step: Step, blocks: Sequence[Block], kept: Sequence[int], final: int) -> int:
+    """The most that a moment of the pass through the blocks needs beside what is kept and the last hidden state."""
+    state, every = _state(shape, step), sum(kept) + final + _state(shape, step)
+    n_below = shape.layers - len(blocks)
+    moments = [Block(shape, step, n_below - 1, NOTHING, False).on_the_way_up()] if n_below else []
+    if blocks:
+        top, lower = blocks[-1], sum(kept[:-1])
+        moments.append(lower + top.on_the_way_up())
+        moments.append(lower + state + top.attention_on_the_way_down())
+        ended = final if shape.pre_norm else top.sizes["s2"]  # a norm that is done
+        passed = state if top.first <= 1 else 0  # the gradient of the block's output is also that of x1
+        moments.append(every - ended + passed + top.on_the_way_down())
+        moments.append(every + (5 * final if shape.family == "llama" else 2 * state))  # the final norm, backward
+    return max(0, max(moments, default=0) - every)
+
+
+def _loss(shape: Shape, step: Step) -> int:
+    """Three tensors of logits in float32: their log-softmax, its gradient, and their own.
+
+    A masked model's head keeps the inputs of its activation and of its norm besides.
+    """
+    if step.classes:
+        return 12 * step.rows * step.classes
+    inputs = 0 if shape.pre_norm else 2 * DTYPE_BYTES[step.compute] * (shape.embedding or shape.hidden)
+    return lm_tokens(shape, step) * (12 * shape.vocab + inputs)
+
+
+def _state(shape: Shape, step: Step) -> int:
+    """Bytes of N d in the compute dtype."""
+    return step.n_tokens * shape.hidden * DTYPE_BYTES[step.compute]
