@@ -165,18 +165,38 @@ def test_methods_that_ask_more_of_a_model(method: str, adapter: str, models: Pat
 def test_a_study_takes_the_lowest_perplexity(models: Path, tmp_path: Path) -> None:
     study = {
         "base": config(models, run__rounds=1, task__generate_rows=0),
-        "methods": [{"label": "Still", "name": "fedavg", "lr": 1e-6}, {"label": "Moving", "name": "fedavg"}],
+        "methods": [
+            {"label": "Still", "name": "fedavg", "lr": 1e-6},
+            {"label": "Moving", "name": "fedavg"},
+            {"label": "Alone", "name": "local"},
+        ],
         "seeds": [0],
         "grid": {"method.epochs": [1, 3]},
         "target": {"share_of": "Moving", "share": 0.9},
     }
     found = app.compare(study, out=tmp_path / "study")
-    assert [row["label"] for row in found.table] == ["Moving", "Still"]
-    best, worst = found.table
+    assert not found.failures and [row["label"] for row in found.table][-1] == "Still"
+    rows = {row["label"]: row for row in found.table}
+    best, worst = rows["Moving"], rows["Still"]
+    assert [row["mean"] for row in found.table] == sorted(row["mean"] for row in found.table)
+    assert rows["Alone"]["of"] == "personal" and "label_prior" not in rows["Alone"]
     assert best["mean"] < worst["mean"] <= best["base"] * 1.01 and best["chosen"] == {"epochs": 3}
     assert best["bytes_to_target"] and worst["bytes_to_target"] is None
     page = found.report.read_text()
     assert page.index(">Moving<") < page.index(">Still<") and "the untrained base" in page
+
+
+def test_the_likeliest_choice_can_select(models: Path, tmp_path: Path) -> None:
+    """The instruction tells the answer; after a few rounds the choice of least mean loss is the right one."""
+    for name, n in (("train", 72), ("test", 24)):
+        asked = [{**row, "choices": [" bad .", " good ."]} for row in rows(n, name)]
+        small.write_rows(tmp_path / f"{name}.jsonl", asked)
+    values = config(models, task__metric="choice_accuracy", task__generate_rows=0)
+    values["task"] |= {"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "test.jsonl")}
+    done = app.run(values, out=tmp_path / "run")
+    scores = done.metrics["best"]["test"]
+    assert scores["global"]["choice_accuracy"] > max(0.8, scores["base"]["choice_accuracy"])
+    assert "perplexity" in scores["global"] and not RunFolder.open(done.folder).samples()
 
 
 def test_check_tells_of_answers(models: Path) -> None:

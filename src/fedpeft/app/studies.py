@@ -228,7 +228,7 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
         "of": "personal" if any(PERSONALIZED in score for score in scores) else "global",
         **{bar: _mean(score[bar] for score in scores) for bar in BARS if all(bar in score for score in scores)},
     }
-    if row["of"] == "personal":  # the bar for models that know whose they are
+    if row["of"] == "personal" and all(LABEL_PRIOR in score for score in scores):  # the bar for models that know whose
         row["label_prior"] = _mean(score[LABEL_PRIOR] for score in scores)
     if goal is not None:
         reached = [at for _, found in pairs if (at := _reach(read_history(found.folder), goal)) is not None]

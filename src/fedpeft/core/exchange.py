@@ -91,7 +91,7 @@ class Model(Protocol):
         ...
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
-        """Sums that pool over clients by addition and from which every metric follows (`confusion`, `loss`, `n`)."""
+        """Sums that pool over clients by addition and from which every metric follows; see `runs/metrics.py`."""
         ...
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fedpeft.runs import report_clients as clients
 from fedpeft.runs import report_sections as sections
 from fedpeft.runs.files import write_file
 from fedpeft.runs.history import Group, group, read_history
@@ -49,8 +50,8 @@ def render(groups: Sequence[Group], title: str | None = None) -> str:
         members = [g for g in groups if g.task == task]
         suffix = f": {task}" if len(tasks) > 1 else ""
         parts.append(sections.score_charts(members, suffix))
-        parts.append(sections.partition_picture(members[0].runs[0], suffix))
-        parts.append(sections.client_scores(members, suffix) if not alone else sections.client_table(alone))
+        parts.append(clients.partition_picture(members[0].runs[0], suffix))
+        parts.append(clients.client_scores(members, suffix) if not alone else clients.client_table(alone))
     if alone:
         parts.append(samples(alone))
     parts.append(sections.cost(groups))
@@ -82,11 +83,11 @@ def _subtitle(groups: Sequence[Group]) -> str:
     seeds = sorted({r.seed for g in groups for r in g.runs})
     adapter = config.get("adapter") or {}
     rounds = (config.get("run") or {}).get("rounds")
-    clients = count_text(len(run.clients), "client") if run.clients else "? clients"
+    holders = count_text(len(run.clients), "client") if run.clients else "? clients"
     facts = [
         f"model {Path(str((config.get('model') or {}).get('name', '?'))).name}",
         f"adapter {adapter.get('kind', '?')}" + (f" of rank {adapter['rank']}" if "rank" in adapter else ""),
-        f"{clients}, {(config.get('partition') or {}).get('kind', '?')} partition",
+        f"{holders}, {(config.get('partition') or {}).get('kind', '?')} partition",
         count_text(rounds, "round") if isinstance(rounds, int) else "? rounds",
         ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds)),
     ]
