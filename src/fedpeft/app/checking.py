@@ -143,7 +143,7 @@ def memory_bytes(fed: Federation, together: int) -> int:
 
 
 def weight_inputs(shape: Shape, blocks: int) -> int:
-    """Numbers per token that matrices which train themselves keep for their gradients: query, key and value share one."""
+    """Numbers per token that matrices keep which train themselves: their inputs, one for query, key and value."""
     return blocks * (3 * shape.hidden + shape.intermediate)
 
 

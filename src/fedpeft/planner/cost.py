@@ -214,7 +214,7 @@ def weight_of(shape: Shape, name: str) -> Weight:
     stem, _, rest = name.partition(".")
     block, _, kind = rest.partition(".")
     sizes = _sizes(shape)
-    if stem != "block" or not block.isdigit() or int(block) >= shape.layers or kind in set(KINDS) - sizes.keys():
+    if stem != "block" or not block.isdigit() or int(block) >= shape.layers or kind in _PLACE.keys() - sizes.keys():
         known = f"block.0.{next(iter(sizes))} to block.{shape.layers - 1}.{list(sizes)[-1]}"
         raise ModelError(f"the model has no weight {name!r}; it has {known}")
     return Weight(name, int(block), kind, *sizes.get(kind, (shape.hidden, shape.hidden)))
