@@ -97,6 +97,7 @@ def run(
     with computing(wanted):
         with naming_defaults(wanted):
             fed = build(wanted)
+            fed.start()  # a method that finds something wrong with model or devices says so before there is a folder
         with RunFolder.create(Path(out) if out is not None else default_folder(wanted)) as folder:
             named = {} if label is None else {"label": label}
             folder.update_manifest(**named, **_identity(fed), **OPEN, rounds_done=0, started=now())
