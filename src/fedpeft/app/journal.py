@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +20,7 @@ from fedpeft.core.federate import Done
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.models.load import Base
 from fedpeft.progress import Listener, Progress
+from fedpeft.runs.history import PERSONALIZED
 from fedpeft.runs.stopping import Limits
 from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.trackers import Tracker
@@ -215,8 +216,7 @@ class Journal:
         model = self.fed.model
         write = export_merged if best.keys() <= model.readout.params else export_adapter
         summary = self.folder.manifest().get("metrics", {}).get("best", {})
-        scores = {split: values for split, values in summary.items() if split != "round"}
-        card = card_facts(self.fed, summary.get("round"), scores)
+        card = card_facts(self.fed, summary.get("round"), global_scores(summary))
         try:
             write(model, best, self.folder.adapter, labels=self.fed.classes, card=card, replace=True)
         except ModelError as error:  # a family that PEFT or transformers has no classifier for: the run is right
@@ -260,6 +260,15 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         "max_length": fed.config.task.max_length,
         **({} if fed.format.prompting is None else fed.format.prompting.facts),
         "metrics": metrics,
+    }
+
+
+def global_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """By split, what a summary of the manifest says of the global model, and what it must beat."""
+    return {
+        split: {who: values for who, values in scores.items() if who != PERSONALIZED}
+        for split, scores in summary.items()
+        if split != "round"
     }
 
 
