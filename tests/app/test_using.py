@@ -56,7 +56,8 @@ def test_evaluate_says_after_which_round_each_model_was_taken(place: Path, tmp_p
     assert found["test"]["global"] == best["test"]["global"]
     assert found["test"]["personalized"] == done.metrics["final"]["test"]["personalized"]
     card = (done.folder / "adapter" / "README.md").read_text()
-    assert f"| rounds | {best['round']} |" in card and "personalized" not in card and "validation.global" in card
+    assert f"| rounds | {best['round']} |" in card and "validation.global" in card and "on.personalized" not in card
+    assert "| selected by | personalized validation accuracy |" in card
 
 
 def test_evaluate_a_file_with_names_or_indices_as_labels(place: Path, tmp_path: Path, finished: app.Run) -> None:

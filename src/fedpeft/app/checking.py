@@ -63,6 +63,7 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
             "device": str(fed.base.device),
         },
         "estimate": _estimate(fed),
+        **({"warnings": fed.warnings} if fed.warnings else {}),
     }
 
 

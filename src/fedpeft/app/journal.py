@@ -20,7 +20,7 @@ from fedpeft.core.federate import Done
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.models.load import Base
 from fedpeft.progress import Listener, Progress
-from fedpeft.runs.history import PERSONALIZED
+from fedpeft.runs.history import GLOBAL, PERSONALIZED
 from fedpeft.runs.stopping import Limits
 from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.trackers import Tracker
@@ -216,7 +216,7 @@ class Journal:
         model = self.fed.model
         write = export_merged if best.keys() <= model.readout.params else export_adapter
         summary = self.folder.manifest().get("metrics", {}).get("best", {})
-        card = card_facts(self.fed, summary.get("round"), global_scores(summary))
+        card = global_facts(self.fed, summary, summary.get("round"))
         try:
             write(model, best, self.folder.adapter, labels=self.fed.classes, card=card, replace=True)
         except ModelError as error:  # a family that PEFT or transformers has no classifier for: the run is right
@@ -263,13 +263,22 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
     }
 
 
-def global_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """By split, what a summary of the manifest says of the global model, and what it must beat."""
-    return {
-        split: {who: values for who, values in scores.items() if who != PERSONALIZED}
-        for split, scores in summary.items()
+def global_facts(fed: Federation, summary: Mapping[str, Any], rounds: int | None) -> dict[str, Any]:
+    """What a card says of the best-validated global parameters: their own scores, and by whose they were selected.
+
+    Args:
+        summary: `best` of the manifest's metrics; empty: nothing is known.
+        rounds: after how many the parameters were taken.
+    """
+    scores = {
+        split: {who: values for who, values in by.items() if who != PERSONALIZED}
+        for split, by in summary.items()
         if split != "round"
     }
+    facts = card_facts(fed, rounds, scores)
+    if validation := summary.get("validation"):
+        facts["selected_by"] = f"{PERSONALIZED if PERSONALIZED in validation else GLOBAL} validation {fed.metric}"
+    return facts
 
 
 def trained_on(base: Base) -> str:

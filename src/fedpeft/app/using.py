@@ -12,7 +12,7 @@ import torch
 
 from fedpeft.app.federation import Federation, build, computing, task_spec
 from fedpeft.app.generating import say
-from fedpeft.app.journal import card_facts, global_scores
+from fedpeft.app.journal import card_facts, global_facts
 from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
 from fedpeft.config import load_config
@@ -136,7 +136,7 @@ def export(
 def _global_card(opened: RunFolder, fed: Federation) -> dict[str, Any]:
     manifest = opened.manifest()
     summary: Mapping[str, Any] = manifest.get("metrics", {}).get("best", {})
-    return card_facts(fed, summary.get("round", manifest.get("rounds_done")), global_scores(summary))
+    return global_facts(fed, summary, summary.get("round", manifest.get("rounds_done")))
 
 
 def _own_card(opened: RunFolder, fed: Federation, client: str) -> dict[str, Any]:
