@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.app.federation import FLAT_COPIES, Federation, batching, build, computing
+from fedpeft.app.rehearsal import rehearse
 from fedpeft.config import load_config
 from fedpeft.config.load import Source, naming_defaults
 from fedpeft.core import records, tree, wire
@@ -22,9 +23,9 @@ from fedpeft.planner.memory import peak_memory
 def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything that can be known without training: the partition's statistics, and an estimate of the costs.
 
-    Bytes are those of the first round's records, encoded, and as many back; time is that of a client's device for a
-    mean client, whose work is counted in operations. Both are estimates: a method may send other records later, and
-    the slowest client decides.
+    Bytes and simulated time are those of a run whose clients train nothing (see `rehearsal`). Where that cannot be
+    played they are estimates: bytes those of the first round's records, encoded, and as many back; time that of the
+    first client's device for a mean client, whose work is counted in operations.
 
     Raises:
         RequestError: whatever cannot be met, with what to change.
@@ -79,8 +80,26 @@ def _answers(fed: Federation) -> dict[str, Any]:
 
 
 def _estimate(fed: Federation) -> dict[str, Any]:
-    rounds, train, clients = fed.config.run.rounds, fed.whole("train"), len(fed.clients)
+    rounds, clients = fed.config.run.rounds, len(fed.clients)
     cohort = min(int(getattr(fed.method, "cohort", 0)) or clients, clients)
+    together = min(cohort, batching(fed.config))
+    played = rehearse(fed)
+    costs = _by_the_first_round(fed, cohort) if played is None else {
+        **({"assuming_that": f"rounds after {played.rounds} are like those before"} if played.rounds < rounds else {}),
+        "rows_per_client_and_round": played.rows * played.turns / (cohort * rounds),
+        "bytes_per_client_and_round": round((played.bytes_down + played.bytes_up) / (cohort * rounds)),
+        "bytes": round(played.bytes_down + played.bytes_up),
+        "flops_per_client_and_round": round(played.flops * played.turns / (cohort * rounds)),
+        "simulated_seconds": played.simulated_seconds,
+    }  # fmt: skip
+    memory = memory_bytes(fed, together)
+    assumed = {key: costs.pop(key) for key in ("assuming_that",) if key in costs}
+    return {**assumed, "clients_trained_together": together, **costs, "memory_bytes": memory}
+
+
+def _by_the_first_round(fed: Federation, cohort: int) -> dict[str, Any]:
+    """Costs of methods that do more than training, from what the first round sends, and as much back."""
+    rounds, train = fed.config.run.rounds, fed.whole("train")
     passes = rows_per_client(fed) / len(train)  # a client's rows of one round, as a share of all rows
     whole = fed.model.cost(Fit(fed.initial, train, [range(len(train))], SGD(0.0)))
     tokens, pairs, products = (int(passes * count) for count in whole)
@@ -88,16 +107,15 @@ def _estimate(fed: Federation) -> dict[str, Any]:
     sent = bytes_down(fed)
     device = next(iter(fed.resources.values()))
     seconds = device.latency_s + sent / device.down_bytes_per_s + sent / device.up_bytes_per_s
-    assumed = "all parameters travel and train in every round, and the set-up is not counted"
     return {
-        **({"assuming_that": assumed} if fed.method.setup() else {}),
-        "clients_trained_together": min(cohort, batching(fed.config)),
+        "assuming_that": "all parameters travel and train in every round, and the set-up is not counted"
+        if fed.method.setup()
+        else "every round sends what the first one does, as much back, and clients do nothing but train on all rows",
         "rows_per_client_and_round": rows_per_client(fed),
         "bytes_per_client_and_round": 2 * sent,
         "bytes": 2 * sent * cohort * rounds,
         "flops_per_client_and_round": flops,
         "simulated_seconds": rounds * (seconds + flops / device.flops_per_s),
-        "memory_bytes": memory_bytes(fed, min(cohort, batching(fed.config))),
     }
 
 
