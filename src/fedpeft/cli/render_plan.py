@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -96,3 +97,30 @@ def _fixed(told: Mapping[str, Any]) -> Iterator[str]:
         for name, own in fixed["machines"].items()
     ]
     yield text_table(("machine", "peak", "of", "fits", "step", "steps", "round"), rows, frozenset({1, 2, 4, 5, 6}))
+
+
+def print_profile(told: Mapping[str, Any], table: str, out: Path | None, json: bool) -> None:
+    """What was measured, and the table that a devices file takes."""
+    if json:
+        typer.echo(as_json({**told, "profile": vars(told["profile"]), "file": out}))
+        return
+    p = told["profile"]
+    lines = [
+        f"{told['device']}, {count_text(told['threads'], 'thread')}, {told['model']}",
+        f"memory: {bytes_text(p.memory_bytes)} usable",
+        f"training: {flops_text(p.flops_per_s)} per second and {1000 * p.step_overhead_s:.2f} ms a step "
+        f"(a third size was predicted to {share_text(told['time_error'])})",
+        "peak memory: "
+        + (f"{p.peak_ratio:.3f} of the predicted" if told["peak_ratio_measured"] else "not measured here"),
+        f"formats: {', '.join(p.formats)}",
+        f"disk: {bytes_text(round(told['disk_bytes_per_s']))} per second, {bytes_text(told['disk_free_bytes'])} free",
+        "bandwidth: "
+        + (
+            f"{bytes_text(round(p.up_bytes_per_s))} per second up, {bytes_text(round(p.down_bytes_per_s))} down"
+            if told["bandwidth_measured"]
+            else "unknown; give --server URL"
+        ),
+        "",
+        table.rstrip() if out is None else f"written to {out}",
+    ]
+    typer.echo("\n".join(lines))
