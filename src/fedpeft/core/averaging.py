@@ -15,7 +15,7 @@ from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.cohort import sample
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights
 from fedpeft.core.fit import Fit, Fitted
-from fedpeft.core.method import Defaults, check_ranges, mean_loss, ordinary_fit
+from fedpeft.core.method import Defaults, check_ranges, mean_loss, name_of, ordinary_fit
 from fedpeft.core.tree import Params
 
 
@@ -90,5 +90,5 @@ def only(method: Defaults, spec: AdapterSpec) -> str | None:
     own = method.adapter().kind
     if spec.kind == own:
         return None
-    name = type(method).__module__.rpartition(".")[2]
+    name = name_of(method)
     return f"method {name} trains adapter.kind {own}, not {spec.kind}; leave adapter.kind out, or use method fedavg"

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedpeft.core.exchange import ClientEnv, TokenNorm
-from fedpeft.core.tree import Params
-
-Difficulty: TypeAlias = Literal["fisher", "loss", "length", "random", "reverse"]
 Pacing: TypeAlias = Literal["linear", "sqrt", "exp", "quad", "step"]
 RowRule: TypeAlias = Literal["fixed", "energy"]
 LEAST_COMPETENCE = 0.01  # c0, share of the rows at first where common words come first
@@ -60,46 +56,35 @@ def competence(t: int, rounds: int, least: float) -> float:
 
 
 def tokens_at(t: int, rounds: int, longest: int, least: int = LEAST_TOKENS) -> int:
-    """Tokens that rows are cut to: from `least` to the longest row in the first half of the rounds (Li et al. 2022)."""
+    """Tokens that rows are cut to: from `least` to the longest row in the first half of the rounds (Li et al. 2022).
+
+    Args:
+        t: rounds that are over, from 0.
+        rounds: T.
+        longest: tokens of the longest row.
+    """
     return least + math.floor(max(0, longest - least) * min(1.0, 2 * t / rounds))
 
 
-class Sized(Protocol):
-    """What `common_words` reads of a method."""
+def common_words(rarities: Sequence[float], t: int, rounds: int, least: int) -> list[int]:
+    """The rows whose rarity is within the competence: those of the most common words (Platanios et al. 2019).
 
-    @property
-    def batch_size(self) -> int: ...
+    A row may be drawn where the share of rows that are no rarer than it is at most the competence.
 
-
-def common_words(method: Sized, env: ClientEnv) -> list[int]:
-    """A client's rows of the most common words, as far as the competence goes; at least one batch (VOC)."""
-    order = easy_first(env.data.rarities.tolist())
-    share = competence(env.round - 1, env.rounds, LEAST_COMPETENCE)
-    return order[: max(min(method.batch_size, len(order)), math.ceil(share * len(order) - 1e-9))]
-
-
-def warm_up(t: int, env: ClientEnv) -> int:
-    """Tokens that a client's rows are cut to in sequence-length warm-up: of its longest row (SLW)."""
-    return tokens_at(t, env.rounds, int(env.data.lengths.max()))
+    Args:
+        rarities: of every row.
+        t: rounds that are over, from 0.
+        rounds: T.
+        least: how many rows are in use at least, as far as there are so many.
+    """
+    order = easy_first(rarities)
+    within = math.floor(competence(t, rounds, LEAST_COMPETENCE) * len(order) + 1e-9)
+    return order[: max(least, within)]
 
 
-def two_stages(t: int, env: ClientEnv) -> int:
-    """A quarter of the client's longest row in the first half of the rounds, then all of it (Shortformer)."""
-    longest = int(env.data.lengths.max())
-    return longest if 2 * t >= env.rounds else max(LEAST_TOKENS, longest // 4)
-
-
-def difficulties(kind: Difficulty, params: Params, env: ClientEnv, token_norm: TokenNorm = "sqrt") -> list[float]:
-    """Of every example of a client: the trace of its Fisher information at the params, or a control."""
-    rows = range(len(env.data))
-    if kind == "length":
-        return [float(n) for n in env.data.lengths]
-    if kind == "random":
-        return [float(u) for u in env.rng("order").random(len(rows))]
-    if kind == "loss":
-        return [float(loss) for loss in env.model.losses(params, env.data, rows)]
-    sign = -1.0 if kind == "reverse" else 1.0
-    return [sign * float(f) for f in env.model.fisher(params, env.data, rows, token_norm).trace]
+def two_stages(t: int, rounds: int, longest: int) -> int:
+    """Tokens: a quarter of the longest row in the first half of the rounds, then all of it (Press et al. 2021)."""
+    return longest if 2 * t >= rounds else max(LEAST_TOKENS, longest // 4)
 
 
 def easy_first(difficulty: Sequence[float]) -> list[int]:

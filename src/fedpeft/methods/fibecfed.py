@@ -7,7 +7,7 @@ Paper to code
 
 | paper | here |
 |---|---|
-| difficulty of an example: trace of the diagonal Fisher information | `ordered`; `maths.curriculum.difficulties` |
+| difficulty of an example: trace of the diagonal Fisher information | `ordered`; `core.difficulty` |
 | easy ones first, more of them every round | `in_use`; `maths.curriculum.pace` |
 | importance of a layer: its answer to perturbed inputs | `score`; `Model.sensitivity` |
 | global aggregation layers (GAL), the N most important ones | `choose`; `State.layers` |
@@ -36,6 +36,7 @@ from torch import Tensor
 from fedpeft.core import pairs, tree
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import everyone, sample
+from fedpeft.core.difficulty import Difficulty, difficulties
 from fedpeft.core.errors import RecordError
 from fedpeft.core.exchange import (
     ClientEnv,
@@ -53,7 +54,7 @@ from fedpeft.core.method import check_ranges, local_batches, mean_loss, ordinary
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params, block_of
 from fedpeft.maths import curriculum, spectrum
-from fedpeft.maths.curriculum import Difficulty, Pacing, RowRule
+from fedpeft.maths.curriculum import Pacing, RowRule
 from fedpeft.maths.layers import choose_layers, layer_count
 
 LANCZOS_STEPS, LANCZOS_PROBES = 50, 4  # of the spectrum, for gal_count eigengap and plateau
@@ -153,6 +154,10 @@ class FibecFed(Tuning):
         above = dict.fromkeys(("beta", "alpha_pace", "gamma_eps", "gal_ratio", "eta", "rho"), 0)
         most = dict.fromkeys(("beta", "alpha_pace", "gal_ratio", "eta", "rho"), 1)
         check_ranges(self, at_least={**least, "gamma": 0}, above=above, below={"gamma": 1}, at_most=most)
+
+    def accepts_schedule(self, kind: str) -> str | None:
+        """None beside its own curriculum."""
+        return "method fibecfed has a curriculum of its own: method.difficulty, beta, alpha_pace, pacing, batching"
 
     # --- set-up: which layers ---
 
@@ -352,7 +357,7 @@ class FibecFed(Tuning):
 
     def ordered(self, params: Params, memory: Memory, env: ClientEnv) -> Memory:
         """The memory with the examples, or batches of them, from easy to hard."""
-        difficulty = curriculum.difficulties(self.difficulty, params, env, self.token_norm)
+        difficulty = difficulties(self.difficulty, params, env, self.token_norm)
         if self.batching == "fixed_random":
             batches = env.data.epochs(1, self.batch_size, env.rng("order"))
             means = [sum(difficulty[row] for row in batch) / len(batch) for batch in batches]

@@ -73,6 +73,10 @@ class SLora(Tuning):
     def __post_init__(self) -> None:
         check_ranges(self, at_least={"stage_rounds": 1}, above={"density": 0, "stage_lr": 0}, at_most={"density": 1})
 
+    def accepts_schedule(self, kind: str) -> str | None:
+        """All but that by the Fisher information of LoRA's factors, of which stage 1 has none."""
+        return "stage 1 of method slora has no factors, whose Fisher information it is" if kind == "fisher" else None
+
     def init(self, env: ServerEnv) -> State:
         """The fresh adapter; no change of the weights. An adapter that has learnt something needs no stage 1."""
         params = env.initial()
