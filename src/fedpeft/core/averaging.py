@@ -39,7 +39,7 @@ class Tuning(Defaults):
     epochs: int = 1  # passes over a client's rows per round
     batch_size: int = 8  # rows per step
     lr: float = 1e-3  # local learning rate of AdamW, whose moments start from zero in every round
-    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
+    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     weight_decay: float = 0.0  # decay of the local optimizer
     clip: float | None = None  # bound on the gradient's norm at every local step; null: none
     steps: int | None = None  # local steps per round, instead of whole epochs

@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from fedpeft.core.counts import ROUNDING, round_up
+
 Pacing: TypeAlias = Literal["linear", "sqrt", "exp", "quad", "step"]
 RowRule: TypeAlias = Literal["fixed", "energy"]
 LEAST_COMPETENCE = 0.01  # c0, share of the rows at first where common words come first
@@ -41,7 +43,7 @@ def pace(t: int, rounds: int, parts: int, kind: Pacing, beta: float, alpha: floa
         "quad": beta + (1 - beta) * tau**2,
         "step": 1.0 if tau == 1 else beta,
     }[kind]
-    return max(1, min(math.ceil(share * parts - 1e-9), parts))
+    return max(1, min(round_up(share * parts), parts))
 
 
 def competence(t: int, rounds: int, least: float) -> float:
@@ -78,7 +80,7 @@ def common_words(rarities: Sequence[float], t: int, rounds: int, least: int) -> 
         least: how many rows are in use at least, as far as there are so many.
     """
     order = easy_first(rarities)
-    within = math.floor(competence(t, rounds, LEAST_COMPETENCE) * len(order) + 1e-9)
+    within = math.floor(competence(t, rounds, LEAST_COMPETENCE) * len(order) + ROUNDING)
     return order[: max(least, within)]
 
 
@@ -129,18 +131,18 @@ def kept_rows(scores: Tensor, share: float, rule: RowRule = "fixed", energy: flo
     if not bool(scores.any()):
         return ~kept
     order = torch.argsort(scores.double(), descending=True, stable=True)
-    count = math.ceil(share * len(scores) - 1e-9)
+    count = round_up(share * len(scores))
     if rule == "energy":
-        count = max(math.ceil(LEAST_ROWS * len(scores) - 1e-9), enough(scores[order].tolist(), energy))
+        count = max(round_up(LEAST_ROWS * len(scores)), enough(scores[order].tolist(), energy))
     kept[order[: max(1, count)]] = True
     return kept
 
 
 def enough(descending: Sequence[float], energy: float) -> int:
-    """The least N whose first N values reach this share of the sum of all."""
+    """The least N whose first N values reach this share of the sum of all, to rounding, however large they are."""
     total, reached = math.fsum(descending), 0.0
     for n, value in enumerate(descending, 1):
         reached += value
-        if reached >= energy * total - 1e-9:
+        if reached >= energy * total * (1 - ROUNDING):
             return n
     return len(descending)

@@ -12,8 +12,9 @@ Paper to code
 | FedSim: both at once | `train`, `updates: simultaneous` |
 | mean of u | `average`, weighted by examples |
 
-Departures: what is personal is ours: LoRA in the upper half of the blocks, unless `personal_from` names another one.
-The two halves of a turn train equally long (`epochs` or `steps` each); the optimizer starts anew in each.
+Departures: what is personal is ours: LoRA in the upper half of the blocks, and in the middle one where their number is
+odd, unless `personal_from` names another one. The two halves of a turn train equally long (`epochs` or `steps` each);
+the optimizer starts anew in each.
 
 Traffic per client and round: down = params of the shared layers; up = params of the shared layers
 """
@@ -54,7 +55,6 @@ class Memory:
 class FedAlt(Tuning):
     """FedAlt and FedSim (Pillutla et al. 2022): personal upper blocks."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     updates: Literal["alternating", "simultaneous"] = "alternating"  # FedAlt: own layers, then shared ones; or FedSim
     personal_from: int | None = None  # the lowest personal block; null: the upper half is personal
 

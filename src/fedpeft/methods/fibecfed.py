@@ -120,7 +120,6 @@ class FibecFed(Tuning):
 
     epochs: int = 2  # E: passes over the examples in use per round
     lr: float = 5e-4  # local learning rate of AdamW, whose moments start from zero in every round
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     initialise: Literal["lazy", "cohort", "all"] = "lazy"  # who scores layers: those that train first, a cohort, all
     warmup_rounds: int = 1  # plain rounds over all layers before; none where there is no head to warm up
     beta: float = 0.6  # share of the examples in use at first; 1: no curriculum

@@ -34,8 +34,6 @@ from fedpeft.maths import curriculum
 class Shortformer(Averaging):
     """Two stages of length (Press et al. 2021), on LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
-
     def accepts_schedule(self, kind: str) -> str | None:
         """None beside its own."""
         return "method shortformer is a schedule itself"

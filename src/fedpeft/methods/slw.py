@@ -33,8 +33,6 @@ from fedpeft.maths import curriculum
 class Slw(Averaging):
     """Sequence-length warm-up (Li et al. 2022), on LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
-
     def accepts_schedule(self, kind: str) -> str | None:
         """None beside its own."""
         return "method slw is a schedule itself"

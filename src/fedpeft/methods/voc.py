@@ -34,8 +34,6 @@ from fedpeft.maths import curriculum
 class Voc(Averaging):
     """Common words first (Platanios et al. 2019), on LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
-
     def accepts_schedule(self, kind: str) -> str | None:
         """None beside its own."""
         return "method voc is a schedule itself"
