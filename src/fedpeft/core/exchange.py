@@ -193,6 +193,7 @@ class Exchange:
     work: Callable[[Any, Any, ClientEnv], Work]  # (down, memory, env) -> (up, memory)
     fold: Callable[[Any, Mapping[ClientId, Any], ServerEnv], Any]
     accept: Callable[[Any, Any], None] = matching  # (down, up): raises RecordError where the answer does not fit
+    again: Callable[[Any, Sequence[ClientId], Rng], Sequence[ClientId]] | None = None  # below the quorum; None: `pick`
 
 
 class Method(Protocol):
@@ -245,6 +246,10 @@ class Method(Protocol):
 
     def personal(self, params: Params, memory: Any) -> Params:
         """A client's own model, from the global params and its memory."""
+        ...
+
+    def shared_names(self, state: Any) -> Sequence[str]:
+        """Names of the global params that count for everybody, also where a memory still has others by that name."""
         ...
 
     def choices(self, state: Any) -> Mapping[str, Any]:

@@ -96,7 +96,8 @@ def federate(
         receipts: list[Receipt] = []
         for attempt in range(ATTEMPTS):
             env = replace(env, round=round, exchange=exchange.name, attempt=attempt)
-            cohort = tuple(dict.fromkeys(exchange.pick(state, clients, env.rng("pick"))))
+            pick = exchange.again if attempt and exchange.again else exchange.pick
+            cohort = tuple(dict.fromkeys(pick(state, clients, env.rng("pick"))))
             call = Call(exchange, number, round, rounds, attempt, dict(versions))
             answers = transport.exchange(call, {c: exchange.send(state, c) for c in cohort})
             receipts += answers.receipts

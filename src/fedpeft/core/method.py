@@ -53,6 +53,10 @@ class Defaults:
         """Where the method says what a client's own model is, it has one."""
         return type(self).personal is not Defaults.personal
 
+    def shared_names(self, state: Any) -> Sequence[str]:
+        """None: what a client has of its own, it keeps."""
+        return ()
+
     def choices(self, state: Any) -> Mapping[str, Any]:
         """Nothing was decided."""
         return {}

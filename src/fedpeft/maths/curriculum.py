@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Literal, TypeAlias
 
 import torch
@@ -109,6 +110,18 @@ def stratified(order: Sequence[int], labels: Sequence[int]) -> list[int]:
         places[row] = (k + 0.5) / count[labels[row]]
     rank = {row: i for i, row in enumerate(order)}
     return sorted(order, key=lambda row: (places[row], rank[row]))
+
+
+def ranked_batches(batches: Sequence[Sequence[int]], difficulty: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Whole batches from easy to hard, by their rows' mean difficulty: the rows in a row, and where batches end."""
+    means = [sum(difficulty[row] for row in batch) / len(batch) for batch in batches]
+    ranked = [batches[i] for i in easy_first(means)]
+    return [row for batch in ranked for row in batch], list(accumulate(len(batch) for batch in ranked))
+
+
+def parted(rows: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
+    """The batches that end there."""
+    return [list(rows[begin:end]) for begin, end in pairwise((0, *ends))]
 
 
 def ends(rows: int, size: int) -> list[int]:
