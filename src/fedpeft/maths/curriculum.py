@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.core.counts import ROUNDING, round_up
+from fedpeft.core.tree import Params
 
 Pacing: TypeAlias = Literal["linear", "sqrt", "exp", "quad", "step"]
 RowRule: TypeAlias = Literal["fixed", "energy"]
@@ -149,6 +150,11 @@ def kept_rows(scores: Tensor, share: float, rule: RowRule = "fixed", energy: flo
         count = max(round_up(LEAST_ROWS * len(scores)), enough(scores[order].tolist(), energy))
     kept[order[: max(1, count)]] = True
     return kept
+
+
+def blended(before: Params, now: Params, gamma: float) -> dict[str, Tensor]:
+    """gamma F + (1 - gamma) of this visit's, by name; this visit's alone where there is no earlier one."""
+    return {name: gamma * before[name] + (1 - gamma) * t if name in before else t for name, t in now.items()}
 
 
 def enough(descending: Sequence[float], energy: float) -> int:

@@ -424,11 +424,7 @@ class FibecFed(Tuning):
         count = min(self.fisher_samples, len(used))
         some = [used[i] for i in sorted(env.rng("fisher").choice(len(used), size=count, replace=False).tolist())]
         rows = env.model.fisher(params, env.data, some, self.token_norm).rows
-        before = memory.fisher
-        return {
-            name: self.gamma * before[name] + (1 - self.gamma) * rows[name] if name in before else rows[name]
-            for name in sorted(names)
-        }
+        return curriculum.blended(memory.fisher, {name: rows[name] for name in sorted(names)}, self.gamma)
 
     def mask(self, params: Params, fisher: Params) -> dict[str, Tensor]:
         """1 in the rows of local factors with most information; everything else may change."""
