@@ -8,12 +8,11 @@ means of their factors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Pair: TypeAlias = tuple[Tensor, Tensor]  # (B, A)
+from fedpeft.core.pairs import Pair as Pair
 
 
 def shares(weights: Sequence[float]) -> list[float]:
@@ -56,11 +55,6 @@ def filled(pair: Pair, others: Pair) -> Pair:
     """The pair with the components of another one from its own rank on."""
     b, a = (t.double() for t in pair)
     return torch.cat([b, others[0].double()[:, len(a) :]], dim=1), torch.cat([a, others[1].double()[len(a) :]])
-
-
-def cut(pair: Pair, rank: int) -> Pair:
-    """The first columns of B and rows of A."""
-    return pair[0].double()[:, :rank], pair[1].double()[:rank]
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:

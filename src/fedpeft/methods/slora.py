@@ -80,9 +80,8 @@ class SLora(Tuning):
     def init(self, env: ServerEnv) -> State:
         """The fresh adapter; no change of the weights. An adapter that has learnt something needs no stage 1."""
         params = env.initial()
-        widths = {stem: (len(params[f"{stem}.B"]), params[f"{stem}.A"].shape[1]) for stem in pairs.stems(params)}
-        known = any(bool(t.any()) for t in pairs.factors(params, "B").values())
-        values = {} if known or not self.last_sparse(env.rounds) else self.empty(widths)
+        widths = pairs.widths(params)
+        values = {} if pairs.learnt(params) or not self.last_sparse(env.rounds) else self.empty(widths)
         return State(params, values, widths, env.seed)
 
     def empty(self, widths: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
@@ -110,8 +109,7 @@ class SLora(Tuning):
             return Update(fitted.params, len(env.data), fitted.loss), memory
         fresh, dense, mask = env.initial(), {}, {}
         head = pairs.others(fresh).keys()
-        for stem in pairs.stems(fresh):
-            shape = (len(fresh[f"{stem}.B"]), fresh[f"{stem}.A"].shape[1])
+        for stem, shape in pairs.widths(fresh).items():
             places = under_mask(env.seed, stem, shape, self.density)
             dense[f"delta.{stem}.dense"] = scattered(down.params[f"values.{stem}"], places, shape)
             mask[f"delta.{stem}.dense"] = scattered(torch.ones(len(places)), places, shape)
