@@ -173,3 +173,11 @@ def test_memory_grows_with_the_clients_that_train_together(place: Path) -> None:
     )
     base = sum(p.numel() * 4 for p in load_base(str(place / "tiny"), device="cpu").module.parameters())
     assert base < alone < together < 10 * alone
+
+
+@pytest.mark.parametrize("section", ["run", "check"])
+def test_what_a_method_finds_wrong_is_told_before_there_is_a_folder(place: Path, tmp_path: Path, section: str) -> None:
+    values = small.config(place, method__name="fedalt", method__personal_from=2)
+    with pytest.raises(ConfigError, match=r"method\.personal_from is 2; it must be at most 1"):
+        app.run(values, out=tmp_path / "run") if section == "run" else app.check(values)
+    assert not (tmp_path / "run").exists()

@@ -162,3 +162,25 @@ def test_start_that_does_not_fit_is_refused(place: Path, tmp_path: Path, finishe
     shutil.copytree(finished.folder, unfinished, ignore=shutil.ignore_patterns("adapter"))
     with pytest.raises(ModelError, match=r"the run .*unfinished has no adapter yet; let it finish"):
         made(place, run__init_from=str(unfinished))
+
+
+def test_ranks_of_devices_that_have_no_effect_are_told(place: Path, tmp_path: Path) -> None:
+    """In the log, to who watches, and by `check`; where a method takes them there is nothing to say."""
+    devices = tmp_path / "devices.toml"
+    devices.write_text("[profile.phone]\nrank = 2\n[profile.laptop]\n[clients]\nassign = {phone = 0.5, laptop = 0.5}\n")
+    values = {"run__devices": str(devices), "run__rounds": 1}
+    flat = small.config(place, **values)
+    told: list[str] = []
+    run = app.run(flat, out=tmp_path / "run", progress=lambda sign: told.append(sign.message or ""))
+    said = (
+        "the rank of 'phone' in run.devices has no effect: fedavg gives every client the same rank, or its own choice"
+    )
+    assert f"warning: {said}" in told and said in (run.folder / "run.log").read_text()
+    assert app.check(flat)["warnings"] == [said]
+    dealt = made(place, **values, method__name="hetlora", method__ranks=[1, 4])
+    assert dealt.warnings == ["the rank of 'phone' in run.devices has no effect: method.ranks deals the ranks out"]
+    taken = small.config(place, **values, method__name="hetlora")
+    assert "warnings" not in app.check(taken)
+    ranks = app.run(taken, out=tmp_path / "taken").manifest["choices"]["clients_by_rank"]
+    assert {rank: len(clients) for rank, clients in ranks.items()} == {"2": 3, "4": 3}
+    assert sorted(client for held in ranks.values() for client in held) == dealt.clients

@@ -94,6 +94,24 @@ def test_process_of_the_command_line_is_killed_and_resumed(place: Path, tmp_path
     assert small.story(tmp_path / "run") == small.story(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("changes", "by"),
+    [({}, None), ({"method__name": "voc"}, "voc"), ({"method__schedule": "random"}, "method.schedule")],
+)
+def test_another_number_of_rounds_is_another_plan(place: Path, tmp_path: Path, changes: Any, by: str | None) -> None:
+    """Two rounds and two more end like four only where nothing is planned by the number; else a warning says so."""
+    app.run(small.config(place, run__rounds=4, **changes), out=tmp_path / "whole")
+    app.run(small.config(place, run__rounds=2, **changes), out=tmp_path / "run")
+    told: list[str] = []
+    app.resume(tmp_path / "run", {"run.rounds": 4}, progress=lambda sign: told.append(sign.message or ""))
+    assert (small.sha(tmp_path / "run") == small.sha(tmp_path / "whole")) == (by is None)
+    warning = (
+        f"warning: run.rounds was 2, and {by} plans by it; from here on it plans by 4, and a run that has 4 rounds"
+    )
+    assert any(said.startswith(warning) for said in told) == (by is not None)
+    assert ("plans by it" in (tmp_path / "run" / "run.log").read_text()) == (by is not None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "local"])
 def test_processes_of_the_command_line_are_killed_three_times(place: Path, tmp_path: Path, method: str) -> None:

@@ -68,6 +68,10 @@ def test_table_has_mean_and_spread_of_the_runs(place: Path, tmp_path: Path) -> N
     alone = [manifest(tmp_path / "study" / f"trades-alone-seed{seed}")["metrics"]["final"]["test"] for seed in (0, 1)]
     assert rows["Alone"]["mean"] == pytest.approx(sum(a["personalized"]["accuracy"] for a in alone) / 2)
     assert rows["Alone"]["majority"] == pytest.approx(sum(a["majority"]["accuracy"] for a in alone) / 2)
+    assert rows["Avg"]["global"] == rows["Avg"]["mean"]
+    alone = [manifest(tmp_path / "study" / f"trades-alone-seed{seed}")["metrics"]["best"]["test"] for seed in (0, 1)]
+    assert rows["Alone"]["global"] == pytest.approx(sum(a["global"]["accuracy"] for a in alone) / 2)
+    assert rows["Alone"]["global"] < rows["Alone"]["mean"]
     goal = 0.9 * sum(run["metrics"]["best"]["validation"]["global"]["accuracy"] for run in runs) / 2
     spent = []
     for seed in (0, 1):
@@ -84,6 +88,21 @@ def test_table_has_mean_and_spread_of_the_runs(place: Path, tmp_path: Path) -> N
     assert whole == {"table": done.table, "failures": [], "runs": runs}
     page = done.report.read_text()
     assert done.report == tmp_path / "study" / "report.html" and "<td>Alone</td>" in page
+
+
+def test_personal_scores_do_not_reach_a_target_of_the_global_model(place: Path, tmp_path: Path) -> None:
+    """Alone's own models are above 90 % of Avg's score; its global model, which is the untrained one, is not."""
+    base = small.config(place, run__rounds=3)
+    rows = {}
+    for of, share in (("Avg", 0.9), ("Alone", 1.0)):  # the second study finds the cells of the first
+        wanted = study(place, base=base, seeds=[0], target={"share_of": of, "share": share})
+        rows[of] = {row["label"]: row for row in app.compare(wanted, out=tmp_path / "study").table}
+    lines = [RunFolder.open(tmp_path / "study" / f"trades-{name}-seed0").metrics() for name in ("avg", "alone")]
+    avg, alone = ([line["metrics"]["validation"] for line in run] for run in lines)
+    goal = 0.9 * max(found["global"]["accuracy"] for found in avg)
+    assert max(found["personalized"]["accuracy"] for found in alone) > goal
+    assert rows["Avg"]["Avg"]["bytes_to_target"] and rows["Avg"]["Alone"]["bytes_to_target"] is None
+    assert rows["Alone"]["Alone"]["bytes_to_target"] == 0  # the untrained model's own score, before any round
 
 
 def test_finished_cells_are_kept_and_begun_ones_go_on(place: Path, tmp_path: Path) -> None:

@@ -41,8 +41,23 @@ def accuracy(found: Sequence[dict[str, Any]], labels: Sequence[str]) -> float:
 def test_evaluate_gives_the_scores_that_the_run_told(finished: app.Run, local: app.Run) -> None:
     found = app.evaluate(finished.folder)
     best = finished.metrics["best"]
-    assert found == {split: best[split] for split in ("validation", "test")}
-    assert app.evaluate(local.folder)["test"] == local.metrics["final"]["test"]
+    assert found == {split: best[split] for split in ("validation", "test")} | {"rounds": {"global": best["round"]}}
+    own = app.evaluate(local.folder)
+    assert own["test"] == local.metrics["final"]["test"] and own["rounds"] == {"global": 1, "personalized": 1}
+
+
+def test_evaluate_says_after_which_round_each_model_was_taken(place: Path, tmp_path: Path) -> None:
+    """A rate that spoils what two rounds have learnt: the best global model is not of the round of the own ones."""
+    done = app.run(small.config(place, method__name="fedalt", method__lr=0.3, run__rounds=2), out=tmp_path / "run")
+    best = done.metrics["best"]
+    assert best["round"] < 2
+    found = app.evaluate(done.folder)
+    assert found["rounds"] == {"global": best["round"], "personalized": 2}
+    assert found["test"]["global"] == best["test"]["global"]
+    assert found["test"]["personalized"] == done.metrics["final"]["test"]["personalized"]
+    card = (done.folder / "adapter" / "README.md").read_text()
+    assert f"| rounds | {best['round']} |" in card and "validation.global" in card and "on.personalized" not in card
+    assert "| selected by | personalized validation accuracy |" in card
 
 
 def test_evaluate_a_file_with_names_or_indices_as_labels(place: Path, tmp_path: Path, finished: app.Run) -> None:
@@ -50,7 +65,8 @@ def test_evaluate_a_file_with_names_or_indices_as_labels(place: Path, tmp_path: 
     rows = small.rows(42, "test")
     named = small.write_rows(tmp_path / "named.jsonl", rows)
     found = app.evaluate(finished.folder, named)
-    assert found.keys() == {"data"} and found["data"].keys() == {"global"}
+    assert found["data"].keys() == {"global"}
+    assert found.keys() == {"data", "rounds"} and found["rounds"] == {"global": finished.metrics["best"]["round"]}
     assert found["data"]["global"]["accuracy"] == expected["accuracy"]
     assert found["data"]["global"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     one = small.write_rows(tmp_path / "one.jsonl", [row for row in rows if row["label"] == "weaving"])
@@ -154,9 +170,25 @@ def test_client_that_does_not_exist(place: Path, finished: app.Run, tmp_path: Pa
         app.export(finished.folder, tmp_path / "out", client="999")
 
 
+def test_clients_without_models_of_their_own(place: Path, finished: app.Run, tmp_path: Path) -> None:
+    message = "clients of fedavg have no models of their own, but share the global one; leave out --client"
+    with pytest.raises(RequestError, match=message):
+        app.predict(finished.folder, place / "test.jsonl", client="000")
+    with pytest.raises(RequestError, match=message):
+        app.export(finished.folder, tmp_path / "out", client="000")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clients_number_needs_no_zeros_in_front(place: Path, local: app.Run, tmp_path: Path) -> None:
+    by = [app.predict(local.folder, place / "test.jsonl", client=client) for client in ("3", "003")]
+    assert by[0] == by[1]
+    card = (app.export(local.folder, tmp_path / "out", client="03") / "README.md").read_text()
+    assert "| client | 003 |" in card
+
+
 def test_run_without_a_state_is_told_so(place: Path, tmp_path: Path, finished: app.Run) -> None:
     shutil.copytree(finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint"))
-    for use in (app.evaluate, lambda folder: app.predict(folder, place / "test.jsonl", client="000")):
+    for use in (app.evaluate, lambda folder: app.predict(folder, place / "test.jsonl")):
         with pytest.raises(RequestError, match=r"has no state yet; run it first: fedpeft resume"):
             use(tmp_path / "run")
     with pytest.raises(StoreError, match="holds no run"):
@@ -183,12 +215,16 @@ def test_export_gives_the_best_adapter_and_a_clients_own(place: Path, tmp_path: 
     best = small.checkpoint(local.folder, "local").best
     own = small.memory(local.folder, "000", "local").params
     assert best is not None
+    clients = json.loads((local.folder / "clients.json").read_text())
     for client, expected in ((None, best), ("000", own), ("005", fed.initial)):
         folder = app.export(local.folder, tmp_path / str(client), client=client)
         assert tree.sha256(import_adapter(folder, fed.model)) == tree.sha256(expected)
         card = (folder / "README.md").read_text()
         assert ("| client | 000 |" in card) == (client == "000")
-        assert ("metrics.test" in card) == (client is None)
+        assert ("metrics.test.global.accuracy" in card) == (client is None)
+        score = None if client is None else clients[client]["personalized"]["accuracy"]
+        assert ("metrics.test.personalized.accuracy" in card) == (score is not None)
+        assert score is None or f"| metrics.test.personalized.accuracy | {score:.4g} |" in card
 
 
 def test_merged_export_predicts_what_the_run_predicts(place: Path, tmp_path: Path, finished: app.Run) -> None:

@@ -108,8 +108,9 @@ def test_run_leaves_the_folder_that_is_promised(place: Path) -> None:
 
 def test_report_page_tells_the_run(place: Path) -> None:
     page = (place / "run" / "report.html").read_text()
-    test = manifest(place / "run")["metrics"]["best"]["test"]["global"]["accuracy"]
-    assert f"<b>{test:.3f}</b><span>test accuracy, global model</span>" in page
+    best = manifest(place / "run")["metrics"]["best"]
+    shown = f"<b>{best['test']['global']['accuracy']:.3f}</b><span>test accuracy, global model of round {best['round']}"
+    assert f"{shown}</span>" in page
     for heading in ("Who has which labels", "Clients, the worst first", "What it cost", "Configuration", "Manifest"):
         assert f"<h2>{heading}</h2>" in page
     assert "cooking" in page and manifest(place / "run")["params_sha256"] in page
@@ -153,12 +154,14 @@ def test_predictions_are_probabilities_and_agree_with_the_score(place: Path) -> 
 def test_predict_for_a_client_that_does_not_exist(place: Path) -> None:
     said = call("predict", place / "run", "--data", place / "test.csv", "--client", "999", code=2).stderr
     assert "client '999' does not exist" in said
+    said = call("predict", place / "run", "--data", place / "test.csv", "--client", "0", code=2).stderr
+    assert "clients of fedavg have no models of their own" in said
 
 
 def test_export_writes_an_adapter_and_a_merged_model(place: Path) -> None:
     call("export", place / "run", "--to", place / "adapter")
     assert (place / "adapter" / "adapter_config.json").is_file()
-    call("export", place / "run", "--to", place / "merged", "--merge", "--client", "000")
+    call("export", place / "run", "--to", place / "merged", "--merge")
     assert (place / "merged" / "config.json").is_file()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from command_line import DEMO, MANIFEST, METRICS, STUDY, TABLE, FakeApp, call
+from fedpeft.cli.render import print_scores
 from fedpeft.config import RunConfig
 
 
@@ -85,6 +87,17 @@ def test_evaluate_prints_scores(fake: FakeApp, run_dir: Path) -> None:
     assert result.stdout.splitlines()[-1].split() == ["test", "global", "accuracy", "0.812"]
     assert fake.calls == [("evaluate", (run_dir, Path("rows.csv")))]
     assert json.loads(call("evaluate", str(run_dir), "--json").stdout)["test"]["global"]["loss"] == 0.4
+
+
+def test_scores_name_the_round_of_each_model(capsys: pytest.CaptureFixture[str]) -> None:
+    by = {"global": {"accuracy": 0.6}, "personalized": {"accuracy": 0.7}, "majority": {"accuracy": 0.2}}
+    print_scores({"test": by, "rounds": {"global": 8, "personalized": 10}}, False)
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == [
+        ["test global accuracy (round 8)", "0.600"],
+        ["test personalized accuracy (round 10)", "0.700"],
+        ["test majority accuracy", "0.200"],
+    ]
 
 
 def test_predict_prints_json_lines_an_array_or_where_they_are(fake: FakeApp, run_dir: Path) -> None:

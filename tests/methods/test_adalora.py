@@ -87,6 +87,8 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "not lora" in str(METHOD().accepts(Lora())) and METHOD().accepts(AdaLora(rank=2)) is None
     with pytest.raises(ConfigError, match=r"method\.share is 1\.5"):
         METHOD(share=1.5)
+    with pytest.raises(ConfigError, match=r"first_share 0\.6 and method\.last_share 0\.4 leave no round"):
+        METHOD(first_share=0.6, last_share=0.4)
 
 
 def test_the_penalty_is_that_of_the_paper() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -26,6 +27,7 @@ import torch
 
 import toy
 from fedpeft import methods
+from fedpeft.app import running
 from fedpeft.core import records
 from fedpeft.core.adapter import AdaLora, Bottleneck, HeadOnly, Lora
 from fedpeft.core.client import answer
@@ -154,6 +156,19 @@ def memories(case: Case, engine: InProcess, done: list[Done]) -> dict[str, str]:
 
 
 # --- the same bits ------------------------------------------------------------------------------------------------
+
+
+@each
+def test_who_plans_by_the_number_of_rounds_is_told_to_users(name: str) -> None:
+    """Two rounds of two are two of twenty, but for methods that `resume` warns of."""
+    hints = typing.get_type_hints(methods.load(name))
+    case = Case(name, {field: value for field, value in SETTINGS.items() if field in hints})
+    found = []
+    for rounds in (2, 20):
+        model = toy.ToyModel(**case.model)
+        loop = federate(case.make(), case.engine(), model, rounds=rounds, seed=SEED)
+        found.append([records.encode(done.state) for done in itertools.takewhile(lambda done: done.round <= 2, loop)])
+    assert found[0] == found[1] or name in running.PLANNED
 
 
 @every

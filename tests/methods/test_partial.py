@@ -52,6 +52,8 @@ def test_lower_blocks_travel_and_upper_ones_stay() -> None:
     assert FedAlt(personal_from=2).init(env).layers == (0, 1) and FedAlt(personal_from=0).init(env).layers == ()
     with pytest.raises(ConfigError, match=r"method\.personal_from is -1"):
         FedAlt(personal_from=-1)
+    with pytest.raises(ConfigError, match=r"method\.personal_from is 3; it must be at most 2: .* nothing would be"):
+        FedAlt(personal_from=3).init(env)
     assert method.personalised and "not prefix" in str(method.accepts(Prefix()))
 
 

@@ -227,8 +227,11 @@ def test_result_is_the_best_validated_global_model_and_the_final_personal_ones(t
     both = [
         {"test": {"global": {"accuracy": g}, "personalized": {"accuracy": p}}} for g, p in ((0.777, 0.1), (0.5, 0.6))
     ]
-    folder = make_run(tmp_path / "run", metrics={"best": both[0], "final": both[1]})
+    folder = make_run(tmp_path / "run", metrics={"best": {"round": 5, **both[0]}, "final": both[1]})
     assert read_history(folder).final == ("test", {"global": 0.777, "personalized": 0.6})
+    cards = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", report(tmp_path, folder).source)
+    assert ("0.777", "test accuracy, global model of round 5") in cards
+    assert ("0.600", "test accuracy, personalised models of round 40") in cards
 
 
 def test_scores_carry_what_was_spent_until_then(tmp_path: Path) -> None:
@@ -256,7 +259,7 @@ def test_cost_tells_the_setup_apart_and_adds_up(tmp_path: Path) -> None:
     assert rows["score (set-up)"][1:6] == ["10", "4.00 kB", "90.0 kB", "400 B", "9.00 kB"]
     assert rows["train"][1] == "392"  # 40 rounds of 10, one lost in every fifth
     assert rows["train"][2] == "472 MB" and rows["train"][5] == "1.18 MB"
-    assert rows["whole run, evaluation included"][2] == "472 MB"
+    assert rows["whole run (measured time: evaluation included)"][2] == "472 MB"
     assert "Peak memory of the process: 812 MB" in page.text
     lost = next(row for row in page.rows if row[-1:] == ["8"] and row[1:2] == ["not available"])
     assert lost[0] == "fedavg"

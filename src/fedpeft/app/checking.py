@@ -32,6 +32,7 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
     wanted = load_config(config, overrides)
     with computing(wanted), naming_defaults(wanted):
         fed = build(wanted)
+        fed.start()  # the method's own look at model and devices
     sizes = [len(fed.data[c]["train"]) for c in fed.clients]
     shares = [_top_share(fed.data[c]["train"].labels) for c in fed.clients]
     train = fed.whole("train")
@@ -62,6 +63,7 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
             "device": str(fed.base.device),
         },
         "estimate": _estimate(fed),
+        **({"warnings": fed.warnings} if fed.warnings else {}),
     }
 
 

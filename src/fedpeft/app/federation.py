@@ -23,6 +23,7 @@ from fedpeft.core.exchange import Call, ClientId, Method, ServerEnv, Transport
 from fedpeft.core.federate import Start
 from fedpeft.core.memories import InMemory, Memories
 from fedpeft.core.method import plain, rebuild
+from fedpeft.core.ranks import Ranked
 from fedpeft.core.rng import rng_for
 from fedpeft.data.partition import Partition, PartitionSpec, partition
 from fedpeft.data.tasks import SPLITS, Task, TaskSpec, load_task
@@ -110,6 +111,17 @@ class Federation:
         items = [readout.training(0, train, row) for row in range(len(train))]
         share = sum(map(readout.projected, items)) / sum(map(readout.length, items))
         return replace(shape_of(self.base.config, lm_head=True), lm_share=share)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the request has no effect."""
+        ranked = sorted({device.name for device in self.resources.values() if device.rank})
+        if not ranked:
+            return []
+        what = f"the rank of {', '.join(map(repr, ranked))} in run.devices has no effect"
+        if not isinstance(self.method, Ranked):
+            return [f"{what}: {self.config.method.name} gives every client the same rank, or its own choice"]
+        return [f"{what}: method.ranks deals the ranks out"] if self.method.ranks else []
 
     @property
     def clock(self) -> Clock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +20,7 @@ from fedpeft.core.federate import Done
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.models.load import Base
 from fedpeft.progress import Listener, Progress
+from fedpeft.runs.history import GLOBAL, PERSONALIZED
 from fedpeft.runs.stopping import Limits
 from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.trackers import Tracker
@@ -216,8 +217,7 @@ class Journal:
         model = self.fed.model
         write = export_merged if best.keys() <= model.readout.params else export_adapter
         summary = self.folder.manifest().get("metrics", {}).get("best", {})
-        scores = {split: values for split, values in summary.items() if split != "round"}
-        card = card_facts(self.fed, summary.get("round"), scores)
+        card = global_facts(self.fed, summary, summary.get("round"))
         try:
             write(model, best, self.folder.adapter, labels=self.fed.classes, card=card, replace=True)
         except ModelError as error:  # a family that PEFT or transformers has no classifier for: the run is right
@@ -262,6 +262,24 @@ def card_facts(fed: Federation, rounds: int | None, metrics: Any) -> dict[str, A
         **({} if fed.format.prompting is None else fed.format.prompting.facts),
         "metrics": metrics,
     }
+
+
+def global_facts(fed: Federation, summary: Mapping[str, Any], rounds: int | None) -> dict[str, Any]:
+    """What a card says of the best-validated global parameters: their own scores, and by whose they were selected.
+
+    Args:
+        summary: `best` of the manifest's metrics; empty: nothing is known.
+        rounds: after how many the parameters were taken.
+    """
+    scores = {
+        split: {who: values for who, values in by.items() if who != PERSONALIZED}
+        for split, by in summary.items()
+        if split != "round"
+    }
+    facts = card_facts(fed, rounds, scores)
+    if validation := summary.get("validation"):
+        facts["selected_by"] = f"{PERSONALIZED if PERSONALIZED in validation else GLOBAL} validation {fed.metric}"
+    return facts
 
 
 def trained_on(base: Base) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from fedpeft.app.facts import describe_environment
 from fedpeft.app.federation import Federation, build, computing
 from fedpeft.app.journal import Journal, log, now
 from fedpeft.app.ledger import Ledger
-from fedpeft.config import default_folder, load_config, resolved
+from fedpeft.config import RunConfig, default_folder, load_config, resolved
 from fedpeft.config.load import Source, naming_defaults
 from fedpeft.core import tree
 from fedpeft.core.errors import QuorumError, RequestError, StoreError
@@ -29,6 +29,7 @@ from fedpeft.runs.units import count_text
 # What may change when a run is resumed; everything else would make it another run.
 CHANGEABLE = ("run.rounds", "run.stop", "run.evaluate_every", "run.quorum", "run.deadline_s", "run.trackers")
 FIXED = {"data_sha256": "data", "model_sha256": "base model", "initial_sha256": "adapter that it started from"}
+PLANNED = ("adalora", "fedadapter", "fibecfed", "shortformer", "slora", "slw", "voc")  # by the number of rounds
 OPEN = {"status": "running", "error": None, "stopped": None, "params_sha256": None, "finished": None}
 
 
@@ -97,6 +98,7 @@ def run(
     with computing(wanted):
         with naming_defaults(wanted):
             fed = build(wanted)
+            fed.start()  # a method that finds something wrong with model or devices says so before there is a folder
         with RunFolder.create(Path(out) if out is not None else default_folder(wanted)) as folder:
             named = {} if label is None else {"label": label}
             folder.update_manifest(**named, **_identity(fed), **OPEN, rounds_done=0, started=now())
@@ -142,7 +144,18 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
                 opened.save_partition(json.loads(fed.partition.to_json()))
             opened.save_config(resolved(fed.config))
             opened.update_manifest(**identity, **OPEN, resumed=now())
-            return _go(opened, fed, progress)
+            notes = _replanned(before, config) if saved is not None and saved.number else ()
+            return _go(opened, fed, progress, notes)
+
+
+def _replanned(before: RunConfig, config: RunConfig) -> tuple[str, ...]:
+    """What to say where another number of rounds makes it another run than one that had it from its start."""
+    old, new, method = before.run.rounds, config.run.rounds, config.method
+    by = "method.schedule" if method.fields.get("schedule") is not None else method.name
+    if old == new or (by == method.name and by not in PLANNED):
+        return ()
+    own = f"a run that has {count_text(new, 'round')} from its start"
+    return (f"run.rounds was {old}, and {by} plans by it; from here on it plans by {new}, and {own} may end otherwise",)
 
 
 def _check_changeable(overrides: Mapping[str, Any], folder: Path) -> None:
@@ -182,10 +195,10 @@ def _identity(fed: Federation) -> dict[str, Any]:
     }
 
 
-def _go(folder: RunFolder, fed: Federation, progress: Listener | None) -> Run:
+def _go(folder: RunFolder, fed: Federation, progress: Listener | None, notes: Sequence[str] = ()) -> Run:
     """The rest of a run, whatever was done of it before; the manifest says how it ended."""
     try:
-        _train(folder, fed, progress or (lambda _: None))
+        _train(folder, fed, progress or (lambda _: None), (*fed.warnings, *notes))
     except BaseException as error:
         _record_end(folder, error)
         raise
@@ -223,13 +236,15 @@ def _report(folder: RunFolder) -> None:
         log.error("the report was not written; try again: fedpeft report %s", folder.path, exc_info=True)
 
 
-def _train(folder: RunFolder, fed: Federation, tell: Listener) -> None:
+def _train(folder: RunFolder, fed: Federation, tell: Listener, warnings: Sequence[str]) -> None:
     saved = folder.load_checkpoint(fed.method.state)
     folder.truncate_after(saved.round if saved else -1, saved.number if saved else 0)
     start = saved.start if saved else fed.start()
     ledger = Ledger.of(saved.progress if saved else {}, saved.best if saved else None)
     journal = Journal(folder, fed, ledger, tell, _trackers(folder, fed, saved))
     try:
+        for warning in warnings:
+            journal.say(f"warning: {warning}")
         ledger.reopen(journal.limits)
         if saved is None and next(schedule(fed.method, 0), None) is None:
             done = Done(0, 0, "", True, start.state, {}, (), (), ())  # a set-up without exchanges

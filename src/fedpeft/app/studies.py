@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,7 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
     cell = pairs[0][0]
     scores = [tested(found) for _, found in pairs]
     mean, std = spread([score.get(PERSONALIZED, score[GLOBAL]) for score in scores])
+    personal = any(PERSONALIZED in score for score in scores)
     row: dict[str, Any] = {
         "label": cell.label,
         "task": cell.task,
@@ -225,10 +227,11 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
         "seeds": len(pairs),
         "bytes": _mean(found.manifest["bytes_down"] + found.manifest["bytes_up"] for _, found in pairs),
         "simulated_seconds": _mean(found.manifest["simulated_seconds"] for _, found in pairs),
-        "of": "personal" if any(PERSONALIZED in score for score in scores) else "global",
+        "of": "personal" if personal else "global",
+        "global": _mean(score[GLOBAL] for score in scores),
         **{bar: _mean(score[bar] for score in scores) for bar in BARS if all(bar in score for score in scores)},
     }
-    if row["of"] == "personal" and all(LABEL_PRIOR in score for score in scores):  # the bar for models that know whose
+    if personal and all(LABEL_PRIOR in score for score in scores):  # the bar for models that know whose
         row["label_prior"] = _mean(score[LABEL_PRIOR] for score in scores)
     if goal is not None:
         reached = [at for _, found in pairs if (at := _reach(read_history(found.folder), goal)) is not None]
@@ -243,22 +246,27 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
 def _goal(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> float | None:
     """The common score: a share of the best validation score, averaged over seeds, of the method that is named.
 
-    Of a metric whose lower scores are better it is that score divided by the share.
+    It is of the global model, for every method: scores of personal models on their own rows are another measure. Of a
+    metric whose lower scores are better it is that score divided by the share.
     """
     if study.target is None:
         return None
-    scores = [(_validated(found), found) for cell, found in rows if cell.label == study.target.share_of]
-    reference = [score for score, _ in scores if score is not None]
-    if not reference:
+    histories = [read_history(found.folder) for cell, found in rows if cell.label == study.target.share_of]
+    bests = [min(scores, key=partial(rank, h.metric)) for h in histories if (scores := list(_global_scores(h)))]
+    if not bests:
         return None
     share = study.target.share
-    return _mean(reference) / share if lower(scores[0][1].manifest["metric"]) else share * _mean(reference)
+    return _mean(bests) / share if lower(histories[0].metric) else share * _mean(bests)
+
+
+def _global_scores(history: History) -> Iterator[float]:
+    return (score.values[GLOBAL] for score in history.scores if GLOBAL in score.values)
 
 
 def _reach(history: History, goal: float) -> tuple[float, float] | None:
-    """(bytes, simulated seconds) of the first evaluation that is as good as the goal."""
+    """(bytes, simulated seconds) of the first evaluation at which the global model is as good as the goal."""
     for score in history.scores:
-        value = score.values.get(PERSONALIZED, score.values.get(GLOBAL))
+        value = score.values.get(GLOBAL)
         if value is not None and (value == goal or better(history.metric, value, goal)):
             return score.bytes, score.simulated_seconds
     return None

@@ -12,7 +12,7 @@ import torch
 
 from fedpeft.app.federation import Federation, build, computing, task_spec
 from fedpeft.app.generating import say
-from fedpeft.app.journal import card_facts
+from fedpeft.app.journal import card_facts, global_facts
 from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
 from fedpeft.config import load_config
@@ -24,7 +24,7 @@ from fedpeft.core.turn import initial_memory
 from fedpeft.data.tasks import Table, load_task, read_texts
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.runs.files import make_folder, write_file
-from fedpeft.runs.history import GLOBAL
+from fedpeft.runs.history import GLOBAL, PERSONALIZED
 from fedpeft.runs.metrics import metrics_of
 from fedpeft.runs.store import RunFolder
 from fedpeft.runs.units import count_text
@@ -38,18 +38,19 @@ def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, An
             test rows.
 
     Returns:
-        by split ("data" for a file), by who predicts, the metrics.
+        by split ("data" for a file), by who predicts, the metrics; and `rounds`, by who predicts, after which round
+        the parameters were taken: the global ones where they were best validated, own models where the run is now.
 
     Raises:
         RequestError: the run has no state yet, or a row, a column or a label of the file is not the task's.
     """
     opened, fed = _opened(folder)
     with computing(fed.config):
-        params = best_params(fed, opened)
+        params, checkpoint = best_params(fed, opened), newest(fed, opened)
+        rounds = {GLOBAL: checkpoint.best_round}
         if data is not None:
             rows = fed.format.tokens(_labelled(fed, data))
-            return {"data": {GLOBAL: metrics_of(fed.model.score(params, rows), fed.metric)}}
-        checkpoint = newest(fed, opened)
+            return {"data": {GLOBAL: metrics_of(fed.model.score(params, rows), fed.metric)}, "rounds": rounds}
         state: dict[str, Any] = {
             "memories": opened.memories(),
             "versions": checkpoint.versions,
@@ -67,7 +68,8 @@ def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, An
                 current = score_split(fed, fed.method.result(checkpoint.state), split, **state)
                 assert current is not None, "a split with rows has a score"
                 found[split] = current.metrics | {GLOBAL: best.metrics[GLOBAL]}
-        return found
+                rounds[PERSONALIZED] = max(checkpoint.round, 0)
+        return {**found, "rounds": rounds}
 
 
 def predict(
@@ -83,9 +85,11 @@ def predict(
         per row: `label` and `probabilities` by label; or `text`, what the model says.
 
     Raises:
-        RequestError: the run has no state yet, there is no such client, or the file lacks the task's columns.
+        RequestError: the run has no state yet, there is no such client, clients have no models of their own, or the
+            file lacks the task's columns.
     """
     opened, fed = _opened(folder)
+    client = _own(fed, client)
     table, params = read_texts(fed.task, data), _params(opened, fed, client)
     with computing(fed.config):
         if fed.format.of == "text":
@@ -118,21 +122,33 @@ def export(
         replace: let an earlier export of something else go.
 
     Raises:
-        RequestError: the run has no state yet, there is no such client, the folder holds something else, or PEFT
-            cannot hold what was trained.
+        RequestError: the run has no state yet, there is no such client, clients have no models of their own, the
+            folder holds something else, or PEFT cannot hold what was trained.
     """
     opened, fed = _opened(folder)
+    client = _own(fed, client)
     if fed.model.weights and fed.model.readout.params and not merge:  # a format without a head has no merged model
         raise RequestError("adapter.kind full trains all weights, which are a whole model, no adapter; add --merge")
     params = _params(opened, fed, client)
-    manifest = opened.manifest()
-    summary: Mapping[str, Any] = manifest.get("metrics", {}).get("best", {}) if client is None else {}
-    scores = {split: values for split, values in summary.items() if split != "round"}
-    card = card_facts(fed, summary.get("round", manifest.get("rounds_done")), scores)
-    if client is not None:
-        card["client"] = client
+    card = _global_card(opened, fed) if client is None else _own_card(opened, fed, client)
     write = export_merged if merge else export_adapter
     return write(fed.model, params, Path(to), labels=fed.classes, card=card, replace=replace)
+
+
+def _global_card(opened: RunFolder, fed: Federation) -> dict[str, Any]:
+    manifest = opened.manifest()
+    summary: Mapping[str, Any] = manifest.get("metrics", {}).get("best", {})
+    return global_facts(fed, summary, summary.get("round", manifest.get("rounds_done")))
+
+
+def _own_card(opened: RunFolder, fed: Federation, client: str) -> dict[str, Any]:
+    """What a card says of a client's own model; its scores are known when the run has come to its end."""
+    manifest, scores = opened.manifest(), {}
+    own = opened.clients().get(client, {}).get(PERSONALIZED)
+    if manifest.get("status") == "finished" and own is not None:
+        split = "test" if "test" in manifest["metrics"]["final"] else "validation"
+        scores = {split: {PERSONALIZED: own}}
+    return card_facts(fed, manifest.get("rounds_done"), scores) | {"client": client}
 
 
 def _opened(folder: Path | str) -> tuple[RunFolder, Federation]:
@@ -155,9 +171,6 @@ def _params(opened: RunFolder, fed: Federation, client: str | None) -> Params:
     """The best-validated global parameters, or those of a client's own model at the newest state."""
     if client is None:
         return best_params(fed, opened)
-    if client not in fed.data:
-        held = f"{count_text(len(fed.data), 'client')}, {fed.clients[0]} to {fed.clients[-1]}"
-        raise RequestError(f"client {client!r} does not exist in this run; it has {held}")
     checkpoint = newest(fed, opened)
     version = checkpoint.versions.get(client)
     if version is None:
@@ -168,3 +181,20 @@ def _params(opened: RunFolder, fed: Federation, client: str | None) -> Params:
         memory = opened.memories().load(client, version, fed.method.memory)
     method, state = fed.method, checkpoint.state
     return own_model(method, method.result(state), memory, method.shared_names(state))
+
+
+def _own(fed: Federation, client: str | None) -> str | None:
+    """The id of the client that is meant, who has a model of its own; its number may lack zeros in front."""
+    if client is None:
+        return None
+    same = [held for held in fed.clients if held.isdecimal() and client.isdecimal() and int(held) == int(client)]
+    meant = client if client in fed.data else same[0] if len(same) == 1 else None
+    if meant is None:
+        held = f"{count_text(len(fed.data), 'client')}, {fed.clients[0]} to {fed.clients[-1]}"
+        raise RequestError(f"client {client!r} does not exist in this run; it has {held}")
+    if not fed.method.personalised:
+        name = fed.config.method.name
+        raise RequestError(
+            f"clients of {name} have no models of their own, but share the global one; leave out --client"
+        )
+    return meant

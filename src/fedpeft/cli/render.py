@@ -155,11 +155,16 @@ def _cell(key: str, value: Any) -> str:
 
 
 def print_scores(scores: Mapping[str, Any], json: bool) -> None:
-    """What an evaluation gave."""
+    """What an evaluation gave; behind a model's scores the round that it was taken after."""
     if json:
         typer.echo(as_json(scores))
         return
-    typer.echo(text_table(["score", ""], [[name, score] for name, score in _scores(scores)], frozenset({1})))
+    after = {who: f" (round {at})" for who, at in scores.get("rounds", {}).items()}
+    rows = []
+    for split, by in scores.items():
+        for who, values in by.items() if split != "rounds" else ():
+            rows += [[name + after.get(who, ""), score] for name, score in _scores(values, f"{split} {who}")]
+    typer.echo(text_table(["score", ""], rows, frozenset({1})))
 
 
 def print_predictions(rows: Sequence[Mapping[str, Any]], out: Path | None, json: bool) -> None:

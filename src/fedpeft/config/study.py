@@ -36,10 +36,10 @@ class MethodEntry(s.Section):
 
 
 class Target(s.Section):
-    """The common score to which bytes and simulated time are compared."""
+    """The common score of the global model to which bytes and simulated time are compared."""
 
     share_of: str
-    """Label of the method whose best validation score, averaged over seeds, is the measure."""
+    """Label of the method whose best validation score of the global model, averaged over seeds, is the measure."""
 
     share: s.Share = 0.95
     """The part of that score that has to be reached."""

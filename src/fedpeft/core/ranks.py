@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fedpeft.core import pairs
 from fedpeft.core.adapter import Lora
@@ -33,6 +33,13 @@ class Ranked(Tuning):
         check_ranges(self)
         if any(rank < 1 for rank in self.ranks):
             raise ConfigError([f"method.ranks is {list(self.ranks)}; every rank must be at least 1"])
+
+    def choices(self, state: Any) -> dict[str, Any]:
+        """Who has which rank."""
+        given: Mapping[ClientId, int] = state.ranks
+        return {
+            "clients_by_rank": {str(r): sorted(c for c in given if given[c] == r) for r in sorted({*given.values()})}
+        }
 
 
 @dataclass(frozen=True)

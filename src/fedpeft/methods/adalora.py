@@ -35,7 +35,7 @@ from fedpeft.core.adapter import AdaLora, AdapterSpec
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import sample
 from fedpeft.core.counts import round_up
-from fedpeft.core.errors import RecordError
+from fedpeft.core.errors import ConfigError, RecordError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Weights, matching
 from fedpeft.core.fit import AdamW, Fit, Fitted
 from fedpeft.core.method import check_ranges, mean_loss, ordinary_fit
@@ -93,6 +93,9 @@ class AdaLoraMethod(Tuning):
     def __post_init__(self) -> None:
         shares = dict.fromkeys(("penalty", "first_share", "last_share", "beta1", "beta2"), 0)
         check_ranges(self, at_least=shares, above={"share": 0}, below={"beta1": 1, "beta2": 1}, at_most={"share": 1})
+        if self.first_share + self.last_share >= 1:
+            said = f"method.first_share {self.first_share:g} and method.last_share {self.last_share:g}"
+            raise ConfigError([f"{said} leave no round in which the budget shrinks; their sum must be below 1"])
 
     def adapter(self) -> AdapterSpec:
         """Twelve triplets on query and value of every block."""

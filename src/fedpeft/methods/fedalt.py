@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal
 from fedpeft.core import tree
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import sample
+from fedpeft.core.errors import ConfigError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, Update, Weights
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.method import check_ranges, local_batches, mean_loss, ordinary_fit
@@ -65,9 +66,18 @@ class FedAlt(Tuning):
         check_ranges(self, at_least={"personal_from": 0})
 
     def init(self, env: ServerEnv) -> State:
-        """P0, cut into the shared and the personal layers."""
+        """P0, cut into the shared and the personal layers.
+
+        Raises:
+            ConfigError: `personal_from` is above every block.
+        """
         start = env.initial()
         blocks = tree.blocks_of(start)
+        if self.personal_from is not None and blocks and self.personal_from > blocks[-1]:
+            what = f"the highest block with an adapter is {blocks[-1]}, so nothing would be personal"
+            raise ConfigError(
+                [f"method.personal_from is {self.personal_from}; it must be at most {blocks[-1]}: {what}"]
+            )
         first = blocks[len(blocks) // 2] if self.personal_from is None and blocks else self.personal_from or 0
         layers = tuple(block for block in blocks if block < first)
         return State(start, tree.in_blocks(start, (None, *layers)), layers)

@@ -11,7 +11,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fedpeft.core.errors import StoreError
 from fedpeft.runs.store import RunFolder
 
 GLOBAL, PERSONALIZED, MAJORITY, LABEL_PRIOR = "global", "personalized", "majority", "label_prior"
@@ -121,6 +120,15 @@ class History:
         scores = self.scores
         return "validation", scores[-1].values if scores else {}
 
+    @property
+    def taken(self) -> Mapping[str, int]:
+        """After which round the models were taken that `final` scores, by who predicts; those that are known."""
+        best = _at(self.manifest, "metrics", "best", "round")
+        if best is None:
+            return {}
+        done = self.manifest.get("rounds_done") if self.manifest.get("status") == "finished" else None
+        return {GLOBAL: int(best), **({} if done is None else {PERSONALIZED: int(done)})}
+
     def total(self, key: str) -> float:
         """A total of the manifest, or the sum over rounds where the run did not get so far."""
         if _finite(self.manifest.get(key)):
@@ -171,7 +179,7 @@ def read_history(folder: Path) -> History:
         rounds=tuple(run.metrics()),
         exchanges=tuple(run.exchanges()),
         partition=partition,
-        clients=_clients(Path(folder), partition, str(manifest.get("metric") or _metric(run.load_config()))),
+        clients=_clients(run.clients(), partition, str(manifest.get("metric") or _metric(run.load_config()))),
         labels=labels,
         samples=tuple(run.samples()),
     )
@@ -195,12 +203,7 @@ def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _clients(folder: Path, partition: Mapping[str, Any], metric: str) -> tuple[Client, ...]:
-    path = folder / "clients.json"
-    try:
-        scored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged: {error}. Evaluate the run again, or remove the file.") from error
+def _clients(scored: Mapping[str, Any], partition: Mapping[str, Any], metric: str) -> tuple[Client, ...]:
     held = partition.get("clients") or {}
     found = []
     for client in sorted(held or scored):  # a method on pooled rows scores one client that the partition does not know

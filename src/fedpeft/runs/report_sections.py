@@ -93,10 +93,12 @@ def cards(run: History) -> str:
     """The result of one run beside what it has to be compared with."""
     split, values = run.final
     score = f"{split} {run.metric.replace('_', ' ')}"
-    shown = [("first", score_text(values.get(GLOBAL)), f"{score}, global model")]
+    after = {who: f" of round {at}" for who, at in run.taken.items()}
+    shown = [("first", score_text(values.get(GLOBAL)), f"{score}, global model{after.get(GLOBAL, '')}")]
     shown += [("", score_text(values[bar]), f"{score}, {told}") for bar, told in BARS.items() if bar in values]
     if PERSONALIZED in values:
-        shown.append(("", score_text(values[PERSONALIZED]), f"{score}, personalised models"))
+        told = f"{score}, personalised models{after.get(PERSONALIZED, '')}"
+        shown.append(("", score_text(values[PERSONALIZED]), told))
         if LABEL_PRIOR in values:
             shown.append(("", score_text(values[LABEL_PRIOR]), f"{score}, each client's own majority label"))
     traffic = run.total("bytes_down") + run.total("bytes_up")
@@ -299,7 +301,7 @@ def _cost_rows(g: Group) -> list[tuple[list[str], str]]:
         )
     total = [bytes_text(g.mean_total("bytes_down")), bytes_text(g.mean_total("bytes_up"))]
     times = [seconds_text(g.mean_total("simulated_seconds")), seconds_text(g.mean_total("seconds"))]
-    label = "whole run, evaluation included"
+    label = "whole run (measured time: evaluation included)"
     return [*((row, "") for row in rows), ([label, "", *total, "", "", *times], "total")]
 
 

@@ -67,6 +67,12 @@ class Checkpoint:
         """What `federate` needs to go on from here."""
         return Start(self.number, self.state, self.versions)
 
+    @property
+    def best_round(self) -> int:
+        """After which round `best` was taken, or the state itself where nothing was validated; 0 is the set-up."""
+        found = self.round if self.best is None else self.progress.get("best_round", self.round)
+        return max(int(found), 0)
+
 
 def unused(path: Path) -> bool:
     """Whether a run may begin there: nothing, an empty folder, or what a run left that was killed in its first moment.
@@ -214,6 +220,14 @@ class RunFolder:
     def save_clients(self, clients: Mapping[ClientId, Any]) -> None:
         """Write every client's rows, scores and losses."""
         self._write("clients.json", to_json(clients).encode() + b"\n", durable=False)
+
+    def clients(self) -> dict[ClientId, Any]:
+        """What `save_clients` wrote; empty where nothing was."""
+        path = self.path / "clients.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} is damaged: {error}. Evaluate the run again, or remove the file.") from error
 
     def save_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """What models said for some test rows: one JSON object a line."""
