@@ -126,11 +126,20 @@ class NoModel:
         """Never called: there is no loss."""
         raise NotImplementedError
 
-    def losses(self, params: tree.Params, data: Data, rows: Sequence[int]) -> Tensor:
+    def losses(
+        self, params: tree.Params, data: Data, rows: Sequence[int], also: tuple[tree.Params, ...] = ()
+    ) -> Tensor:
         """Never called: there is no loss."""
         raise NotImplementedError
 
-    def fisher(self, params: tree.Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+    def fisher(
+        self,
+        params: tree.Params,
+        data: Data,
+        rows: Sequence[int],
+        token_norm: TokenNorm = "sqrt",
+        also: tuple[tree.Params, ...] = (),
+    ) -> Fisher:
         """Never called: there is no loss."""
         raise NotImplementedError
 

@@ -223,8 +223,8 @@ class ToyModel:
         x = torch.from_numpy(data.x if rows is None else data.x[list(rows)])
         return x * 0 if params is None else x * self.point(params, x.shape[1])
 
-    def losses(self, params: Params, data: Points, rows: Sequence[int]) -> Tensor:
-        w = self.point(params, data.x.shape[1]).double()
+    def losses(self, params: Params, data: Points, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
+        w = sum(self.point(layer, data.x.shape[1]).double() for layer in (params, *also))
         return (0.5 * (w - torch.from_numpy(data.x[list(rows)])).square().sum(dim=1)).float()
 
     def score(self, params: Params, data: Points) -> dict[str, Tensor]:
@@ -243,7 +243,14 @@ class ToyModel:
         over = set(params if names is None else names)
         return lambda vector: {name: vector[name].clone() for name in over}
 
-    def fisher(self, params: Params, data: Points, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+    def fisher(
+        self,
+        params: Params,
+        data: Points,
+        rows: Sequence[int],
+        token_norm: TokenNorm = "sqrt",
+        also: tuple[Params, ...] = (),
+    ) -> Fisher:
         """With e = w - x of a block: the gradients are 2 e A^T for B and 2 B^T e for A."""
         points = torch.from_numpy(data.x[list(rows)])
         means, trace, start = {}, torch.zeros(len(rows), dtype=torch.float64), 0
@@ -252,7 +259,7 @@ class ToyModel:
             if f"{name}.A" not in params:
                 continue
             a, b = params[f"{name}.A"].double(), params[f"{name}.B"].double()
-            e = self.own(params, name, zeros).double() - x  # (rows, numbers)
+            e = sum(self.own(layer, name, zeros).double() for layer in (params, *also)) - x  # (rows, numbers)
             of_b = (SCALE * e @ a.T).square()  # (rows, rank)
             of_a = (SCALE * b[0][None, :, None] * e[:, None, :]).square()  # (rows, rank, numbers)
             trace += of_b.sum(dim=1) + of_a.sum(dim=(1, 2))

@@ -14,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpeft import methods
 from fedpeft.core import records
+from fedpeft.core.changes import Copy, News, news_for
 from fedpeft.core.client import Job
 from fedpeft.core.cohort import everyone
 from fedpeft.core.errors import ClientError, RecordError, RequestError
@@ -24,6 +26,7 @@ from fedpeft.core.fit import SGD, Fit, Fitted, Moments
 from fedpeft.core.wire import BLOCK, WIRES, Packed, Unpacked, Wired, pack, unpack, wired, with_wire
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.methods.fedavg import FedAvg
+from fedpeft.methods.fedex_lora import Broadcast
 from record_examples import example, minilm_lora, same
 from toy import ToyModel, federation
 
@@ -274,3 +277,35 @@ def test_a_federation_in_process_over_a_wire(wire: str, ratio: float, error: flo
     for before, after in zip(plain[0].receipts, narrow[0].receipts, strict=True):
         for direction in ("bytes_down", "bytes_up"):
             assert getattr(after, direction) == pytest.approx(ratio * getattr(before, direction), rel=0.2)
+
+
+@pytest.mark.parametrize("wire", NARROW)
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "deltalora"])
+def test_a_change_of_the_base_is_the_same_everywhere_by_any_wire(name: str, wire: str) -> None:
+    """Clients of the server's version have its bits, whether they got steps or the whole; parameters are narrowed."""
+    model = ToyModel(width=400, rank=2, dtype="float32")
+    method: Any = methods.build(name, {"cohort": 2, "lr": 0.05, "batch_size": 2})
+    engine = InProcess(lambda: method, model, federation(False, width=400), 3, wire=partial(wired, wire=wire))
+    loop = federate(method, with_wire(engine, wire), model, rounds=6, seed=3)
+    totals, checked, wholes = [{}], 0, 0
+    for step in loop:
+        totals.append(step.state.changed.total)
+        for client in step.cohort:
+            copy = engine.memories.load(client, step.versions[client], Copy)
+            assert same(copy.total, totals[copy.version])
+            checked += copy.version > 0
+        wholes += any(news_for(step.state.changed, client).whole is not None for client in engine.clients())
+    assert checked >= 6 and wholes
+    down = method.send(step.state, step.cohort[0])
+    packed = pack(down, wire)
+    assert all(t.dtype is torch.float32 for path, t in packed.tensors.items() if path.startswith("news/"))
+    assert any(t.dtype is not torch.float32 for t in packed.tensors.values()) is (name != "flora")
+    got = unpack(packed, type(down), wire)
+    assert records.encode(got.news) == records.encode(down.news)
+
+
+def test_what_must_be_exact_may_not_come_narrowed() -> None:
+    packed = pack(Broadcast({"w": torch.ones(100)}, News(1, whole={"d": torch.ones(100)})), "bfloat16")
+    lie = replace(packed, tensors={path: t.bfloat16() for path, t in packed.tensors.items()})
+    with pytest.raises(RecordError, match=r"news/whole/d came as torch.bfloat16"):
+        unpack(lie, Broadcast, "bfloat16")

@@ -78,3 +78,10 @@ def test_golden_number_of_layers_by_energy() -> None:
     """Scores (.05 .3 .1 .25 .2 .1): .9 of their sum needs the five largest."""
     assert enough(sorted([0.05, 0.3, 0.1, 0.25, 0.2, 0.1], reverse=True), 0.9) == 5
     assert enough([1.0, 1.0], 0.5) == 1 and enough([0.0, 0.0], 0.9) == 1
+
+
+def test_energy_is_a_share_at_any_scale() -> None:
+    """Fisher information is far below 1: 4 of 5 equal numbers hold .8 of it, whatever their size."""
+    for scale in (1e-30, 1e-12, 1.0, 1e12):
+        assert enough([scale] * 5, 0.8) == 4
+        assert kept_rows(torch.full((20,), scale), 0.5, "energy", 0.8).sum() == 16

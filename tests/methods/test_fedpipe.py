@@ -97,12 +97,12 @@ def test_a_machine_that_changes_gets_another_plan() -> None:
     loop = federate(own, transport, toy.ToyModel(**MODEL), rounds=2, seed=3)  # type: ignore[arg-type]
     for step in loop:
         if step.exchange == "importance":
-            before = step.state.roster.plans["c0"]
+            before = step.state.roster.plans
             transport.resources = {**transport.resources, "c0": SLOW}
         elif step.exchange == "train" and step.round == 1:
             assert step.state.roster.machines["c0"].profile == SLOW
-            assert step.state.roster.plans["c0"].predicted.value < before.predicted.value
-            assert step.state.roster.plans["c1"] == before
+            assert step.state.roster.plans["c0"].predicted.value < before["c0"].predicted.value
+            assert step.state.roster.plans["c1"] == before["c1"]
 
 
 def test_memory_that_runs_out_shrinks_the_plan_and_the_third_time_leaves_the_machine_out() -> None:

@@ -20,17 +20,19 @@ import toy
 from fedpeft.core import pairs, records, tree
 from fedpeft.core.adapter import Lora, Prefix
 from fedpeft.core.errors import ConfigError, RecordError
+from fedpeft.core.evaluate import Evaluate, Question, own_model
 from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import ClientEnv, ServerEnv, Update
 from fedpeft.core.federate import Done, Start, federate
 from fedpeft.core.fit import SGD, AdamW, Fit, Fitted
 from fedpeft.core.tree import block_of
 from fedpeft.engines.inprocess import InProcess
-from fedpeft.maths import spectrum
+from fedpeft.maths import curriculum, spectrum
 from fedpeft.methods.fedavg import FedAvg
-from fedpeft.methods.fibecfed import FibecFed, Memory, Probe, Scores, State, Task
+from fedpeft.methods.fibecfed import FibecFed, Memory, Scores, State, Task
 from fedpeft.models.hf import HFModel
 from fedpeft.models.readouts.cloze import ClozeReadout
+from transports import Recording
 
 SAME: dict[str, Any] = {"cohort": 3, "epochs": 2, "batch_size": 4, "lr": 5e-3}
 COLD: dict[str, Any] = {**SAME, "warmup_rounds": 0}
@@ -90,19 +92,102 @@ def test_golden_gaps() -> None:
 
 
 def test_scores_are_a_mean_by_examples() -> None:
-    """n (1, 3), values 2 and 6 -> 5. Scores of another length are left out."""
-    ups = {
-        "a": Scores(torch.tensor([2.0, 1.0]), None, 1),
-        "b": Scores(torch.tensor([6.0, 1.0]), 0.5, 3),
-        "c": Scores(torch.tensor([9.0]), None, 50),
-    }
+    """n (1, 3), values 2 and 6 -> 5; ratios .2 and .6 -> .5."""
+    ups = {"a": Scores(torch.tensor([2.0, 1.0]), 0.2, 1), "b": Scores(torch.tensor([6.0, 1.0]), 0.6, 3)}
     state = FibecFed().choose(FibecFed().init(env(2)), ups, env(2))
-    assert state.scores.tolist() == [5, 1] and state.layers == (0,) and state.ratio == 0.5
-    assert state.first == ("a", "b", "c") and state.shared.keys() == blocks(0).keys()
-    with pytest.raises(RecordError, match="at least 0"):
-        FibecFed().scored(Probe(None), Scores(torch.tensor([-1.0]), None, 1))
-    with pytest.raises(RecordError, match="must lie between 0 and 1"):
-        FibecFed().scored(Probe(None), Scores(torch.tensor([1.0]), 1.5, 1))
+    assert state.scores.tolist() == [5, 1] and state.layers == (0,) and state.ratio == pytest.approx(0.5)
+    assert state.first == ("a", "b") and state.shared.keys() == blocks(0).keys()
+    ups["c"] = Scores(torch.tensor([6.0, 1.0]), None, 50)
+    assert FibecFed().choose(FibecFed().init(env(2)), ups, env(2)).ratio == pytest.approx(0.5), "c has none"
+
+
+def test_answers_that_cannot_be_folded_are_refused() -> None:
+    """One score per layer, not negative, with an example behind it; and nothing later asks again."""
+    method = FibecFed(gal_count="eigengap")
+    asked = method.ask(method.init(env(2)), "a")
+    assert asked.layers == 2
+    method.scored(asked, Scores(torch.tensor([1.0, 0.0]), 1.0, 1))
+    for scores, ratio, examples, words in [
+        ([1.0], None, 1, r"shape \(1,\); 2 of float32"),
+        ([1.0] * 3, None, 1, r"shape \(3,\); 2 of float32"),
+        ([[1.0, 1.0]], None, 1, r"shape \(1, 2\); 2 of float32"),
+        ([1.0, -1.0], None, 1, "at least 0"),
+        ([1.0, 1.0], 1.5, 1, "must lie between 0 and 1"),
+        ([1.0, 1.0], None, 0, "come from 0 examples"),
+    ]:
+        with pytest.raises(RecordError, match=words):
+            method.scored(asked, Scores(torch.tensor(scores), ratio, examples))
+    with pytest.raises(RecordError, match="2 of float32"):
+        method.scored(asked, Scores(torch.ones(2).double(), None, 1))
+
+
+@pytest.mark.parametrize("options", [{"layers_by": "all"}, {"layers_by": "first"}, {"layers_by": "random"}])
+@pytest.mark.parametrize("warmup_rounds", [0, 2])
+def test_nobody_is_asked_where_nothing_is_to_be_known(options: Any, warmup_rounds: int) -> None:
+    method = FibecFed(**SAME | {"warmup_rounds": warmup_rounds}, **options)
+    done, *_ = run(method, rounds=2)
+    names = [step.exchange for step in done]
+    assert names == [*(f"warmup {i + 1}" for i in range(warmup_rounds)), "train", "train"]
+    count = tiny.BLOCKS if method.layers_by == "all" else math.ceil(tiny.BLOCKS / 2)
+    state = done[-1].state
+    assert len(state.layers) == count and {block_of(name) for name in state.shared} == {None, *state.layers}
+    assert "layer_scores" not in method.choices(state) and "warning" not in method.choices(state)
+    if warmup_rounds:
+        same(state.start, done[1].state.start)
+        assert state.since.tolist() == [1] * tiny.BLOCKS
+    everybody, *_ = run(replace(method, initialise="all"), rounds=1)
+    assert "layers" in [step.exchange for step in everybody], "to order their examples"
+    assert replace(method, gal_count="energy").asks is (method.layers_by != "all")
+    names = [e.name for e in replace(method, reselect_every=1).round()]
+    assert names == (["reselect", "train"] if method.layers_by == "random" else ["train"])
+
+
+def test_a_choice_without_measure_is_said() -> None:
+    method = FibecFed(gal_count="eigengap", gal_ratio=0.5)
+    one = {"a": Scores(torch.ones(4), None, 3)}
+    told = method.choices(method.choose(method.init(env(4)), one, env(4)))
+    assert told["layers"] == [0, 1] and "no client a usable share" in told["warning"] and "0.5" in told["warning"]
+    none = {"a": Scores(torch.ones(4), 0.0, 3)}
+    told = method.choices(method.choose(method.init(env(4)), none, env(4)))
+    assert told["layers"] == [0] and "is none; sharing one" in told["warning"]
+    some = {"a": Scores(torch.ones(4), 0.3, 3)}
+    assert "warning" not in method.choices(method.choose(method.init(env(4)), some, env(4)))
+    assert "warning" not in method.choices(method.init(env(4)))
+
+
+def test_a_personal_model_has_no_stale_layer() -> None:
+    """A layer that joins the shared ones counts for everybody, also for a client that was not asked since."""
+    method = FibecFed(warmup_rounds=0)
+    memory = Memory({name: t + 100 for name, t in blocks(0, 1).items()})
+    state = replace(method.init(env(2)), layers=(0,), shared=blocks(0))
+    own = own_model(method, method.result(state), memory, method.shared_names(state))
+    same(own, {**blocks(0), **{name: t + 100 for name, t in blocks(1).items()}})
+
+    class Counts(Bare):
+        def score(self, params: Any, data: Any) -> dict[str, Tensor]:
+            return {"sum": sum((t.sum() for t in params.values()), torch.zeros(()))}
+
+    here = ClientEnv("a", Counts(2), {"test": toy.points((1, 2, 3))}, 0, 3)  # type: ignore[arg-type]
+    question = Question(method.result(state), "test", method.shared_names(state))
+    up, _ = Evaluate(method).work(question, memory, here)
+    assert float(up.personal["sum"]) == float(sum(t.sum() for t in own.values()))
+
+
+def test_the_first_cohort_may_be_out_of_reach() -> None:
+    """Those that scored train first; if they do not answer, others do, and only clients that are there are asked."""
+    method = FibecFed(**COLD)
+    model = tiny.model("bert", dtype="float32")
+    data = {f"c{i}": {"train": tiny.examples(tiny.place(i), 9)} for i in range(16)}
+    engine = InProcess(lambda: method, model, data, 0)
+    loop = federate(method, engine, model, rounds=1, seed=0)
+    scored = next(loop)
+    engine.fault = lambda client, call: "away" if client in scored.cohort else None
+    trained = next(loop)
+    assert trained.exchange == "train" and trained.answered and not set(trained.answered) & set(scored.cohort)
+    assert [r.client for r in trained.receipts[:3]] == list(scored.cohort), "they were asked first"
+    state = replace(scored.state, first=("c1", "gone"))
+    assert method.pick(state, ("c0", "c1"), tiny.place()) == ["c1"]
+    assert method.pick(replace(state, first=("gone",)), ("c0", "c1"), tiny.place()) != ["gone"]
 
 
 def test_a_layer_leaves_and_comes_back() -> None:
@@ -206,12 +291,16 @@ def test_masked_rows_keep_their_bits(together: int, rule: Any) -> None:
         old, new = (engine.memories.load(client, v, Memory) for v in (before[client], version))
         frozen = moved = 0
         for name, t in pairs.factors(new.local).items():
-            rows = (t != old.local[name]).any(dim=1)
-            kept = torch.zeros(len(t), dtype=torch.bool)
-            kept[torch.argsort(new.fisher[name], descending=True, stable=True)] = True
+            rows, scores = (t != old.local[name]).any(dim=1), new.fisher[name]
             frozen, moved = frozen + int((~rows).sum()), moved + int(rows.sum())
-            if rule == "fixed":
-                assert int(rows.sum()) <= math.ceil(len(t) / 2) or not new.fisher[name].any()
+            if not scores.any():
+                continue  # A while B is zero: not masked, and without a gradient of its own
+            order = scores.sort(descending=True).values
+            count = math.ceil(len(t) / 2)
+            if rule == "energy":
+                held = order.double().cumsum(0) / order.double().sum()
+                count = max(math.ceil(len(t) / 10), int((held < 0.5 - 1e-9).sum()) + 1)
+            assert rows.tolist() == (scores >= order[count - 1]).tolist(), name
         assert frozen and moved
     assert state.shared.keys() & new.local.keys() == set()
 
@@ -232,12 +321,18 @@ def test_a_mask_holds_in_fit_and_fit_many(optimizer: Any) -> None:
 def test_what_travels_and_what_stays() -> None:
     """Up: the shared layers and the head; rows and difficulties never leave; an unpicked client keeps its bits."""
     method = FibecFed(**COLD)
-    done, engine, model = run(method)
+    model = tiny.model("bert", dtype="float32")
+    data = {f"c{i}": {"train": tiny.examples(tiny.place(i), 9 + i)} for i in range(6)}
+    engine = InProcess(lambda: method, model, data, 0)
+    recording = Recording(engine)
+    done = list(federate(method, recording, model, rounds=3, seed=0))
     state, step = done[-1].state, done[-1]
     assert state.layers and len(state.layers) == math.ceil(tiny.BLOCKS / 2)
     numbers = sum(t.numel() for name, t in model.init(tiny.place()).items() if block_of(name) in (None, *state.layers))
-    for receipt in step.receipts:
-        assert 4 * numbers < receipt.bytes_up < 4 * numbers + 1200
+    for up in recording.calls[-1][2].ups.values():
+        sent = records.encode(up)
+        assert len(sent) - 8 - int.from_bytes(sent[:8], "little") == 4 * numbers, "tensors; a header before them"
+        assert up.params.keys() == state.shared.keys() and set(vars(up)) == {"params", "examples", "loss"}
     unpicked = set(done[-2].versions) - set(step.cohort)
     for client in unpicked:
         assert done[-2].versions[client] == step.versions[client]
@@ -399,6 +494,12 @@ def test_momentum_of_the_rows_information() -> None:
     second = method.information(params, params, Memory(fisher=first), [[0, 1]], here)
     assert all(bool((t == 1).all()) for t in first.values()) and first.keys() == pairs.factors(params).keys()
     assert all(t.tolist() == pytest.approx([0.9] * len(t)) for t in second.values())
+    draw = torch.from_numpy(np.random.default_rng(0).random((3, 4, 6)))  # of three visits, numbers of a matrix
+    whole, kept = draw[0], {"block.0.w.A": draw[0].mean(dim=1)}
+    for visit in draw[1:]:
+        whole = 0.9 * whole + 0.1 * visit
+        kept = curriculum.blended(kept, {"block.0.w.A": visit.mean(dim=1)}, 0.9)
+    torch.testing.assert_close(kept["block.0.w.A"], whole.mean(dim=1), rtol=1e-6, atol=0)
     assert not FibecFed(rho=1.0).information(params, params, Memory(), [[0]], here)
 
 
@@ -479,6 +580,7 @@ def test_only_lora_is_accepted_and_impossible_options_are_not() -> None:
         ({"rho": 1.5}, "method.rho is 1.5"),
         ({"gamma": 1.0}, "method.gamma is 1.0"),
         ({"score_samples": 0}, "method.score_samples is 0"),
+        ({"stratify_labels": True, "batching": "fixed_random"}, "method.stratify_labels is of rows"),
     ]:
         with pytest.raises(ConfigError, match=words):
             FibecFed(**options)

@@ -259,7 +259,7 @@ def test_fedsa_lora_sends_a_and_keeps_the_rest() -> None:
     assert method.personalised and not FFALora().personalised
 
 
-@pytest.mark.parametrize("method", [FLora(cohort=3, lr=0.01), FedExLora(cohort=3, lr=0.01)])
+@pytest.mark.parametrize("method", [FLora(cohort=3, lr=0.01, head_lr=3e-3), FedExLora(cohort=3, lr=0.01, head_lr=3e-3)])
 def test_every_client_has_the_servers_delta_to_the_bit(method: Any) -> None:
     """Whoever answered in the last round has what the server had before it."""
     done, engine, _ = small(method, rounds=5)

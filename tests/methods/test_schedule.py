@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 import toy
 from fedpeft import methods
 from fedpeft.config.load import load_config
-from fedpeft.core import records, tree
+from fedpeft.core import changes, records, tree
 from fedpeft.core.adapter import Lora, Prefix
+from fedpeft.core.changes import News
+from fedpeft.core.difficulty import difficulties
 from fedpeft.core.errors import ConfigError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Call, ClientEnv
+from fedpeft.core.exchange import Call, ClientEnv, ServerEnv, Weights
 from fedpeft.core.federate import Done, Start, federate
+from fedpeft.core.fit import Fit, Soften
 from fedpeft.core.memories import InMemory
 from fedpeft.core.method import plain, rebuild
 from fedpeft.engines.inprocess import InProcess
@@ -162,6 +166,154 @@ def test_a_client_that_fails_in_its_work_is_told_so() -> None:
         work.throw(ValueError("out of memory"))
 
 
+# --- a schedule leaves a method its own way of training ---------------------------------------------------------------
+
+
+def work(method: Any, exchange: int, down: Any, here: ClientEnv, memory: Any = None) -> tuple[list[Fit], Any]:
+    """The Fits that a client's work asks for, and the memory that it leaves."""
+    steps = method.round()[exchange].work(down, memory or method.init_client(here), here)
+    fits: list[Fit] = []
+    try:
+        fit = next(steps)
+        while True:
+            fits.append(fit)
+            fit = steps.send(here.model.fit(fit))
+    except StopIteration as stop:
+        return fits, stop.value[1]
+
+
+def place(rows: int = 20, round: int = 1, rounds: int = 10, **model: Any) -> ClientEnv:
+    """A client of the toy with factors."""
+    draw = np.random.default_rng(3).standard_normal((rows, 3))
+    toys = toy.ToyModel(**{"rank": 2, "blocks": 2, "dtype": "float32"} | model)
+    return ClientEnv("a", toys, {"train": toy.points(*draw)}, 0, rounds, round, "train")
+
+
+def sent(method: Any, here: ClientEnv) -> Any:
+    """What the server sends at first."""
+    return method.send(method.init(ServerEnv(here.model, ("a",), 0, here.rounds)), "a")
+
+
+def rows_of(fits: list[Fit]) -> list[list[int]]:
+    return [list(batch) for fit in fits for batch in fit.batches]
+
+
+def test_the_parts_of_a_turn_stay_parts() -> None:
+    """Delta-LoRA: two steps before W moves, then the others. FedAlt: batches of their own for either half."""
+    here = place()
+    method = methods.build("deltalora", {**SAME, "epochs": 1, "start_steps": 2, "schedule": "fisher"})
+    fits, memory = work(method, 0, sent(method, here), here)
+    assert [fit.steps for fit in fits] == [2, 1], "the easiest 12 of 20 rows, 4 a step"
+    assert sorted(row for batch in rows_of(fits) for row in batch) == sorted(memory.rows.tolist()[:12])
+    method = methods.build("fedalt", {**SAME, "schedule": "random"})
+    fits, memory = work(method, 0, sent(method, here), here)
+    assert len(fits) == 2 and rows_of(fits[:1]) != rows_of(fits[1:])
+    for fit in fits:
+        assert {row for batch in fit.batches for row in batch} == set(memory.rows.tolist()[:12])
+
+
+def test_methods_that_choose_their_rows_themselves_refuse() -> None:
+    for name, kind, words in [
+        ("fibecfed", "loss", "method fibecfed has a curriculum of its own"),
+        ("centralized", "length", "method centralized goes through everybody's rows"),
+        ("voc", "random", "method voc is a schedule itself"),
+        ("slw", "random", "method slw is a schedule itself"),
+        ("shortformer", "random", "method shortformer is a schedule itself"),
+        ("slora", "fisher", "stage 1 of method slora has no factors"),
+    ]:
+        with pytest.raises(
+            ConfigError, match=rf"method.schedule is '{kind}', but {words}.*; leave method.schedule out"
+        ):
+            methods.build(name, {"schedule": kind})
+    assert methods.build("slora", {"schedule": "loss"}).accepts(Lora()) is None
+    told = str(methods.build("ffa_lora", {"schedule": "loss"}).accepts(Prefix()))
+    assert told.startswith("method ffa_lora trains adapter.kind lora, not prefix")
+
+
+@pytest.mark.parametrize("kind", ["fisher", "loss"])
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "deltalora"])
+def test_rows_are_ranked_by_the_model_that_trains_on_them(name: str, kind: str) -> None:
+    """A newcomer's base delta is in it: that of Delta-LoRA beside its factors' own origin."""
+    here = place(round=2)
+    method = methods.build(name, {**SAME, "schedule": kind})
+    delta = {
+        f"delta.{stem}{side}": torch.from_numpy(np.random.default_rng(len(stem)).standard_normal(shape)).float() * 4
+        for stem, width in (("block.0.w", 1), ("block.1.w", 1))
+        for side, shape in ((changes.LEFT, (1, 1)), (changes.RIGHT, (1, width)))
+    }
+    down = replace(sent(method, here), news=News(1, whole=delta))
+    fits, memory = work(method, 0, down, here)
+    fit = fits[0]
+    assert fit.also and fit.also[0].keys() == delta.keys()
+    known = {
+        also: difficulties(kind, fit.params, here, also=fit.also if also else ())  # type: ignore[arg-type]
+        for also in (True, False)
+    }
+    assert memory.rows.tolist() == curriculum.easy_first(known[True]) != curriculum.easy_first(known[False])
+
+
+def test_rows_are_ranked_once() -> None:
+    here = place()
+    method = methods.build("fedavg", {**SAME, "schedule": "loss"})
+    _, first = work(method, 0, sent(method, here), here)
+    other = Weights({name: t + 5 for name, t in sent(method, here).params.items()})
+    fits, second = work(method, 0, other, replace(here, round=2), first)
+    assert second.rows.tolist() == first.rows.tolist()
+    assert difficulties("loss", other.params, here) != difficulties("loss", sent(method, here).params, here)
+    assert {row for batch in rows_of(fits) for row in batch} <= set(first.rows.tolist()[:13])
+
+
+def test_pacing_is_as_the_fields_say() -> None:
+    """Quadratic, T 10, over after half of it: .5 + .5 (t / 5)² of 20 rows."""
+    method = methods.build(
+        "fedavg",
+        {**SAME, "schedule": "random", "schedule_beta": 0.5, "schedule_alpha": 0.5, "schedule_pacing": "quad"},
+    )
+    memory, used = None, []
+    for round in range(1, 11):
+        here = place(round=round)
+        fits, memory = work(method, 0, sent(method, here), here, memory)
+        used.append(len({row for batch in rows_of(fits) for row in batch}))
+    assert used == [10, 11, 12, 14, 17, 20, 20, 20, 20, 20]
+
+
+def test_all_rows_need_no_order() -> None:
+    """With a share of 1 from the beginning nothing is measured."""
+    here = place()
+    here.model.losses = None  # type: ignore[method-assign, assignment]
+    method = methods.build("fedavg", {**SAME, "schedule": "loss", "schedule_beta": 1.0})
+    fits, memory = work(method, 0, sent(method, here), here)
+    assert memory.rows.tolist() == list(range(20))
+    alone, _ = work(methods.build("fedavg", SAME), 0, sent(method, here), here)
+    assert rows_of(fits) == rows_of(alone)
+
+
+def test_a_client_without_rows_trains_on_none() -> None:
+    for kind in KINDS:
+        here = replace(place(), splits={"train": toy.Points(np.zeros((0, 3)))})
+        method = methods.build("fedavg", {**SAME, "schedule": kind})
+        fits, memory = work(method, 0, sent(method, here), here)
+        assert [fit.steps for fit in fits] == [0] and not len(memory.rows)
+
+
+@pytest.mark.parametrize("name", ["voc", "fedavg"])
+def test_rows_of_common_words_come_first(name: str) -> None:
+    """Competence .01 at first, so one batch; after half of the rounds sqrt(.5 (1 - 1e-4) + 1e-4) = .7071: 14 of 20."""
+    method = methods.build(name, SAME | ({"schedule": "rarity"} if name == "fedavg" else {}))
+    for round, count in ((1, 4), (6, 14), (11, 20)):
+        here = place(round=round)
+        fits, _ = work(method, 0, sent(method, here), here)
+        common = np.argsort(here.data.rarities, kind="stable")[:count]
+        assert {row for batch in rows_of(fits) for row in batch} == set(common.tolist())
+
+
+def test_self_evolution_softens_the_targets() -> None:
+    here = place()
+    method = methods.build("se", {**SAME, "threshold": 0.7, "share": 0.2})
+    fits, _ = work(method, 0, sent(method, here), here)
+    assert [fit.soften for fit in fits] == [Soften(0.7, 0.2)]
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +333,9 @@ def test_rarity_is_that_of_the_words_of_all_rows() -> None:
     assert curriculum.competence(0, 100, 0.01) == pytest.approx(0.01) and curriculum.competence(
         100, 100, 0.01
     ) == pytest.approx(1)
+    assert curriculum.common_words([3.0, 1.0, 2.0, 1.0, 5.0], 0, 9, 2) == [1, 3]
+    assert curriculum.common_words([3.0, 1.0, 2.0, 1.0, 5.0], 3, 9, 1) == [1, 3], "of 2.89 rows those that are whole"
+    assert curriculum.common_words([3.0, 1.0, 2.0, 1.0, 5.0], 9, 9, 1) == [1, 3, 2, 0, 4]
     assert curriculum.competence(25, 100, 0.01) == pytest.approx(math.sqrt(0.25 * (1 - 1e-4) + 1e-4))
 
 

@@ -148,3 +148,18 @@ def test_it_needs_factors() -> None:
     params = {n: t.double() for n, t in model.init(tiny.place()).items()}
     with pytest.raises(FitError, match="is of LoRA's factors, and there are none"):
         model.fisher(params, tiny.examples(tiny.place(1), 3), [0])
+
+
+def test_what_acts_beside_the_params_is_in_it() -> None:
+    """A base delta in `also` gives what it gives among the params; two of them add up."""
+    model = tiny.model("bert", Lora(rank=2, alpha=3.0, targets=("query",), blocks=(1,)))
+    params, data = tiny.params(model, tiny.place()), tiny.examples(tiny.place(1), 6)
+    stem, draw = "delta.block.1.query", tiny.place(5)
+    left, right = (torch.from_numpy(draw.normal(size=s)) for s in ((tiny.WIDTH, 2), (2, tiny.WIDTH)))
+    delta, half = ({f"{stem}.left": left * f, f"{stem}.right": right} for f in (1.0, 0.5))
+    whole = model.fisher({**params, **delta}, data, range(6))
+    for also in ((delta,), (half, half)):
+        assert_same(model.fisher(params, data, range(6), also=also), (whole.trace, whole.rows))
+        losses = model.losses(params, data, range(6), also)
+        torch.testing.assert_close(losses, model.losses({**params, **delta}, data, range(6)))
+    assert not torch.allclose(whole.trace, model.fisher(params, data, range(6)).trace)

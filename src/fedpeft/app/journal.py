@@ -152,6 +152,7 @@ class Journal:
             number=done.number,
             round=done.round,
             personal=personal,
+            shared=self.fed.method.shared_names(done.state),
         )
         if scored is not None:
             self.ledger.evaluation_bytes += scored.bytes_down + scored.bytes_up

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ def evaluate(
     number: int,
     round: int,
     personal: bool = True,
+    shared: Sequence[str] = (),
 ) -> Scored | None:
     """Score the split; None where it has no rows.
 
@@ -75,6 +76,7 @@ def evaluate(
         memories, versions: every client's committed memory, for the personal models.
         number, round: how far the run is.
         personal: whether to score the personal models, where the method makes them.
+        shared: names of params that no client has of its own (`Method.shared_names`).
     """
     if not len(fed.whole(split)):
         return None
@@ -82,8 +84,9 @@ def evaluate(
     down = up = 0
     if personal and fed.method.personalised:
         call = fed.evaluation(number, round, versions)
+        question = Question(params, split, tuple(shared))
         holders = [c for c in fed.clients if len(fed.data[c][split])]
-        answers = fed.bare_engine(memories).exchange(call, {c: Question(params, split) for c in holders})
+        answers = fed.bare_engine(memories).exchange(call, dict.fromkeys(holders, question))
         for receipt in answers.receipts:
             if receipt.lost is not None:
                 log.warning("round %d: client %s has no %s score: %s", round, receipt.client, split, receipt.lost)

@@ -17,6 +17,7 @@ from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
 from fedpeft.config import load_config
 from fedpeft.core.errors import RequestError
+from fedpeft.core.evaluate import own_model
 from fedpeft.core.exchange import ClientEnv, Meter
 from fedpeft.core.tree import Params
 from fedpeft.core.turn import initial_memory
@@ -55,6 +56,7 @@ def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, An
             "versions": checkpoint.versions,
             "number": checkpoint.number,
             "round": max(checkpoint.round, 0),
+            "shared": fed.method.shared_names(checkpoint.state),
         }
         found: dict[str, Any] = {}
         for split in ("validation", "test"):
@@ -177,7 +179,8 @@ def _params(opened: RunFolder, fed: Federation, client: str | None) -> Params:
         memory = initial_memory(fed.method, env)
     else:
         memory = opened.memories().load(client, version, fed.method.memory)
-    return fed.method.personal(fed.method.result(checkpoint.state), memory)
+    method, state = fed.method, checkpoint.state
+    return own_model(method, method.result(state), memory, method.shared_names(state))
 
 
 def _own(fed: Federation, client: str | None) -> str | None:

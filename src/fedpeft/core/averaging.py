@@ -15,7 +15,7 @@ from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.cohort import sample
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights
 from fedpeft.core.fit import Fit, Fitted
-from fedpeft.core.method import Defaults, check_ranges, mean_loss, ordinary_fit
+from fedpeft.core.method import Defaults, check_ranges, mean_loss, name_of, ordinary_fit
 from fedpeft.core.tree import Params
 
 
@@ -39,7 +39,7 @@ class Tuning(Defaults):
     epochs: int = 1  # passes over a client's rows per round
     batch_size: int = 8  # rows per step
     lr: float = 1e-3  # local learning rate of AdamW, whose moments start from zero in every round
-    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
+    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     weight_decay: float = 0.0  # decay of the local optimizer
     clip: float | None = None  # bound on the gradient's norm at every local step; null: none
     steps: int | None = None  # local steps per round, instead of whole epochs
@@ -90,5 +90,5 @@ def only(method: Defaults, spec: AdapterSpec) -> str | None:
     own = method.adapter().kind
     if spec.kind == own:
         return None
-    name = type(method).__module__.rpartition(".")[2]
+    name = name_of(method)
     return f"method {name} trains adapter.kind {own}, not {spec.kind}; leave adapter.kind out, or use method fedavg"

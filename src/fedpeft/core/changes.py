@@ -3,13 +3,14 @@
 Methods that fold what was learned into the base have, beside their parameters, a *base delta* (`delta.s.left` and
 `.right`, or `delta.s.dense`; see `models/adapters/delta`). The server adds one step of factors per round. A client
 keeps a copy with its version and gets the steps that it missed, or the whole where that is smaller. Both apply the same
-steps in the same order, so equal versions have equal bits.
+steps in the same order, so equal versions have equal bits; for that, `News` is not narrowed by any `run.wire`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Copy:
 @dataclass(frozen=True)
 class News:
     """What travels to a client: all steps that it missed, or the whole."""
+
+    exact: ClassVar[bool] = True  # as they are, by a narrow wire too
 
     version: int  # that the client has afterwards
     steps: tuple[Params, ...] = ()

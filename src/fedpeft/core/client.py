@@ -133,10 +133,10 @@ class Metered:
         self._count(params, data, rows)
         return self._model.logits(params, data, rows)
 
-    def losses(self, params: Params, data: Data, rows: Sequence[int]) -> Tensor:
+    def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
         """See `Model.losses`."""
         self._count(params, data, rows)
-        return self._model.losses(params, data, rows)
+        return self._model.losses(params, data, rows, also)
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """See `Model.score`."""
@@ -162,10 +162,17 @@ class Metered:
 
         return product
 
-    def fisher(self, params: Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+    def fisher(
+        self,
+        params: Params,
+        data: Data,
+        rows: Sequence[int],
+        token_norm: TokenNorm = "sqrt",
+        also: tuple[Params, ...] = (),
+    ) -> Fisher:
         """See `Model.fisher`: forward, and backward to the lowest factor."""
         self._meter.train(*self._model.passes(params, data, rows), self._model.lowest_block(pairs.factors(params)))
-        return self._model.fisher(params, data, rows, token_norm)
+        return self._model.fisher(params, data, rows, token_norm, also)
 
     def sensitivity(
         self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +20,7 @@ class Question:
 
     params: Params
     split: str  # "train", "validation" or "test"
+    shared: tuple[str, ...] = ()  # names of params that are everybody's, whatever a memory has; see `own_model`
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ def countable(down: Question, up: Scores) -> None:
             raise RecordError(f"a confusion matrix has the shape {tuple(confusion.shape)}; it must be square")
     if up.shared and up.personal:
         tree.same_layout(up.shared, up.personal)
+
+
+def own_model(method: Method, params: Params, memory: Record, shared: Collection[str]) -> Params:
+    """A client's own model.
+
+    Args:
+        params: the global model.
+        shared: names that are everybody's (`Method.shared_names`), though the client, which was not asked since, may
+            remember own params by that name.
+    """
+    own = method.personal(params, memory)
+    return tree.overlay(own, tree.select(params, lambda name: name in shared)) if shared else own
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,8 @@ class Evaluate:
         shared = env.model.score(down.params, data)
         if not self.method.personalised:
             return Scores(shared, shared), memory
-        return Scores(shared, env.model.score(self.method.personal(down.params, memory), data)), memory
+        own = own_model(self.method, down.params, memory, down.shared)
+        return Scores(shared, env.model.score(own, data)), memory
 
     def collect(self, state: Question, ups: Mapping[ClientId, Scores], env: ServerEnv) -> dict[ClientId, Scores]:
         """Every client's sums, as they came."""

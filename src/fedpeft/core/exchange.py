@@ -6,9 +6,9 @@ the answers into its state. State, memory and messages are frozen dataclasses (r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -16,13 +16,15 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import RecordError
 from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.model import Fisher as Fisher
+from fedpeft.core.model import Model as Model
+from fedpeft.core.model import Perturbation as Perturbation
+from fedpeft.core.model import TokenNorm as TokenNorm
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.tree import Params
 
 ClientId: TypeAlias = str
 Record: TypeAlias = Any  # a frozen dataclass that `records.encode` can write
-TokenNorm: TypeAlias = Literal["sqrt", "mean", "sum"]
-Perturbation: TypeAlias = Literal["l2", "inf", "random"]
 Work: TypeAlias = "tuple[Record, Record] | Generator[Fit, Fitted, tuple[Record, Record]]"
 
 
@@ -51,108 +53,6 @@ class Update:
 
 
 # --- what a method is made of -----------------------------------------------------------------------------------
-
-
-class Model(Protocol):
-    """A frozen base with an adapter bound to it; see `models/hf.py` for transformers, `tests/toy.py` for a toy."""
-
-    @property
-    def spec(self) -> AdapterSpec:
-        """The adapter that `init` draws."""
-        ...
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The base's configuration as plain data (`config.json`), from which its cost follows."""
-        ...
-
-    def init(self, rng: Rng) -> dict[str, Tensor]:
-        """Fresh adapter parameters; a new adapter leaves the base's outputs unchanged wherever its kind allows."""
-        ...
-
-    def check(self, fit: Fit) -> None:
-        """Raise FitError, naming value and remedy, unless the fit can be run."""
-        ...
-
-    def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
-        """Train every fit, together where possible; a failed fit gives its exception and leaves the others alone."""
-        ...
-
-    def fit(self, fit: Fit) -> Fitted:
-        """Train one fit; raises what went wrong."""
-        ...
-
-    def logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
-        """Predictions before the softmax, (rows, classes), without gradient; params None: the base alone."""
-        ...
-
-    def losses(self, params: Params, data: Data, rows: Sequence[int]) -> Tensor:
-        """(rows,) the loss of each row's own label, without gradient and dropout."""
-        ...
-
-    def score(self, params: Params, data: Data) -> dict[str, Tensor]:
-        """Sums that pool over clients by addition and from which every metric follows; see `runs/metrics.py`."""
-        ...
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks (layers) the base has."""
-        ...
-
-    def lowest_block(self, names: Iterable[str]) -> int:
-        """The lowest block that these parameters act in, `blocks` where they act above all of them."""
-        ...
-
-    def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
-        """Tokens, and pairs of tokens that see each other, of forward passes over the rows: what they cost."""
-        ...
-
-    def hidden(self, params: Params | None, data: Data, rows: Sequence[int]) -> Tensor:
-        """(blocks, rows, tokens, d) outputs of the blocks, zero at padding, without gradient; params None: the base."""
-        ...
-
-    def hessian(
-        self, params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
-    ) -> Callable[[Params], dict[str, Tensor]]:
-        """v -> H v: H of the mean loss of the rows over the named parameters (None: all), without dropout."""
-        ...
-
-    def fisher(self, params: Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
-        """The Fisher information of LoRA's factors at the observed labels, sample by sample, without dropout.
-
-        Args:
-            token_norm: what the gradient of an answer of several tokens is: the "sum" over them, their "mean", or the
-                sum divided by the square root of their number, which prefers neither short nor long answers.
-        """
-        ...
-
-    def sensitivity(
-        self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
-    ) -> tuple[Tensor, Tensor]:
-        """How the blocks' outputs change when the embeddings are perturbed by `size` times their mean norm.
-
-        Args:
-            perturbation: along the loss's gradient (`l2`), along its signs (`inf`), or in a `random` direction.
-            rng: of the random directions.
-
-        Returns:
-            changes, sizes: (blocks + 1, rows) Frobenius norms over real tokens of h_l(e + ε) - h_l(e) and of h_l(e);
-            first those of what enters the lowest block.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Fisher:
-    """The diagonal Fisher information of LoRA's factors: squared gradients of the log-likelihood.
-
-    Attributes:
-        trace: (rows,) float32, of each row of data: the squared norm of its gradient.
-        rows: per factor, (rows of the matrix,): the mean over the data, and over the numbers of that row.
-    """
-
-    trace: Tensor
-    rows: dict[str, Tensor]
 
 
 @dataclass
@@ -232,6 +132,8 @@ class ClientEnv:
     attempt: int = 0
     resources: Any = None  # this client's device profile
     meter: Meter = field(default_factory=Meter)
+    usable: Sequence[int] | None = None  # rows that ordinary local training may use now; None: all
+    longest: int | None = None  # tokens that their texts are cut to; None: they are whole
 
     @property
     def data(self) -> Data:
@@ -291,6 +193,7 @@ class Exchange:
     work: Callable[[Any, Any, ClientEnv], Work]  # (down, memory, env) -> (up, memory)
     fold: Callable[[Any, Mapping[ClientId, Any], ServerEnv], Any]
     accept: Callable[[Any, Any], None] = matching  # (down, up): raises RecordError where the answer does not fit
+    again: Callable[[Any, Sequence[ClientId], Rng], Sequence[ClientId]] | None = None  # below the quorum; None: `pick`
 
 
 class Method(Protocol):
@@ -317,6 +220,10 @@ class Method(Protocol):
         """None where the method can train this adapter, else a sentence that says why not and what to use."""
         ...
 
+    def accepts_schedule(self, kind: str) -> str | None:
+        """None where `method.schedule` can decide which rows it trains on, else a sentence that says why not."""
+        ...
+
     def init(self, env: ServerEnv) -> Record:
         """The server's state before anything was exchanged."""
         ...
@@ -339,6 +246,10 @@ class Method(Protocol):
 
     def personal(self, params: Params, memory: Any) -> Params:
         """A client's own model, from the global params and its memory."""
+        ...
+
+    def shared_names(self, state: Any) -> Sequence[str]:
+        """Names of the global params that count for everybody, also where a memory still has others by that name."""
         ...
 
     def choices(self, state: Any) -> Mapping[str, Any]:

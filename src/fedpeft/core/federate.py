@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedpeft.core.counts import round_up
 from fedpeft.core.errors import QuorumError
 from fedpeft.core.exchange import (
     Answers,
@@ -96,12 +96,13 @@ def federate(
         receipts: list[Receipt] = []
         for attempt in range(ATTEMPTS):
             env = replace(env, round=round, exchange=exchange.name, attempt=attempt)
-            cohort = tuple(dict.fromkeys(exchange.pick(state, clients, env.rng("pick"))))
+            pick = exchange.again if attempt and exchange.again else exchange.pick
+            cohort = tuple(dict.fromkeys(pick(state, clients, env.rng("pick"))))
             call = Call(exchange, number, round, rounds, attempt, dict(versions))
             answers = transport.exchange(call, {c: exchange.send(state, c) for c in cohort})
             receipts += answers.receipts
             answered = tuple(c for c in cohort if c in answers.ups)
-            if len(answered) >= math.ceil(quorum * len(cohort) - 1e-9) and (answered or not cohort):
+            if len(answered) >= round_up(quorum * len(cohort)) and (answered or not cohort):
                 break
         else:
             failed = Done(number + 1, round, exchange.name, last, state, versions, cohort, (), tuple(receipts))

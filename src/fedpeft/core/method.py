@@ -32,6 +32,10 @@ class Defaults:
         """Any adapter."""
         return None
 
+    def accepts_schedule(self, kind: str) -> str | None:
+        """Any schedule, where the method takes its rows from `local_batches`; those that are pooled do not."""
+        return f"method {name_of(self)} goes through everybody's rows in an order of its own" if self.pooled else None
+
     def init_client(self, env: ClientEnv) -> Record:
         """No memory."""
         return Nothing()
@@ -49,9 +53,19 @@ class Defaults:
         """Where the method says what a client's own model is, it has one."""
         return type(self).personal is not Defaults.personal
 
+    def shared_names(self, state: Any) -> Sequence[str]:
+        """None: what a client has of its own, it keeps."""
+        return ()
+
     def choices(self, state: Any) -> Mapping[str, Any]:
         """Nothing was decided."""
         return {}
+
+
+def name_of(method: Defaults) -> str:
+    """What the method is found by: its module's name, whatever is put around its class."""
+    names = (cls.__module__.rpartition(".")[2] for cls in type(method).__mro__)
+    return next(name for name in names if not name.startswith("_"))
 
 
 def plain(method: Method) -> dict[str, Any]:
@@ -118,8 +132,9 @@ def local_batches(
     """The batches of one round: whole epochs, or exactly `method.steps` batches of as many epochs as that takes.
 
     Args:
-        among: the rows that may be used, all of them if None. Of all rows the batches are the same either way.
+        among: the rows that may be used, `env.usable` if None. Of all rows the batches are the same either way.
     """
+    among = env.usable if among is None else among
     rng, used = env.rng(purpose), sorted(range(len(env.data)) if among is None else among)
     epochs, steps = method.epochs, method.steps
     if steps is not None:
@@ -150,6 +165,8 @@ def local_optimizer(name: str, method: Training) -> Optimizer:
 def ordinary_fit(method: Training, params: Params, env: ClientEnv, **changes: Any) -> Fit:
     """The Fit that a method's fields describe: its own rate for the head, the adapter's dropout, this place's seed.
 
+    It is over the rows that may be used now, and cut as long as they may be (`env.usable`, `env.longest`).
+
     Args:
         method: where it has a field `optimizer` ("adamw" or "sgd") that is used, else AdamW.
         params: where training starts.
@@ -164,7 +181,8 @@ def ordinary_fit(method: Training, params: Params, env: ClientEnv, **changes: An
     }
     if "batches" not in changes:
         fields["batches"] = local_batches(method, env)
-    return Fit(params, env.data, **(fields | changes))
+    data = env.data if env.longest is None else env.data.truncated(env.longest)
+    return Fit(params, data, **(fields | changes))
 
 
 def mean_loss(ups: Iterable[Replies]) -> float:

@@ -45,6 +45,16 @@ def pair(params: Params, stem: str) -> Pair:
     return params[f"{stem}.B"], params[f"{stem}.A"]
 
 
+def widths(params: Params) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every slot."""
+    return {stem: (len(b), a.shape[1]) for stem in stems(params) for b, a in (pair(params, stem),)}
+
+
+def learnt(params: Params) -> bool:
+    """Whether the adapter changes anything: a fresh one has B = 0."""
+    return any(bool(t.any()) for t in factors(params, "B").values())
+
+
 def ranks(params: Params) -> dict[str, int]:
     """The rank of every slot."""
     return {stem: int(params[f"{stem}.A"].shape[0]) for stem in stems(params)}

@@ -27,6 +27,7 @@ from fedpeft.core.fit import AdamW, Fit, Fitted, Moments, check_fit
 from fedpeft.core.tree import Params
 
 Shape: TypeAlias = tuple[int, ...]
+Sizes: TypeAlias = "Mapping[str, tuple[Shape | None, ...]]"
 Number: TypeAlias = "float | Tensor"  # one value for all clients, or a column (clients, 1)
 
 
@@ -317,11 +318,21 @@ class _Sweep:
 # --- stacking ---------------------------------------------------------------------------------------------------
 
 
-def stack_params(params: Sequence[Params], device: torch.device) -> Stack:
-    """A Stack without training, for forward passes: one client per params, everything frozen."""
+def stack_params(params: Sequence[Params], device: torch.device, also: tuple[Params, ...] = ()) -> Stack:
+    """A Stack without training, for forward passes: one client per params, everything frozen.
+
+    Args:
+        also: further adapters or base deltas, which act for all of them.
+    """
+    layers = [_frozen(params, device), *(_frozen([layer] * len(params), device) for layer in also)]
+    (stacked, sizes), *others = layers
+    return Stack((), stacked, tuple(layer for layer, _ in others), sizes, tuple(own for _, own in others))
+
+
+def _frozen(params: Sequence[Params], device: torch.device) -> tuple[dict[str, Tensor], Sizes]:
     names = sorted({name for own in params for name in own})
     stacked = {name: _stacked([own.get(name) for own in params], device) for name in names}
-    return Stack((), stacked, (), {name: tuple(_size(own, name) for own in params) for name in names})
+    return stacked, {name: tuple(_size(own, name) for own in params) for name in names}
 
 
 def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:

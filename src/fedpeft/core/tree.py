@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -22,6 +22,16 @@ def block_of(name: str) -> int | None:
     """The transformer block that a parameter acts in (`block.3.query.A`, `prefix.3` → 3), or None (`head.weight`)."""
     found = _BLOCK.match(name)
     return int(found.group(1) or found.group(2)) if found else None
+
+
+def blocks_of(params: Params) -> tuple[int, ...]:
+    """The blocks that have parameters, ascending."""
+    return tuple(sorted({block for name in params if (block := block_of(name)) is not None}))
+
+
+def in_blocks(params: Params, blocks: Collection[int | None]) -> dict[str, Tensor]:
+    """The parameters of these blocks; None stands for what belongs to no block, such as a head."""
+    return select(params, lambda name: block_of(name) in blocks)
 
 
 def mean(parts: Iterable[tuple[Params, float]]) -> dict[str, Tensor]:
@@ -191,6 +201,11 @@ def unflatten(vector: Tensor, like: Params) -> dict[str, Tensor]:
     names = sorted(like)
     parts = torch.split(vector, [like[name].numel() for name in names])
     return {n: part.view(like[n].shape).to(like[n].dtype) for n, part in zip(names, parts, strict=True)}
+
+
+def flat(f: Callable[[Params], Params], like: Params) -> Callable[[Tensor], Tensor]:
+    """f as a function of the vectors that `flatten` gives, of params in the layout of `like`."""
+    return lambda vector: flatten(f(unflatten(vector, like)))
 
 
 def count(a: Params) -> int:

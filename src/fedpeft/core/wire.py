@@ -11,9 +11,10 @@ grid (bfloat16: 2^-9 to 2^-8 of |x|; int8: 1/254 of the block's largest) does no
 out over rounds. With adapters and usual learning rates that was not seen to matter; with small rates and many rounds it
 will: use float32 then.
 
-Everything else travels as it is: integers, 16-bit floats, tensors with fewer than 64 numbers (sums of a score, biases),
-values that are no tensors. Every tensor comes back in the dtype it had. A number that is not finite comes back not
-finite, in `int8` with its whole block, so that the checks of an answer still see it.
+Everything else travels as it is: records of a class that says `exact = True` (changes that clients add up for good, and
+that must not differ from the server's), integers, 16-bit floats, tensors with fewer than 64 numbers (sums of a score,
+biases), values that are no tensors. Every tensor comes back in the dtype it had. A number that is not finite comes back
+not finite, in `int8` with its whole block, so that the checks of an answer still see it.
 
 Reference: Dettmers et al. 2022, arXiv 2110.02861, section 2.1 (block-wise absmax quantisation).
 """
@@ -21,8 +22,8 @@ Reference: Dettmers et al. 2022, arXiv 2110.02861, section 2.1 (block-wise absma
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -73,10 +74,14 @@ def pack(record: Record, wire: str, seen: Seen | None = None) -> Packed:
     packed: dict[str, Tensor] = {}
     scales: list[Tensor] = []
     dtypes: dict[str, str] = {}
+    exact = exact_paths(type(record))
     for path in sorted(tensors):
         t = tensors[path]
         if t.dtype is not torch.float32:
             dtypes[path] = str(t.dtype).removeprefix("torch.")
+        if path.startswith(exact):
+            packed[path] = t.detach()
+            continue
         if id(t) not in seen:
             seen[id(t)] = t, *_narrow(t, wire)
         _, packed[path], scale = seen[id(t)]
@@ -106,11 +111,11 @@ def unpack(packed: Packed, cls: type[R], wire: str) -> R:
     if scales.dim() != 1 or scales.dtype is not torch.float32:
         raise RecordError(f"scales must be float32 in one dimension, but are {scales.dtype} of {tuple(scales.shape)}")
     tensors: dict[str, Tensor] = {}
-    used = 0
+    exact, used = exact_paths(cls), 0
     for path in sorted(packed.tensors):
         t, name = packed.tensors[path], dtypes.get(path, "float32")
         dtype = _DTYPES.get(name) if isinstance(name, str) else None
-        if dtype is None or t.dtype is not carried(dtype, t.numel(), wire):
+        if dtype is None or t.dtype is not carried(dtype, t.numel(), "float32" if path.startswith(exact) else wire):
             raise RecordError(f"{path} came as {t.dtype}; that is not how {str(name)[:80]} travels by {wire}")
         blocks = -(-t.numel() // BLOCK) if t.dtype is torch.int8 and dtype is not torch.int8 else 0
         tensors[path] = _widen(path, t, scales[used : used + blocks], blocks, dtype)
@@ -118,6 +123,12 @@ def unpack(packed: Packed, cls: type[R], wire: str) -> R:
     if len(scales) != used:
         raise RecordError(f"{len(scales)} scales came where {used} were expected")
     return records.unflatten(tensors, head["value"], cls)
+
+
+def exact_paths(cls: type[Record]) -> tuple[str, ...]:
+    """How the paths of a record's tensors begin that must arrive as they are."""
+    hints = get_type_hints(cls)
+    return tuple(f"{f.name}/" for f in fields(cls) if getattr(hints[f.name], "exact", False))
 
 
 def carried(dtype: torch.dtype, numel: int, wire: str) -> torch.dtype:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from itertools import accumulate, pairwise
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedpeft.core.exchange import ClientEnv, TokenNorm
+from fedpeft.core.counts import ROUNDING, round_up
 from fedpeft.core.tree import Params
 
-Difficulty: TypeAlias = Literal["fisher", "loss", "length", "random", "reverse"]
 Pacing: TypeAlias = Literal["linear", "sqrt", "exp", "quad", "step"]
 RowRule: TypeAlias = Literal["fixed", "energy"]
 LEAST_COMPETENCE = 0.01  # c0, share of the rows at first where common words come first
@@ -45,7 +45,7 @@ def pace(t: int, rounds: int, parts: int, kind: Pacing, beta: float, alpha: floa
         "quad": beta + (1 - beta) * tau**2,
         "step": 1.0 if tau == 1 else beta,
     }[kind]
-    return max(1, min(math.ceil(share * parts - 1e-9), parts))
+    return max(1, min(round_up(share * parts), parts))
 
 
 def competence(t: int, rounds: int, least: float) -> float:
@@ -60,46 +60,35 @@ def competence(t: int, rounds: int, least: float) -> float:
 
 
 def tokens_at(t: int, rounds: int, longest: int, least: int = LEAST_TOKENS) -> int:
-    """Tokens that rows are cut to: from `least` to the longest row in the first half of the rounds (Li et al. 2022)."""
+    """Tokens that rows are cut to: from `least` to the longest row in the first half of the rounds (Li et al. 2022).
+
+    Args:
+        t: rounds that are over, from 0.
+        rounds: T.
+        longest: tokens of the longest row.
+    """
     return least + math.floor(max(0, longest - least) * min(1.0, 2 * t / rounds))
 
 
-class Sized(Protocol):
-    """What `common_words` reads of a method."""
+def common_words(rarities: Sequence[float], t: int, rounds: int, least: int) -> list[int]:
+    """The rows whose rarity is within the competence: those of the most common words (Platanios et al. 2019).
 
-    @property
-    def batch_size(self) -> int: ...
+    A row may be drawn where the share of rows that are no rarer than it is at most the competence.
 
-
-def common_words(method: Sized, env: ClientEnv) -> list[int]:
-    """A client's rows of the most common words, as far as the competence goes; at least one batch (VOC)."""
-    order = easy_first(env.data.rarities.tolist())
-    share = competence(env.round - 1, env.rounds, LEAST_COMPETENCE)
-    return order[: max(min(method.batch_size, len(order)), math.ceil(share * len(order) - 1e-9))]
-
-
-def warm_up(t: int, env: ClientEnv) -> int:
-    """Tokens that a client's rows are cut to in sequence-length warm-up: of its longest row (SLW)."""
-    return tokens_at(t, env.rounds, int(env.data.lengths.max()))
+    Args:
+        rarities: of every row.
+        t: rounds that are over, from 0.
+        rounds: T.
+        least: how many rows are in use at least, as far as there are so many.
+    """
+    order = easy_first(rarities)
+    within = math.floor(competence(t, rounds, LEAST_COMPETENCE) * len(order) + ROUNDING)
+    return order[: max(least, within)]
 
 
-def two_stages(t: int, env: ClientEnv) -> int:
-    """A quarter of the client's longest row in the first half of the rounds, then all of it (Shortformer)."""
-    longest = int(env.data.lengths.max())
-    return longest if 2 * t >= env.rounds else max(LEAST_TOKENS, longest // 4)
-
-
-def difficulties(kind: Difficulty, params: Params, env: ClientEnv, token_norm: TokenNorm = "sqrt") -> list[float]:
-    """Of every example of a client: the trace of its Fisher information at the params, or a control."""
-    rows = range(len(env.data))
-    if kind == "length":
-        return [float(n) for n in env.data.lengths]
-    if kind == "random":
-        return [float(u) for u in env.rng("order").random(len(rows))]
-    if kind == "loss":
-        return [float(loss) for loss in env.model.losses(params, env.data, rows)]
-    sign = -1.0 if kind == "reverse" else 1.0
-    return [sign * float(f) for f in env.model.fisher(params, env.data, rows, token_norm).trace]
+def two_stages(t: int, rounds: int, longest: int) -> int:
+    """Tokens: a quarter of the longest row in the first half of the rounds, then all of it (Press et al. 2021)."""
+    return longest if 2 * t >= rounds else max(LEAST_TOKENS, longest // 4)
 
 
 def easy_first(difficulty: Sequence[float]) -> list[int]:
@@ -124,6 +113,18 @@ def stratified(order: Sequence[int], labels: Sequence[int]) -> list[int]:
     return sorted(order, key=lambda row: (places[row], rank[row]))
 
 
+def ranked_batches(batches: Sequence[Sequence[int]], difficulty: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Whole batches from easy to hard, by their rows' mean difficulty: the rows in a row, and where batches end."""
+    means = [sum(difficulty[row] for row in batch) / len(batch) for batch in batches]
+    ranked = [batches[i] for i in easy_first(means)]
+    return [row for batch in ranked for row in batch], list(accumulate(len(batch) for batch in ranked))
+
+
+def parted(rows: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
+    """The batches that end there."""
+    return [list(rows[begin:end]) for begin, end in pairwise((0, *ends))]
+
+
 def ends(rows: int, size: int) -> list[int]:
     """Where the batches of so many rows end; the last may be short."""
     return [*range(size, rows, size), rows]
@@ -144,18 +145,23 @@ def kept_rows(scores: Tensor, share: float, rule: RowRule = "fixed", energy: flo
     if not bool(scores.any()):
         return ~kept
     order = torch.argsort(scores.double(), descending=True, stable=True)
-    count = math.ceil(share * len(scores) - 1e-9)
+    count = round_up(share * len(scores))
     if rule == "energy":
-        count = max(math.ceil(LEAST_ROWS * len(scores) - 1e-9), enough(scores[order].tolist(), energy))
+        count = max(round_up(LEAST_ROWS * len(scores)), enough(scores[order].tolist(), energy))
     kept[order[: max(1, count)]] = True
     return kept
 
 
+def blended(before: Params, now: Params, gamma: float) -> dict[str, Tensor]:
+    """gamma F + (1 - gamma) of this visit's, by name; this visit's alone where there is no earlier one."""
+    return {name: gamma * before[name] + (1 - gamma) * t if name in before else t for name, t in now.items()}
+
+
 def enough(descending: Sequence[float], energy: float) -> int:
-    """The least N whose first N values reach this share of the sum of all."""
+    """The least N whose first N values reach this share of the sum of all, to rounding, however large they are."""
     total, reached = math.fsum(descending), 0.0
     for n, value in enumerate(descending, 1):
         reached += value
-        if reached >= energy * total - 1e-9:
+        if reached >= energy * total * (1 - ROUNDING):
             return n
     return len(descending)

@@ -7,13 +7,13 @@ are nearly collinear, that is where a layer hardly tells them apart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedpeft.core.counts import round_up
 from fedpeft.core.rng import Rng
 
 EPSILON = 1e-5
@@ -44,7 +44,7 @@ def layer_count(ratio: float, layers: int, candidates: int) -> int:
         layers: L.
         candidates: how many of them may be taken.
     """
-    return max(1, min(math.ceil(ratio * layers - 1e-9), candidates))
+    return max(1, min(round_up(ratio * layers), candidates))
 
 
 def choose_layers(scores: Tensor, count: int, by: By, candidates: Sequence[int], rng: Rng) -> tuple[int, ...]:

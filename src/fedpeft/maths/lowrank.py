@@ -8,12 +8,11 @@ means of their factors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Pair: TypeAlias = tuple[Tensor, Tensor]  # (B, A)
+from fedpeft.core.pairs import Pair as Pair
 
 
 def shares(weights: Sequence[float]) -> list[float]:
@@ -58,11 +57,6 @@ def filled(pair: Pair, others: Pair) -> Pair:
     return torch.cat([b, others[0].double()[:, len(a) :]], dim=1), torch.cat([a, others[1].double()[len(a) :]])
 
 
-def cut(pair: Pair, rank: int) -> Pair:
-    """The first columns of B and rows of A."""
-    return pair[0].double()[:, :rank], pair[1].double()[:rank]
-
-
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition of B A by way of its small core.
 
@@ -82,14 +76,27 @@ def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     return u * sign, s, v * sign
 
 
-def truncate(pair: Pair, rank: int) -> Pair:
+NEGLIGIBLE = 1e-6  # a singular value over the largest, which is zero to the rounding of float32
+
+
+def truncate(pair: Pair, rank: int, negligible: float = NEGLIGIBLE) -> Pair:
     """The best pair of this rank (Eckart & Young 1936): B = U_r diag(s_r), A = V_r^T; zeros where B A has less rank."""
     u, s, v = svd(pair)
-    kept = min(rank, len(s))
+    kept = min(rank, int((s > negligible * s[:1]).sum()))
     return pad((u[:, :kept] * s[:kept], v[:, :kept].T), rank)
 
 
-def halves(pair: Pair, rank: int, negligible: float = 1e-6) -> Pair:
+def revived(pair: Pair, a: Tensor) -> Pair:
+    """The pair with the rows of another A wherever its own are zero, and zero columns of B there.
+
+    The product stays; a component whose row and column are both zero would have no gradient, and never train.
+    """
+    left, right = (t.double() for t in pair)
+    dead = ~right.any(dim=1)
+    return torch.where(dead, 0.0, left), torch.where(dead[:, None], a.double(), right)
+
+
+def halves(pair: Pair, rank: int, negligible: float = NEGLIGIBLE) -> Pair:
     """The best pair of this rank whose factors share the singular values: B = U_r s_r^1/2, A = s_r^1/2 V_r^T.
 
     Zeros where there is no singular value, or one of at most `negligible` times the largest.

@@ -1,8 +1,10 @@
 """`method.schedule`: a curriculum for any method, put around its local training.
 
-A schedule changes which rows a client trains on in a round, or how long they are, and nothing else. It stands between
-the method's work and the engine: the batches of every Fit over the client's rows are replaced; what travels, and what
-the server does, stays the method's own. What a client must remember, the order of its rows, lies beside its memory.
+A schedule changes which rows a client may train on in a round, or how long they are, and nothing else: the method's
+work finds them in its surroundings (`ClientEnv.usable`, `ClientEnv.longest`), from which `local_batches` and
+`ordinary_fit` take them. How they are cut into batches and Fits, what travels, and what the server does, stay the
+method's own; so does what it measures with Fits of another making. What a client must remember, the order of its rows,
+lies beside its memory.
 """
 
 from __future__ import annotations
@@ -17,34 +19,36 @@ import torch
 from torch import Tensor
 
 from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.difficulty import Difficulty, difficulties
 from fedpeft.core.errors import ConfigError
 from fedpeft.core.exchange import ClientEnv, Exchange, Record
 from fedpeft.core.fit import Fit, Fitted
-from fedpeft.core.method import local_batches
 from fedpeft.core.tree import Params
 from fedpeft.maths import curriculum
-from fedpeft.maths.curriculum import Difficulty, Pacing, common_words, two_stages, warm_up
+from fedpeft.maths.curriculum import Pacing
 
 Kind: TypeAlias = Literal["fisher", "loss", "random", "rarity", "length", "two_stage"]
 RANKED: dict[str, Difficulty] = {"fisher": "fisher", "loss": "loss", "random": "random"}
 
 
-def scheduled(fit: Fit, method: Any, rows: Sequence[int], env: ClientEnv) -> Fit:
-    """The Fit with the rows of this round.
+def restricted(env: ClientEnv, method: Any, order: Sequence[int]) -> ClientEnv:
+    """The client's surroundings with the rows of this round, and how long their texts are.
 
     Args:
-        method: has the fields of a schedule, and `epochs`, `batch_size`, `steps`.
-        rows: from easy to hard, for the kinds that rank at a first visit.
+        method: has the fields of a schedule, and `batch_size`.
+        order: the rows from easy to hard, for the kinds that rank; empty: they were not ranked yet, and all are usable.
     """
-    t, kind = env.round - 1, method.schedule
-    if kind in RANKED:
-        n = curriculum.pace(
-            t, env.rounds, len(rows), method.schedule_pacing, method.schedule_beta, method.schedule_alpha
-        )
-        return replace(fit, batches=local_batches(method, env, among=rows[: max(n, min(method.batch_size, len(rows)))]))
-    if kind == "rarity":
-        return replace(fit, batches=local_batches(method, env, among=common_words(method, env)))
-    return replace(fit, data=env.data.truncated(warm_up(t, env) if kind == "length" else two_stages(t, env)))
+    t, rows = env.round - 1, len(env.data)
+    if not rows or (method.schedule in RANKED and not order):
+        return env
+    if method.schedule in RANKED:
+        pacing = method.schedule_pacing, method.schedule_beta, method.schedule_alpha
+        return replace(env, usable=order[: max(method.batch_size, curriculum.pace(t, env.rounds, rows, *pacing))])
+    if method.schedule == "rarity":
+        common = curriculum.common_words(env.data.rarities.tolist(), t, env.rounds, method.batch_size)
+        return replace(env, usable=common)
+    tokens = curriculum.tokens_at if method.schedule == "length" else curriculum.two_stages
+    return replace(env, longest=tokens(t, env.rounds, int(env.data.lengths.max())))
 
 
 # --- around any method ------------------------------------------------------------------------------------------------
@@ -76,8 +80,11 @@ def with_schedule(cls: type[Any]) -> type[Any]:
             super().__post_init__()
             shares = {"schedule_beta": self.schedule_beta, "schedule_alpha": self.schedule_alpha}
             wrong = [(name, share) for name, share in shares.items() if not 0 < share <= 1]
-            if wrong:
-                raise ConfigError([f"method.{n} is {v}; it must be above 0 and at most 1" for n, v in wrong])
+            problems = [f"method.{n} is {v}; it must be above 0 and at most 1" for n, v in wrong]
+            if refusal := self.accepts_schedule(self.schedule):
+                problems.append(f"method.schedule is {self.schedule!r}, but {refusal}; leave method.schedule out")
+            if problems:
+                raise ConfigError(problems)
 
         def accepts(self, spec: AdapterSpec) -> str | None:
             if self.schedule == "fisher" and not isinstance(spec, Lora):
@@ -109,31 +116,33 @@ def with_schedule(cls: type[Any]) -> type[Any]:
 def _work(
     inner: Callable[..., Any], method: Any, down: Record, memory: Any, env: ClientEnv
 ) -> Generator[Fit, Fitted, tuple[Record, Record]]:
-    """The method's work on its own memory; Fits over the client's rows get the rows of this round.
+    """The method's work on its own memory, with the rows of this round.
 
     Args:
-        method: with a schedule; None: Fits stay as they are.
+        method: with a schedule; None: all rows may be used.
     """
     rows: Tensor = memory.rows
+    if method is not None:
+        if method.schedule in RANKED and not len(rows):
+            rows = _ranked(inner, method, down, memory.inner, env)
+        env = restricted(env, method, rows.tolist())
     steps: Any = inner(down, memory.inner, env)
-    if not isinstance(steps, Generator):
-        up, own = steps
-        return up, memory if own is memory.inner else replace(memory, inner=own)
-    answer: Callable[[], Any] = partial(next, steps)
-    while True:
-        try:
-            fit = answer()
-        except StopIteration as stop:
-            up, own = stop.value
-            return up, memory if own is memory.inner and rows is memory.rows else replace(memory, inner=own, rows=rows)
-        if method is not None and fit.data is env.data and fit.steps:
-            if method.schedule in RANKED and not len(rows):
-                difficulty = curriculum.difficulties(RANKED[method.schedule], fit.params, env)
-                rows = torch.tensor(curriculum.easy_first(difficulty))
-            fit = scheduled(fit, method, rows.tolist(), env)
-        try:
-            fitted = yield fit
-        except Exception as error:
-            answer = partial(steps.throw, error)
-        else:
-            answer = partial(steps.send, fitted)
+    up, own = (yield from steps) if isinstance(steps, Generator) else steps
+    return up, memory if own is memory.inner and rows is memory.rows else replace(memory, inner=own, rows=rows)
+
+
+def _ranked(inner: Callable[..., Any], method: Any, down: Record, memory: Record, env: ClientEnv) -> Tensor:
+    """The client's rows from easy to hard, for the model that its work is about to train; empty where it trains none.
+
+    The work is begun only to see its first Fit over these rows, and then begun anew: it is a pure function.
+    """
+    steps: Any = inner(down, memory, env)
+    fit: Any = next(steps, None) if isinstance(steps, Generator) else None
+    if fit is None or fit.data is not env.data or not fit.steps:
+        return _no_rows()
+    steps.close()
+    if method.schedule_beta == 1:
+        return torch.arange(len(env.data))
+    return torch.tensor(
+        curriculum.easy_first(difficulties(RANKED[method.schedule], fit.params, env, also=fit.also)), dtype=torch.int64
+    )

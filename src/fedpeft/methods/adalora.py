@@ -34,6 +34,7 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdaLora, AdapterSpec
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import sample
+from fedpeft.core.counts import round_up
 from fedpeft.core.errors import ConfigError, RecordError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Weights, matching
 from fedpeft.core.fit import AdamW, Fit, Fitted
@@ -80,7 +81,6 @@ class Answer:
 class AdaLoraMethod(Tuning):
     """AdaLoRA (Zhang et al. 2023): rank where it matters."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     penalty: float = 0.1  # gamma: weight of the orthogonality of P and Q
     share: float = 0.5  # of the triplets that are left at the end
     first_share: float = 0.1  # share of the rounds before the budget shrinks
@@ -153,11 +153,6 @@ class AdaLoraMethod(Tuning):
         """How many triplets every slot has in the budget."""
         kept = {stem: int((state.params[f"{stem}.E"] != 0).sum()) for stem in stems(state.params)}
         return {"triplets": state.kept, "triplets_of": kept}
-
-
-def round_up(number: float) -> int:
-    """The next whole number, unless rounding has put it just above one."""
-    return -int(-(number - 1e-9) // 1)
 
 
 def sensitivities(fitted: Fitted) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Adapter(Averaging):
     """Bottleneck adapters (Houlsby et al. 2019) under federated averaging."""
 
     lr: float = 1e-3  # local learning rate of AdamW
+    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
 
     def adapter(self) -> AdapterSpec:
         """Bottlenecks of width 64 in every block, with the layer norms."""

@@ -32,6 +32,7 @@ class Attempt(Averaging):
     """ATTEMPT (Asai et al. 2022) under federated averaging."""
 
     lr: float = 1e-2  # local learning rate of AdamW
+    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
     sources: tuple[str, ...] = ()  # run folders of prompt_tuning whose prompts are mixed in
 
     def adapter(self) -> AdapterSpec:

@@ -68,7 +68,6 @@ class Answer:
 class DeltaLora(Tuning):
     """Delta-LoRA (Zi et al. 2023): W moves along with B A."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     weight: float = 0.5  # lambda: how far W moves with the product
     start_steps: int = 0  # K: steps of a client's turn before W begins to move
 
@@ -100,7 +99,7 @@ class DeltaLora(Tuning):
         before, first = (copy.total,) if copy.total else (), min(self.start_steps, len(batches))
         params, moments, losses = down.params, None, []
         if first:
-            fitted = yield ordinary_fit(self, params, env, batches=batches[:first], also=before)
+            fitted = yield ordinary_fit(self, params, env, batches=batches[:first], also=before, dropout=0.0)
             params, moments, losses = fitted.params, fitted.moments, [fitted.loss] * first
         here = pairs.factors(params)
         echo = {f"{stem}.echo": torch.tensor([self.weight]) for stem in pairs.stems(params)}

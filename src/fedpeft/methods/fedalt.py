@@ -12,8 +12,9 @@ Paper to code
 | FedSim: both at once | `train`, `updates: simultaneous` |
 | mean of u | `average`, weighted by examples |
 
-Departures: what is personal is ours: LoRA in the upper half of the blocks, unless `personal_from` names another one.
-The two halves of a turn train equally long (`epochs` or `steps` each); the optimizer starts anew in each.
+Departures: what is personal is ours: LoRA in the upper half of the blocks, and in the middle one where their number is
+odd, unless `personal_from` names another one. The two halves of a turn train equally long (`epochs` or `steps` each);
+the optimizer starts anew in each.
 
 Traffic per client and round: down = params of the shared layers; up = params of the shared layers
 """
@@ -31,7 +32,7 @@ from fedpeft.core.errors import ConfigError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, Update, Weights
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.method import check_ranges, local_batches, mean_loss, ordinary_fit
-from fedpeft.core.tree import Params, block_of
+from fedpeft.core.tree import Params
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class Memory:
 class FedAlt(Tuning):
     """FedAlt and FedSim (Pillutla et al. 2022): personal upper blocks."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     updates: Literal["alternating", "simultaneous"] = "alternating"  # FedAlt: own layers, then shared ones; or FedSim
     personal_from: int | None = None  # the lowest personal block; null: the upper half is personal
 
@@ -72,7 +72,7 @@ class FedAlt(Tuning):
             ConfigError: `personal_from` is above every block.
         """
         start = env.initial()
-        blocks = sorted({block for name in start if (block := block_of(name)) is not None})
+        blocks = tree.blocks_of(start)
         if self.personal_from is not None and blocks and self.personal_from > blocks[-1]:
             what = f"the highest block with an adapter is {blocks[-1]}, so nothing would be personal"
             raise ConfigError(
@@ -80,7 +80,7 @@ class FedAlt(Tuning):
             )
         first = blocks[len(blocks) // 2] if self.personal_from is None and blocks else self.personal_from or 0
         layers = tuple(block for block in blocks if block < first)
-        return State(start, tree.select(start, lambda name: block_of(name) in (None, *layers)), layers)
+        return State(start, tree.in_blocks(start, (None, *layers)), layers)
 
     def init_client(self, env: ClientEnv) -> Memory:
         """Nothing of its own yet: P0 counts."""
@@ -125,7 +125,7 @@ class FedAlt(Tuning):
 
     def choices(self, state: State) -> dict[str, Any]:
         """The shared layers."""
-        blocks = {block for name in state.start if (block := block_of(name)) is not None}
+        blocks = tree.blocks_of(state.start)
         return {"layers": list(state.layers), "of_layers": max(blocks, default=-1) + 1, "layers_by": "place"}
 
 

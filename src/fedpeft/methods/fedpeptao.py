@@ -292,7 +292,7 @@ class FedPepTAO(Defaults):
 
     def chosen(self, state: State, env: ServerEnv) -> State:
         """The state with its layers; everything that is shared is cut down to them."""
-        every = blocks(state.start)
+        every = tree.blocks_of(state.start)
         candidates = every if self.candidate_last or len(every) == 1 else every[:-1]
         count = layer_count(state.ratio, len(every), len(candidates))
         layers = choose_layers(state.scores, count, self.layers_by, candidates, env.rng("layers"))
@@ -385,14 +385,9 @@ class FedPepTAO(Defaults):
         return told | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
-def blocks(params: Params) -> tuple[int, ...]:
-    """The blocks that have parameters, ascending."""
-    return tuple(sorted({block for name in params if (block := block_of(name)) is not None}))
-
-
 def shared(params: Params, layers: tuple[int, ...]) -> dict[str, Tensor]:
     """What travels: the prompts of the chosen layers, and what belongs to no layer (a head)."""
-    return tree.select(params, lambda name: block_of(name) in (None, *layers))
+    return tree.in_blocks(params, (None, *layers))
 
 
 def split(params: Params, like: Params) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -425,9 +420,7 @@ def shares(down: Prompts, up: Ratio) -> None:
 
 def _operator(env: ClientEnv, params: Params, rows: Sequence[int], names: Sequence[str]) -> spectrum.Operator:
     """v -> H v on flat float64 vectors over the named parameters."""
-    product = env.model.hessian(params, env.data, rows, names)
-    like = {name: params[name] for name in names}
-    return lambda v: tree.flatten(product(tree.unflatten(v, like)))
+    return tree.flat(env.model.hessian(params, env.data, rows, names), {name: params[name] for name in names})
 
 
 METHOD = FedPepTAO

@@ -197,6 +197,10 @@ class FedPipe(Defaults):
             return f"method.ranks is {list(self.ranks)}, and adapter.rank is {spec.rank}; raise adapter.rank"
         return None
 
+    def accepts_schedule(self, kind: str) -> str | None:
+        """None: a plan says how many rows there is time for, and they follow one another from round to round."""
+        return "method fedpipe has plans for the rows of a round; use method.round_seconds, batches and epochs"
+
     def init(self, env: ServerEnv) -> State:
         """The fresh adapter on every candidate; nobody has a plan."""
         params, spec, config = env.initial(), env.model.spec, env.model.config

@@ -32,6 +32,7 @@ class FedPrompt(Averaging):
     """FedPrompt (Zhao et al. 2022): soft prompts, split from the model and averaged."""
 
     lr: float = 3e-2  # local learning rate of AdamW
+    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
 
     def adapter(self) -> AdapterSpec:
         """20 soft tokens, started from N(0, .02^2)."""

@@ -7,7 +7,7 @@ Paper to code
 
 | paper | here |
 |---|---|
-| difficulty of an example: trace of the diagonal Fisher information | `ordered`; `maths.curriculum.difficulties` |
+| difficulty of an example: trace of the diagonal Fisher information | `ordered`; `core.difficulty` |
 | easy ones first, more of them every round | `in_use`; `maths.curriculum.pace` |
 | importance of a layer: its answer to perturbed inputs | `score`; `Model.sensitivity` |
 | global aggregation layers (GAL), the N most important ones | `choose`; `State.layers` |
@@ -15,9 +15,16 @@ Paper to code
 | aggregation of the GAL | `average` |
 
 Departures: the body of the paper was not at hand. Certain are the parts and what each is made of (the table). Ours are
-the pacing and its constants, the norm of the perturbation and the form of the layer score, the rule for N, the share of
-rows and every default; that examples are ranked, not batches formed by chance, whose means hide most of the order; and
-that nobody is asked only to score (`initialise: lazy`). No table of the paper is reproduced.
+the warm-up rounds, in which all layers are averaged so that a fresh head does not make difficulties noise; the pacing
+and its constants; that difficulty counts LoRA's factors alone, and how an answer of several tokens is counted
+(`token_norm`); the norm of the perturbation and the form of the layer score; the rule for N, of which `eigengap` and
+`plateau` come from FedPepTAO (arXiv 2310.15080), by the same group; the share of rows and every default; that examples
+are ranked, not batches formed by chance, whose means hide most of the order; and that nobody is asked only to score
+(`initialise: lazy`). No table of the paper is reproduced.
+
+Before the first round: in each of `warmup_rounds` rounds, params both ways (nothing where there is no head); for the
+layers a number for each and two more up, and down params after a warm-up, else nothing. Layers that are chosen anew
+(`reselect_every`) cost the same, with params down.
 
 Traffic per client and round: down = params of the shared layers and what it lacks of the others; up = params of the \
 shared layers
@@ -36,7 +43,9 @@ from torch import Tensor
 from fedpeft.core import pairs, tree
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import everyone, sample
-from fedpeft.core.errors import RecordError
+from fedpeft.core.counts import round_up
+from fedpeft.core.difficulty import Difficulty, difficulties
+from fedpeft.core.errors import ConfigError, RecordError
 from fedpeft.core.exchange import (
     ClientEnv,
     ClientId,
@@ -51,9 +60,9 @@ from fedpeft.core.exchange import (
 from fedpeft.core.fit import SGD, Fit, Fitted
 from fedpeft.core.method import check_ranges, local_batches, mean_loss, ordinary_fit
 from fedpeft.core.rng import Rng
-from fedpeft.core.tree import Params, block_of
+from fedpeft.core.tree import Params
 from fedpeft.maths import curriculum, spectrum
-from fedpeft.maths.curriculum import Difficulty, Pacing, RowRule
+from fedpeft.maths.curriculum import Pacing, RowRule
 from fedpeft.maths.layers import choose_layers, layer_count
 
 LANCZOS_STEPS, LANCZOS_PROBES = 50, 4  # of the spectrum, for gal_count eigengap and plateau
@@ -93,6 +102,7 @@ class Probe:
     """Asks for scores of the layers."""
 
     params: Params | None  # where; None: at the fresh adapter, which every client can draw
+    layers: int  # how many there are
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,6 @@ class FibecFed(Tuning):
 
     epochs: int = 2  # E: passes over the examples in use per round
     lr: float = 5e-4  # local learning rate of AdamW, whose moments start from zero in every round
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     initialise: Literal["lazy", "cohort", "all"] = "lazy"  # who scores layers: those that train first, a cohort, all
     warmup_rounds: int = 1  # plain rounds over all layers before; none where there is no head to warm up
     beta: float = 0.6  # share of the examples in use at first; 1: no curriculum
@@ -153,13 +162,36 @@ class FibecFed(Tuning):
         above = dict.fromkeys(("beta", "alpha_pace", "gamma_eps", "gal_ratio", "eta", "rho"), 0)
         most = dict.fromkeys(("beta", "alpha_pace", "gal_ratio", "eta", "rho"), 1)
         check_ranges(self, at_least={**least, "gamma": 0}, above=above, below={"gamma": 1}, at_most=most)
+        if self.stratify_labels and self.batching == "fixed_random":
+            told = "method.stratify_labels is of rows, and method.batching fixed_random ranks batches of chance"
+            raise ConfigError([f"{told}; leave one of them out"])
+
+    def accepts_schedule(self, kind: str) -> str | None:
+        """None beside its own curriculum."""
+        return "method fibecfed has a curriculum of its own: method.difficulty, beta, alpha_pace, pacing, batching"
 
     # --- set-up: which layers ---
 
+    @property
+    def scores_count(self) -> bool:
+        """Whether the choice of layers depends on their scores."""
+        return self.layers_by == "score" or (self.layers_by != "all" and self.gal_count == "energy")
+
+    @property
+    def ratio_counts(self) -> bool:
+        """Whether it depends on the clients' spectra."""
+        return self.layers_by != "all" and self.gal_count in ("plateau", "eigengap")
+
+    @property
+    def asks(self) -> bool:
+        """Whether anybody has to be asked before the layers are chosen."""
+        return self.scores_count or self.ratio_counts or self.initialise == "all"
+
     def init(self, env: ServerEnv) -> State:
-        """P0, everywhere."""
+        """P0, everywhere; the layers where nothing has to be asked for."""
         start, blocks = env.initial(), env.model.blocks
-        return State(start, start, scores=torch.zeros(blocks), since=torch.zeros(blocks, dtype=torch.int64))
+        state = State(start, start, scores=torch.zeros(blocks), since=torch.zeros(blocks, dtype=torch.int64))
+        return state if self.asks or self.warmed_up(state) else self.divided(state, env)
 
     def init_client(self, env: ClientEnv) -> Memory:
         """Nothing of its own yet."""
@@ -171,6 +203,8 @@ class FibecFed(Tuning):
             Exchange(f"warmup {i + 1}", Weights, Update, self.warm_cohort, self.send_all, self.warm_up, self.warmed)
             for i in range(self.warmup_rounds)
         ]
+        if not self.asks:
+            return tuple(warm)
         pick = everyone if self.initialise == "all" else sample(self.cohort)
         return (*warm, Exchange("layers", Probe, Scores, pick, self.ask, self.score, self.choose, self.scored))
 
@@ -190,20 +224,31 @@ class FibecFed(Tuning):
     def warmed(self, state: State, ups: Mapping[ClientId, Update], env: ServerEnv) -> State:
         """The mean, which is what everybody starts from."""
         mean = tree.mean((up.params, up.examples) for up in ups.values())
-        return replace(state, start=mean, shared=mean, loss=mean_loss(ups.values()))
+        state = replace(state, start=mean, shared=mean, loss=mean_loss(ups.values()))
+        last = env.exchange == f"warmup {self.warmup_rounds}"
+        return self.divided(state, env) if last and not self.asks else state
 
     def ask(self, state: State, client: ClientId) -> Probe:
         """Where the layers are to be scored."""
         fresh = not state.layers and not self.warmed_up(state)
-        return Probe(None if fresh else tree.overlay(state.start, state.shared))
+        needless = state.layers and not (self.scores_count or self.ratio_counts)
+        return Probe(None if fresh or needless else tree.overlay(state.start, state.shared), len(state.scores))
 
     def warmed_up(self, state: State) -> bool:
         """Whether there was a warm-up, whose result clients cannot draw by themselves."""
         return self.warmup_rounds > 0 and headed(state.start)
 
     def score(self, down: Probe, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Scores, Memory]]:
-        """The mean relative change of every block's output; with `initialise: all` the examples' order too."""
+        """What the choice needs of a client; with `initialise: all` its examples' order too."""
         params = env.initial() if down.params is None else down.params
+        scores = self.sensitivities(params, env) if self.scores_count else torch.zeros(env.model.blocks)
+        ratio = (yield from self.measure(params, env)) if self.ratio_counts else None
+        if self.initialise == "all" and not env.round:
+            memory = self.ordered(params, memory, env)
+        return Scores(scores, ratio, len(env.data)), memory
+
+    def sensitivities(self, params: Params, env: ClientEnv) -> Tensor:
+        """(blocks,) the mean relative change of every block's output."""
         count = min(self.score_samples, len(env.data))
         rows = sorted(env.rng("samples").choice(len(env.data), size=count, replace=False).tolist())
         found = env.model.sensitivity(
@@ -211,21 +256,14 @@ class FibecFed(Tuning):
         )
         changes, sizes = (t.double().clamp_min(1e-30) for t in found)
         whole = changes[1:] / (sizes[1:] if self.layer_score == "output" else changes[:-1])
-        ratio = (yield from self.measure(params, env)) if self.gal_count in ("plateau", "eigengap") else None
-        if self.initialise == "all" and not env.round:
-            memory = self.ordered(params, memory, env)
-        return Scores(whole.mean(dim=1).float(), ratio, len(env.data)), memory
+        return whole.mean(dim=1).float()
 
     def measure(self, params: Params, env: ClientEnv) -> Generator[Fit, Fitted, float | None]:
         """The share of large eigenvalues of the Hessian over the factors B, None where the rule gives nothing."""
         rows = env.data.epochs(1, self.batch_size, env.rng("batch"))[0]
         names = sorted(pairs.factors(params, "B"))
         like = {name: params[name] for name in names}
-        product = env.model.hessian(params, env.data, rows, names)
-
-        def operator(v: Tensor) -> Tensor:
-            return tree.flatten(product(tree.unflatten(v, like)))
-
+        operator = tree.flat(env.model.hessian(params, env.data, rows, names), like)
         size, rng = tree.count(like), env.rng("probe")
         theta, omega = spectrum.lanczos(operator, size, LANCZOS_STEPS, rng, LANCZOS_PROBES)
         if self.gal_count == "plateau":
@@ -243,38 +281,35 @@ class FibecFed(Tuning):
         return spectrum.first_gap(theta.abs().sort().values, spectrum.steepest(rest))
 
     def scored(self, down: Probe, up: Scores) -> None:
-        """Raise RecordError unless there are finite scores, and a ratio that is a share."""
+        """Raise RecordError unless every layer has a score, examples stand behind it, and the ratio is a share."""
         matching(down, up)
-        if up.layers.dim() != 1 or up.layers.dtype != torch.float32 or bool((up.layers < 0).any()):
-            raise RecordError(f"scores have shape {tuple(up.layers.shape)}; a float32 per layer, at least 0, is asked")
+        if up.layers.shape != (down.layers,) or up.layers.dtype != torch.float32 or bool((up.layers < 0).any()):
+            shape = tuple(up.layers.shape)
+            raise RecordError(f"scores have shape {shape}; {down.layers} of float32, at least 0, were asked for")
+        if up.examples < 1:
+            raise RecordError(f"scores come from {up.examples} examples; at least one has to stand behind them")
         if up.ratio is not None and not 0 <= up.ratio <= 1:
             raise RecordError(f"a ratio is {up.ratio}; it must lie between 0 and 1")
 
     def choose(self, state: State, ups: Mapping[ClientId, Scores], env: ServerEnv) -> State:
-        """G: the N layers of the largest mean score. A layer that leaves it starts where it ended, and the reverse."""
-        fitting = {client: up for client, up in ups.items() if len(up.layers) == len(state.scores)}
-        scores = tree.mean(({"I": up.layers.double()}, up.examples) for up in fitting.values())["I"].float()
-        told = [(up.ratio, up.examples) for up in fitting.values() if up.ratio is not None]
+        """G: the N layers of the largest mean score; who scored trains first, where nobody else is to be asked."""
+        scores = tree.mean(({"I": up.layers.double()}, up.examples) for up in ups.values())["I"].float()
+        told = [(up.ratio, up.examples) for up in ups.values() if up.ratio is not None]
         ratio = sum(r * n for r, n in told) / sum(n for _, n in told) if told else None
-        layers = self.chosen(scores, ratio, pair_blocks(state.start), env)
+        first = tuple(ups) if not state.layers and self.initialise == "lazy" else ()
+        return self.divided(replace(state, scores=scores, ratio=ratio, first=first), env)
+
+    def divided(self, state: State, env: ServerEnv) -> State:
+        """The layers, shared and not. One that ceases to be shared starts where it ended, and the reverse."""
+        layers = self.chosen(state.scores, state.ratio, tree.blocks_of(state.start), env)
         now = tree.overlay(state.start, state.shared)  # of all layers, as they are
-        first = not state.layers
         gone = [layer for layer in state.layers if layer not in layers]
         since, version = state.since.clone(), state.version + 1
         since[gone] = version
-        if first and self.warmed_up(state):
+        if not state.layers and self.warmed_up(state):
             since[:] = version
-        return replace(
-            state,
-            start=now,
-            shared=self.travelling(now, layers),
-            layers=layers,
-            scores=scores,
-            ratio=ratio,
-            first=tuple(ups) if first and self.initialise == "lazy" else (),
-            version=version,
-            since=since,
-        )
+        shared = self.travelling(now, layers)
+        return replace(state, start=now, shared=shared, layers=layers, version=version, since=since)
 
     def chosen(
         self, scores: Tensor, ratio: float | None, candidates: tuple[int, ...], env: ServerEnv
@@ -291,21 +326,23 @@ class FibecFed(Tuning):
     def travelling(self, params: Params, layers: tuple[int, ...]) -> dict[str, Tensor]:
         """The parameters of the layers, and the head unless it is local."""
         heads = (None,) if self.head == "shared" else ()
-        return tree.select(params, lambda name: block_of(name) in (*heads, *layers))
+        return tree.in_blocks(params, (*heads, *layers))
 
     # --- rounds ---
 
     def round(self) -> tuple[Exchange, ...]:
         """One round over the shared layers, and from time to time a new choice of them."""
-        train = Exchange("train", Task, Update, self.pick, self.send, self.train, self.average, self.fits)
-        if not self.reselect_every:
+        again = sample(self.cohort)
+        train = Exchange("train", Task, Update, self.pick, self.send, self.train, self.average, self.fits, again)
+        if not self.reselect_every or not (self.scores_count or self.ratio_counts or self.layers_by == "random"):
             return (train,)
-        again = Exchange("reselect", Probe, Scores, self.due, self.ask, self.score, self.choose, self.scored)
-        return (again, train)
+        anew = Exchange("reselect", Probe, Scores, self.due, self.ask, self.score, self.choose, self.scored)
+        return (anew, train)
 
     def pick(self, state: State, clients: Sequence[ClientId], rng: Rng) -> Sequence[ClientId]:
-        """The clients that scored, in the first round of `lazy`; else a cohort."""
-        return state.first if state.first and not state.rounds else sample(self.cohort)(state, clients, rng)
+        """The clients that scored, in the first round of `lazy`; else a cohort, also where too few of them answer."""
+        first = () if state.rounds else [client for client in state.first if client in clients]
+        return first or sample(self.cohort)(state, clients, rng)
 
     def due(self, state: State, clients: Sequence[ClientId], rng: Rng) -> Sequence[ClientId]:
         """A cohort after every `reselect_every` rounds, else nobody."""
@@ -319,7 +356,7 @@ class FibecFed(Tuning):
             layer for layer, since in enumerate(state.since.tolist()) if since > seen and layer not in state.layers
         ]
         own_head = self.head == "local" and self.warmed_up(state) and client not in state.known
-        rest = tree.select(state.start, lambda name: block_of(name) in ((*lacks, None) if own_head else lacks))
+        rest = tree.in_blocks(state.start, (*lacks, None) if own_head else lacks)
         return Task(state.shared, rest or None, state.layers)
 
     def train(self, down: Task, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Memory]]:
@@ -351,20 +388,17 @@ class FibecFed(Tuning):
     # --- curriculum ---
 
     def ordered(self, params: Params, memory: Memory, env: ClientEnv) -> Memory:
-        """The memory with the examples, or batches of them, from easy to hard."""
-        difficulty = curriculum.difficulties(self.difficulty, params, env, self.token_norm)
-        if self.batching == "fixed_random":
-            batches = env.data.epochs(1, self.batch_size, env.rng("order"))
-            means = [sum(difficulty[row] for row in batch) / len(batch) for batch in batches]
-            ranked = [batches[i] for i in curriculum.easy_first(means)]
-            rows = [row for batch in ranked for row in batch]
-            ends = torch.tensor([len(batch) for batch in ranked]).cumsum(0)
-        else:
+        """The memory with the examples, or batches of them, from easy to hard; as they are where all are in use."""
+        rows, ends = list(range(len(env.data))), curriculum.ends(len(env.data), self.batch_size)
+        if self.beta < 1 or self.batching != "sorted_samples":
+            difficulty = difficulties(self.difficulty, params, env, self.token_norm)
             rows = curriculum.easy_first(difficulty)
-            if self.stratify_labels:
+            if self.batching == "fixed_random":
+                batches = env.data.epochs(1, self.batch_size, env.rng("order"))
+                rows, ends = curriculum.ranked_batches(batches, difficulty)
+            elif self.stratify_labels:
                 rows = curriculum.stratified(rows, env.data.labels.tolist())
-            ends = torch.tensor(curriculum.ends(len(env.data), self.batch_size))
-        return replace(memory, rows=torch.tensor(rows), ends=ends, visits=0)
+        return replace(memory, rows=torch.tensor(rows), ends=torch.tensor(ends), visits=0)
 
     def in_use(self, memory: Memory, env: ClientEnv) -> Sequence[Sequence[int]]:
         """The batches of a round: examples up to the pace, in fresh batches; or whole batches in fresh order."""
@@ -373,7 +407,7 @@ class FibecFed(Tuning):
         rows, rng = memory.rows.tolist(), env.rng("batches")
         if self.batching == "sorted_samples":
             return local_batches(self, env, among=rows[: ends[n - 1]])
-        whole = [rows[begin:end] for begin, end in zip([0, *ends], ends[:n], strict=False)]
+        whole = curriculum.parted(rows, ends[:n])
         epochs = self.epochs if self.steps is None else math.ceil(self.steps / n)
         return [whole[i] for _ in range(epochs) for i in rng.permutation(n).tolist()][: self.steps]
 
@@ -390,11 +424,7 @@ class FibecFed(Tuning):
         count = min(self.fisher_samples, len(used))
         some = [used[i] for i in sorted(env.rng("fisher").choice(len(used), size=count, replace=False).tolist())]
         rows = env.model.fisher(params, env.data, some, self.token_norm).rows
-        before = memory.fisher
-        return {
-            name: self.gamma * before[name] + (1 - self.gamma) * rows[name] if name in before else rows[name]
-            for name in sorted(names)
-        }
+        return curriculum.blended(memory.fisher, {name: rows[name] for name in sorted(names)}, self.gamma)
 
     def mask(self, params: Params, fisher: Params) -> dict[str, Tensor]:
         """1 in the rows of local factors with most information; everything else may change."""
@@ -421,19 +451,28 @@ class FibecFed(Tuning):
             "layers": list(state.layers),
             "of_layers": len(state.scores),
             "layers_by": self.layers_by,
-            "layer_scores": state.scores.tolist(),
         }
-        return told | ({} if state.ratio is None else {"ratio": state.ratio, "ratio_from": self.gal_count})
+        if self.scores_count:
+            told["layer_scores"] = state.scores.tolist()
+        if state.ratio is not None:
+            told |= {"ratio": state.ratio, "ratio_from": self.gal_count}
+        if not (self.ratio_counts and state.layers):
+            return told
+        if state.ratio is None:
+            said = f"gave no client a usable share of layers; using method.gal_ratio, {self.gal_ratio:g}"
+            return told | {"warning": f"method.gal_count {self.gal_count} {said}"}
+        if not round_up(state.ratio * len(tree.blocks_of(state.start))):
+            return told | {"warning": f"a share of {state.ratio:.3g} of the layers is none; sharing one"}
+        return told
+
+    def shared_names(self, state: State) -> tuple[str, ...]:
+        """The shared layers: a client that has not trained since one joined them still remembers its own."""
+        return tuple(sorted(state.shared))
 
 
 def headed(params: Params) -> bool:
     """Whether there is a classification head, which starts from chance."""
     return any(name.startswith("head.") for name in params)
-
-
-def pair_blocks(params: Params) -> tuple[int, ...]:
-    """The blocks that have factors, ascending."""
-    return tuple(sorted({block for name in params if (block := block_of(name)) is not None}))
 
 
 METHOD = FibecFed

@@ -12,7 +12,8 @@ Paper to code
 | SVD of the mean; each client gets its own rank of it | `average`, `send`; `maths.lowrank.truncate` |
 
 Departures: the SVD is taken of the small core of the stacked factors, which gives the same. The server keeps the
-adapter's rank of it, which is the largest that a client has. The mean is weighted by examples.
+adapter's rank of it, which is the largest that a client has; where the mean has less rank than that, a component keeps
+its old row of A, without which it would never train again. The mean is weighted by examples.
 
 Traffic per client and round: down = params; up = params
 """
@@ -39,7 +40,8 @@ class FlexLora(RankedAveraging):
         weights = lowrank.shares([up.examples for up in updates])
 
         def decomposed(own: Sequence[lowrank.Pair], before: lowrank.Pair) -> lowrank.Pair:
-            return lowrank.truncate(lowrank.stack(own, weights), len(before[1]))
+            cut = lowrank.truncate(lowrank.stack(own, weights), len(before[1]))
+            return lowrank.revived(cut, before[1])
 
         mean = tree.mean((pairs.others(up.params), up.examples) for up in updates)
         factors = pairs.combined([up.params for up in updates], decomposed, state.params)

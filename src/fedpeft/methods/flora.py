@@ -67,11 +67,10 @@ class FLora(Ranked):
     def init(self, env: ServerEnv) -> State:
         """The head, and no delta; an adapter that the run starts from is the first of it."""
         start = env.initial()
-        widths = {stem: (len(start[f"{stem}.B"]), start[f"{stem}.A"].shape[1]) for stem in pairs.stems(start)}
         changed = Changed()
-        if any(bool(t.any()) for t in pairs.factors(start, "B").values()):
+        if pairs.learnt(start):
             changed = changes.advanced(changed, pairs.as_delta(start, pairs.scale_of(env.model.spec)), ())
-        return State(pairs.others(start), widths, changed, client_ranks(self, env))
+        return State(pairs.others(start), pairs.widths(start), changed, client_ranks(self, env))
 
     def init_client(self, env: ClientEnv) -> Copy:
         """No delta yet."""

@@ -32,6 +32,7 @@ class IDPG(Averaging):
     """IDPG (Wu et al. 2022) under federated averaging."""
 
     lr: float = 1e-3  # local learning rate of AdamW
+    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
 
     def adapter(self) -> AdapterSpec:
         """5 soft tokens made by a bottleneck of width 16."""

@@ -31,6 +31,7 @@ class LPT(Averaging):
     """Late prompt tuning (Liu et al. 2022b) under federated averaging."""
 
     lr: float = 1e-3  # local learning rate of AdamW
+    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
 
     def adapter(self) -> AdapterSpec:
         """5 soft tokens in front of the middle block."""

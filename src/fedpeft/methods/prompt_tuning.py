@@ -31,6 +31,7 @@ class PromptTuning(Averaging):
     """Prompt tuning (Lester et al. 2021) under federated averaging."""
 
     lr: float = 3e-2  # local learning rate of AdamW
+    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
 
     def adapter(self) -> AdapterSpec:
         """20 soft tokens, started from rows of the vocabulary."""

@@ -32,6 +32,7 @@ class PTuningV2(Averaging):
     """P-tuning v2 (Liu et al. 2022) under federated averaging."""
 
     lr: float = 4e-2  # local learning rate of AdamW
+    head_lr: float | None = 3e-3  # local learning rate of the classification head; null: lr
     weight_decay: float = 0.1  # decay of the local optimizer
     clip: float | None = 1.0  # bound on the gradient's norm at every local step; null: none
 

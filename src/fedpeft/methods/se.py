@@ -33,7 +33,6 @@ from fedpeft.core.method import check_ranges, ordinary_fit
 class SE(Averaging):
     """Self-evolution learning (Peng et al. 2023), on LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     threshold: float = 1.0  # loss above which a row is hard
     share: float = 0.1  # of the model's own distribution in a hard row's target
 

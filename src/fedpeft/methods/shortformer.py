@@ -34,12 +34,14 @@ from fedpeft.maths import curriculum
 class Shortformer(Averaging):
     """Two stages of length (Press et al. 2021), on LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
+    def accepts_schedule(self, kind: str) -> str | None:
+        """None beside its own."""
+        return "method shortformer is a schedule itself"
 
     def train(self, down: Weights, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:
         """Train on rows of this stage's length."""
-        data = env.data.truncated(curriculum.two_stages(env.round - 1, env))
-        fitted = yield replace(ordinary_fit(self, down.params, env), data=data)
+        tokens = curriculum.two_stages(env.round - 1, env.rounds, int(env.data.lengths.max(initial=1)))
+        fitted = yield ordinary_fit(self, down.params, replace(env, longest=tokens))
         return Update(fitted.params, len(env.data), fitted.loss), memory
 
 

@@ -9,7 +9,7 @@ Paper to code
 |---|---|
 | stage 1: sparse fine-tuning under one common random mask | `learn`; `density`, `stage_rounds`, `stage_lr` |
 | what travels is what the mask leaves | `send`: the numbers under the mask, nothing else |
-| SVD of the change gives the start of LoRA's factors | `decompose`; `maths.lowrank.truncate` |
+| SVD of the change gives the start of LoRA's factors | `decompose`; `maths.lowrank.halves` |
 | stage 2: federated LoRA | `learn`, `average` |
 
 Departures: the mask is drawn from the run's seed in every projection that has an adapter, so nobody sends it. The
@@ -32,6 +32,7 @@ from torch import Tensor
 from fedpeft.core import pairs, tree
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import sample
+from fedpeft.core.counts import round_up
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights, matching
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.method import check_ranges, mean_loss, ordinary_fit
@@ -63,7 +64,6 @@ class Broadcast:
 class SLora(Tuning):
     """SLoRA (Babakniya et al. 2023): sparse training first, whose SVD starts LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
     stage_rounds: int = 10  # rounds of stage 1, at most half of all
     density: float = 0.01  # share of the weights that stage 1 trains
     stage_lr: float = 1e-3  # local learning rate of stage 1
@@ -73,17 +73,20 @@ class SLora(Tuning):
     def __post_init__(self) -> None:
         check_ranges(self, at_least={"stage_rounds": 1}, above={"density": 0, "stage_lr": 0}, at_most={"density": 1})
 
+    def accepts_schedule(self, kind: str) -> str | None:
+        """All but that by the Fisher information of LoRA's factors, of which stage 1 has none."""
+        return "stage 1 of method slora has no factors, whose Fisher information it is" if kind == "fisher" else None
+
     def init(self, env: ServerEnv) -> State:
         """The fresh adapter; no change of the weights. An adapter that has learnt something needs no stage 1."""
         params = env.initial()
-        widths = {stem: (len(params[f"{stem}.B"]), params[f"{stem}.A"].shape[1]) for stem in pairs.stems(params)}
-        known = any(bool(t.any()) for t in pairs.factors(params, "B").values())
-        values = {} if known or not self.last_sparse(env.rounds) else self.empty(widths)
+        widths = pairs.widths(params)
+        values = {} if pairs.learnt(params) or not self.last_sparse(env.rounds) else self.empty(widths)
         return State(params, values, widths, env.seed)
 
     def empty(self, widths: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         """Zeros for the numbers under the mask."""
-        return {f"values.{stem}": torch.zeros(math.ceil(self.density * m * n)) for stem, (m, n) in widths.items()}
+        return {f"values.{stem}": torch.zeros(numbers(shape, self.density)) for stem, shape in widths.items()}
 
     def last_sparse(self, rounds: int) -> int:
         """The last round of stage 1."""
@@ -106,8 +109,7 @@ class SLora(Tuning):
             return Update(fitted.params, len(env.data), fitted.loss), memory
         fresh, dense, mask = env.initial(), {}, {}
         head = pairs.others(fresh).keys()
-        for stem in pairs.stems(fresh):
-            shape = (len(fresh[f"{stem}.B"]), fresh[f"{stem}.A"].shape[1])
+        for stem, shape in pairs.widths(fresh).items():
             places = under_mask(env.seed, stem, shape, self.density)
             dense[f"delta.{stem}.dense"] = scattered(down.params[f"values.{stem}"], places, shape)
             mask[f"delta.{stem}.dense"] = scattered(torch.ones(len(places)), places, shape)
@@ -136,10 +138,7 @@ class SLora(Tuning):
         scale, params = pairs.scale_of(env.model.spec), dict(state.params)
         for stem, change in ((stem, self.change(state)[f"delta.{stem}.dense"] / scale) for stem in state.widths):
             a = params[f"{stem}.A"]
-            u, s, v = lowrank.svd((change, torch.eye(change.shape[1])))
-            root = s[: len(a)].sqrt()
-            b, found = lowrank.pad((u[:, : len(root)] * root, (v[:, : len(root)] * root).T), len(a))
-            kept = torch.where(found.any(dim=1)[:, None], found, a.double())  # a row of zeros would never train
+            b, kept = lowrank.revived(lowrank.halves((change, torch.eye(change.shape[1])), len(a)), a)
             params |= {f"{stem}.B": b.to(a.dtype), f"{stem}.A": kept.to(a.dtype)}
         return replace(state, params=params, values={})
 
@@ -159,10 +158,14 @@ class SLora(Tuning):
         }
 
 
+def numbers(shape: tuple[int, ...], density: float) -> int:
+    """How many numbers of a weight stage 1 trains: at least one."""
+    return max(1, round_up(density * math.prod(shape)))
+
+
 def under_mask(seed: int, stem: str, shape: tuple[int, ...], density: float) -> Tensor:
     """(numbers,) places in the flat weight that stage 1 trains, ascending; the same for everybody."""
-    size = math.prod(shape)
-    drawn = rng_for(seed, "mask", client=stem).choice(size, size=math.ceil(density * size), replace=False)
+    drawn = rng_for(seed, "mask", client=stem).choice(math.prod(shape), size=numbers(shape, density), replace=False)
     return torch.from_numpy(drawn).sort().values
 
 

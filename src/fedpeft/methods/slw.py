@@ -7,7 +7,7 @@ Paper to code
 
 | paper | here |
 |---|---|
-| sequences cut to a length that grows linearly | `train`; `maths.curriculum.warm_up`, from 8 tokens on |
+| sequences cut to a length that grows linearly | `train`; `maths.curriculum.tokens_at`, from 8 tokens on |
 | full length from half of the training on | `train` |
 | aggregation | `average`, weighted by examples |
 
@@ -33,12 +33,14 @@ from fedpeft.maths import curriculum
 class Slw(Averaging):
     """Sequence-length warm-up (Li et al. 2022), on LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
+    def accepts_schedule(self, kind: str) -> str | None:
+        """None beside its own."""
+        return "method slw is a schedule itself"
 
     def train(self, down: Weights, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:
         """Train on rows of this round's length."""
-        data = env.data.truncated(curriculum.warm_up(env.round - 1, env))
-        fitted = yield replace(ordinary_fit(self, down.params, env), data=data)
+        tokens = curriculum.tokens_at(env.round - 1, env.rounds, int(env.data.lengths.max(initial=1)))
+        fitted = yield ordinary_fit(self, down.params, replace(env, longest=tokens))
         return Update(fitted.params, len(env.data), fitted.loss), memory
 
 

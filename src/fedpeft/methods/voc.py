@@ -34,11 +34,14 @@ from fedpeft.maths import curriculum
 class Voc(Averaging):
     """Common words first (Platanios et al. 2019), on LoRA."""
 
-    head_lr: float | None = None  # local learning rate of the classification head; null: lr
+    def accepts_schedule(self, kind: str) -> str | None:
+        """None beside its own."""
+        return "method voc is a schedule itself"
 
     def train(self, down: Weights, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:
         """Train on the rows within the competence."""
-        rows = curriculum.common_words(self, env)
+        rarities = env.data.rarities.tolist()
+        rows = curriculum.common_words(rarities, env.round - 1, env.rounds, self.batch_size)
         fitted = yield ordinary_fit(self, down.params, env, batches=local_batches(self, env, among=rows))
         return Update(fitted.params, len(env.data), fitted.loss), memory
 

@@ -32,20 +32,25 @@ MOST_NUMBERS = 2**24  # per-sample gradients that are held at once
 
 
 def fisher(
-    model: HFModel, params: Params, data: Examples, rows: Sequence[int], token_norm: TokenNorm = "sqrt"
+    model: HFModel,
+    params: Params,
+    data: Examples,
+    rows: Sequence[int],
+    token_norm: TokenNorm = "sqrt",
+    also: tuple[Params, ...] = (),
 ) -> Fisher:
     """See `Model.fisher`. No dropout; squares in float32.
 
     Raises:
         FitError: params or rows that the model cannot train, or params without LoRA's factors.
     """
-    fit = Fit(params, data, [list(rows)], SGD(0.0))
+    fit = Fit(params, data, [list(rows)], SGD(0.0), also=also)
     check_fit(fit)
     model.check(fit)
     slots = {stem: model.places[stem] for stem in stems(params)}
     if not slots:
         raise FitError(f"the Fisher information is of LoRA's factors, and there are none among {sorted(params)[:3]}")
-    stack = stack_params([params], model.device)
+    stack = stack_params([params], model.device, also)
     items = [model.readout.training(0, data, row) for row in rows]
     trace = torch.zeros(len(items), dtype=torch.float64)
     sums = {f"{stem}.{side}": torch.zeros(len(params[f"{stem}.{side}"])) for stem in slots for side in "AB"}

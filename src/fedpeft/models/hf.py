@@ -363,13 +363,13 @@ class HFModel:
                 found[torch.from_numpy(part)] = logits
         return torch.empty(0, self.classes) if found is None else found.view(len(index), -1)
 
-    def losses(self, params: Params, data: Data, rows: Sequence[int]) -> Tensor:
+    def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
         """(rows,) the loss of each row's own label or answer, without gradient and dropout, on the CPU."""
-        return self.item_losses(params, [self.readout.training(0, cast(Examples, data), row) for row in rows])
+        return self.item_losses(params, [self.readout.training(0, cast(Examples, data), row) for row in rows], also)
 
-    def item_losses(self, params: Params, items: Sequence[Item]) -> Tensor:
+    def item_losses(self, params: Params, items: Sequence[Item], also: tuple[Params, ...] = ()) -> Tensor:
         """(items,) the loss of each, without gradient and dropout, on the CPU."""
-        stack, found = stack_params([params], self.device), torch.zeros(len(items))
+        stack, found = stack_params([params], self.device, also), torch.zeros(len(items))
         with torch.no_grad():
             for part in self.parts(items):
                 with self.seen(self.base, stack, [items[i] for i in part], 0) as seen:
@@ -396,9 +396,16 @@ class HFModel:
         """See `probes.hessian`."""
         return probes.hessian(self, params, cast(Examples, data), rows, frozenset(params if names is None else names))
 
-    def fisher(self, params: Params, data: Data, rows: Sequence[int], token_norm: TokenNorm = "sqrt") -> Fisher:
+    def fisher(
+        self,
+        params: Params,
+        data: Data,
+        rows: Sequence[int],
+        token_norm: TokenNorm = "sqrt",
+        also: tuple[Params, ...] = (),
+    ) -> Fisher:
         """See `fisher.fisher`."""
-        return fisher(self, params, cast(Examples, data), rows, token_norm)
+        return fisher(self, params, cast(Examples, data), rows, token_norm, also)
 
     def sensitivity(
         self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng

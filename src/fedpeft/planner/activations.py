@@ -13,6 +13,7 @@ Sizes are bytes by name of tensor, so that what has two uses is counted once. Na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, ranked
@@ -39,8 +40,13 @@ class Block:
         self.first = first
         self.own_dtype = own_dtype
         self.wide = DTYPE_BYTES[step.compute]
-        self.trained = {w: r for w, r in ranked(shape, step.trained) if w.block == index}
-        self.frozen = {w: r for w, r in ranked(shape, step.frozen) if w.block == index}
+        self.trained = dict(ranked(shape, self._own(step.trained)))
+        self.frozen = dict(ranked(shape, self._own(step.frozen)))
+
+    def _own(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """Those of this block's weights."""
+        stem = f"block.{self.index}."
+        return {name: rank for name, rank in ranks.items() if name.startswith(stem)}
 
     @cached_property
     def sizes(self) -> dict[str, int]:

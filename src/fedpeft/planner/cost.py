@@ -191,7 +191,7 @@ def all_weights(shape: Shape) -> tuple[Weight, ...]:
     return weights(shape, tuple(_sizes(shape)))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) by kind, in forward order."""
     d, f, wide, shared = (
@@ -205,15 +205,18 @@ def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     return sizes | gate | {"up": (d, f), "down": (f, d)}
 
 
-def weight_of(shape: Shape, name: str) -> Weight:
+def weight_of(shape: Shape, name: str, sizes: Mapping[str, tuple[int, int]] | None = None) -> Weight:
     """The matrix of a name; one of a kind without a name of ours (a pattern's) counts as d x d.
+
+    Args:
+        sizes: (d_in, d_out) by kind, where they are at hand.
 
     Raises:
         ModelError: no block of this model has it.
     """
     stem, _, rest = name.partition(".")
     block, _, kind = rest.partition(".")
-    sizes = _sizes(shape)
+    sizes = _sizes(shape) if sizes is None else sizes
     if stem != "block" or not block.isdigit() or int(block) >= shape.layers or kind in _PLACE.keys() - sizes.keys():
         known = f"block.0.{next(iter(sizes))} to block.{shape.layers - 1}.{list(sizes)[-1]}"
         raise ModelError(f"the model has no weight {name!r}; it has {known}")
@@ -291,7 +294,8 @@ def first_input(shape: Shape, step: Step) -> tuple[int, int]:
 
 def ranked(shape: Shape, ranks: Mapping[str, int]) -> list[tuple[Weight, int]]:
     """The weights with a rank above 0."""
-    return [(weight_of(shape, name), rank) for name, rank in ranks.items() if rank > 0]
+    sizes = _sizes(shape)
+    return [(weight_of(shape, name, sizes), rank) for name, rank in ranks.items() if rank > 0]
 
 
 def step_flops(shape: Shape, step: Step) -> Flops:

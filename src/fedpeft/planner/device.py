@@ -22,6 +22,16 @@ A devices file is TOML. Profiles are named tables; a key that a profile leaves o
     assign = {phone = 0.5, laptop = 0.5}
 
 Without `[clients]`, a file that holds one profile gives it to everybody.
+
+What `fedpeft profile` writes and `fedpeft plan` reads are profiles too, in larger units (`DEVICE_KEYS`), one a table:
+
+    [[device]]
+    name = "workstation"
+    memory_gb = 16
+    tflops = 20
+    up_mbps = 40
+    down_mbps = 100
+    examples = 4000             # that it holds; `fedpeft plan` needs it
 """
 
 from __future__ import annotations
@@ -65,6 +75,14 @@ class Profile:
     formats: tuple[str, ...] = FORMATS  # what the base can be kept in; "full" is as it is loaded
 
 
+DEVICE_KEYS: Mapping[str, tuple[str, float]] = {  # of [[device]]: the profile's key, and what one unit is of it
+    "memory_gb": ("memory_bytes", 1e9),
+    "tflops": ("flops_per_s", 1e12),
+    "up_mbps": ("up_bytes_per_s", 1e6 / 8),
+    "down_mbps": ("down_bytes_per_s", 1e6 / 8),
+    "context_gb": ("context_bytes", 1e9),
+    "dequant_gb_per_s": ("dequant_bytes_per_s", 1e9),
+}
 DEFAULT = Profile()
 _KEYS = tuple(f.name for f in dataclasses.fields(Profile) if f.name != "name")
 
@@ -81,14 +99,9 @@ def load_devices(path: Path, clients: Sequence[ClientId], seed: int = 0) -> dict
         RequestError: the file cannot be read or is not TOML.
         ConfigError: everything else that is wrong in it, at once.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"cannot read the devices file {path}: {error.strerror}. Check run.devices.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"the devices file {path} is not TOML: {error}. Mend that line.") from error
-    problems = [_unknown(f"{path}: table", key, ("profile", "clients")) for key in content.keys() - _TABLES]
-    profiles = _profiles(content.get("profile"), path, problems)
+    content = _content(path)
+    problems = [_unknown(f"{path}: table", key, _TABLES) for key in content.keys() - _TABLES]
+    profiles = {name: profile for name, (profile, _) in _every(content, path, problems).items()}
     chosen = _assignment(content.get("clients"), sorted(profiles), clients, seed, path, problems)
     if problems:
         raise ConfigError(problems)
@@ -97,7 +110,60 @@ def load_devices(path: Path, clients: Sequence[ClientId], seed: int = 0) -> dict
 
 _WHOLE = frozenset({"memory_bytes", "rank", "context_bytes"})
 _MAY_BE_ZERO = frozenset({"latency_s", "context_bytes", "step_overhead_s", "dequant_bytes_per_s"})
-_TABLES = frozenset({"profile", "clients"})
+_TABLES = frozenset({"profile", "device", "clients"})
+
+
+def load_machines(path: Path) -> dict[str, tuple[Profile, int]]:
+    """Every machine of a devices file with the number of examples that it holds, in the file's order.
+
+    Raises:
+        RequestError: the file cannot be read or is not TOML.
+        ConfigError: everything else that is wrong in it, at once.
+    """
+    content, problems = _content(path), list[str]()
+    problems += [_unknown(f"{path}: table", key, _TABLES) for key in content.keys() - _TABLES]
+    found = _every(content, path, problems)
+    problems += [
+        f"{path}: {name} says no examples; add how many rows it holds" for name, (_, n) in found.items() if not n
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot read the devices file {path}: {error.strerror}. Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the devices file {path} is not TOML: {error}. Mend that line.") from error
+
+
+def _every(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[str, tuple[Profile, int]]:
+    """Profiles of both kinds of table, and the examples of those that say them."""
+    tables = dict(content.get("profile") or {}) if isinstance(content.get("profile", {}), dict) else content["profile"]
+    for i, table in enumerate(content.get("device", ())):
+        if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+            problems.append(f'{path}: the {i + 1}. [[device]] has no name; add name = ".."')
+            continue
+        if table["name"] in tables:
+            problems.append(f"{path}: two machines are called {table['name']!r}; give each a name of its own")
+        tables[table["name"]] = {DEVICE_KEYS.get(k, (k, 1))[0]: _scaled(k, v) for k, v in table.items() if k != "name"}
+    examples = {}
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        count = table.pop("examples", 0) if isinstance(table, dict) else 0
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            problems.append(f"{path}: examples of {name} is {count!r}; give a whole number of at least 1")
+        else:
+            examples[name] = count
+    profiles = _profiles(tables, path, problems)
+    return {name: (profile, examples.get(name, 0)) for name, profile in profiles.items()}
+
+
+def _scaled(key: str, value: Any) -> Any:
+    unit = DEVICE_KEYS.get(key, ("", 1))[1]
+    return value * unit if unit != 1 and isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _profiles(tables: Any, path: Path, problems: list[str]) -> dict[str, Profile]:
@@ -214,6 +280,21 @@ def _unknown(where: str, key: str, known: Iterable[str]) -> str:
     remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:6]) or 'none'}"
     space = "" if where.endswith(".") else " "
     return f"{where}{space}{key!r} is unknown; {remedy}"
+
+
+def as_device(profile: Profile, examples: int | None = None) -> str:
+    """The profile as a [[device]] table; what is as in `DEFAULT` and not measured here is left out."""
+    lines = ["[[device]]", f'name = "{profile.name}"']
+    for key, (own, unit) in DEVICE_KEYS.items():
+        if getattr(profile, own) != getattr(DEFAULT, own):
+            lines.append(f"{key} = {getattr(profile, own) / unit:.6g}")
+    for key in ("latency_s", "step_overhead_s", "peak_ratio"):
+        if getattr(profile, key) != getattr(DEFAULT, key):
+            lines.append(f"{key} = {getattr(profile, key):.6g}")
+    lines.append(f"formats = [{', '.join(f'{chr(34)}{f}{chr(34)}' for f in profile.formats)}]")
+    if examples is not None:
+        lines.append(f"examples = {examples}")
+    return "\n".join(lines) + "\n"
 
 
 def check_profile(profile: Profile) -> None:

@@ -98,6 +98,11 @@ class Job:
         return np.array([w.d_in + w.d_out for w in self.weights], dtype=np.float64)
 
     @cached_property
+    def prices(self) -> dict[Any, Any]:
+        """What steps cost that were priced already: the same on every machine."""
+        return {}
+
+    @cached_property
     def by_score(self) -> tuple[int, ...]:
         """Places of the weights, the most important first."""
         return tuple(sorted(range(len(self.weights)), key=lambda m: (-self.scores.get(self.weights[m].name, 0.0), m)))

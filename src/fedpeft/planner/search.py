@@ -83,12 +83,27 @@ class Costs:
 
     def bytes(self, setting: Setting, ranks: Mapping[str, int]) -> int:
         """Peak memory, before the machine's own ratio and context."""
-        return int(peak_memory(self.job.shape, self.step(setting, ranks, self.job.longest)).peak)
+
+        def price() -> int:
+            return peak_memory(self.job.shape, self.step(setting, ranks, self.job.longest)).peak
+
+        return self._priced("bytes", setting, ranks, price)
 
     def seconds(self, setting: Setting, ranks: Mapping[str, int]) -> float:
         """Of one step."""
-        flops = step_flops(self.job.shape, self.step(setting, ranks, self.job.mean)).total
+
+        def price() -> int:
+            return step_flops(self.job.shape, self.step(setting, ranks, self.job.mean)).total
+
+        flops = self._priced("flops", setting, ranks, price)
         return self.machine.step_overhead_s + flops / self.machine.flops_per_s + self._unpacking(setting.bits)
+
+    def _priced(self, what: str, setting: Setting, ranks: Mapping[str, int], price: Callable[[], int]) -> int:
+        """A price that does not depend on the machine, computed once per job."""
+        key = what, replace(setting, used=1.0), frozenset(ranks.items())
+        if key not in self.job.prices:
+            self.job.prices[key] = price()
+        return int(self.job.prices[key])
 
     def _unpacking(self, bits: str) -> float:
         """Seconds to unpack a quantised base, forward and backward; a guess."""

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from fedpeft.runs.history import Group, History
+from fedpeft.runs.report_plans import plans
 from fedpeft.runs.report_sections import definitions, section, table
 from fedpeft.runs.units import count_text
 
@@ -28,6 +29,8 @@ def choices(g: Group) -> str:
     if not chosen:
         return ""
     first, told = chosen[0]
+    if drawn := plans(told):
+        return section(f"What {g.label} planned, and why", f"Seed {first.seed}.", drawn)
     inner = _layers(told, first.method) if isinstance(told.get("layers"), Sequence) else ""
     rest = {key: value for key, value in told.items() if not inner or key not in (*_DRAWN, "warning")}
     inner += definitions(rest) if rest else ""

@@ -1,0 +1,236 @@
+"""Plans without a run: what machines of a devices file would do with a model, from its configuration alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedpeft.core.errors import ConfigError, ModelError, RequestError
+from fedpeft.planner.cost import Shape, Step, all_weights, shape_of, step_flops, weights
+from fedpeft.planner.device import FORMATS, Profile, load_machines
+from fedpeft.planner.fleet import Fleet, Search, plan_fleet
+from fedpeft.planner.memory import Loop, parameters, peak_memory
+from fedpeft.planner.plan import Choices, Job, as_plain
+from fedpeft.planner.search import Costs
+
+ATTENTION = ("query", "key", "value", "output")
+SHORT = {"q": "query", "k": "key", "v": "value", "o": "output"}
+FIXED = ("batch", "rank", "kinds", "bits", "checkpointing")
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The configuration of `demo`, `minilm`, a folder, a configuration file, or a hub name; no weights are read.
+
+    Raises:
+        ModelError: there is none; the message says what to give.
+    """
+    path = Path(model).expanduser()
+    if not path.is_file():
+        from fedpeft.models.load import locate
+
+        found = Path(locate(model))
+        if not found.is_dir():
+            return _hub_config(model)
+        path = found / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a model's configuration: {error}. Give its config.json.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a model's configuration: it holds no keys. Give its config.json.")
+    return content
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    from fedpeft.core.hub import loading_from_hub
+
+    try:
+        with loading_from_hub(name):
+            found: dict[str, Any] = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(
+            f"no configuration of {name!r} can be had: {reason}. Give a folder or a config.json."
+        ) from error
+    return found
+
+
+def plan(
+    model: str,
+    devices: Path,
+    tokens: int,
+    *,
+    deadline: float | None = None,
+    scores: Path | None = None,
+    fix: str | None = None,
+    kinds: Sequence[str] = ATTENTION,
+    classes: int | None = None,
+    dtype: str | None = None,
+    search: Search = "greedy",
+    cover: int = 0,
+    choices: Choices | None = None,
+    loop: Loop = "ours",
+) -> dict[str, Any]:
+    """What every machine would do, why, and what it would cost.
+
+    Args:
+        model: see `read_config`.
+        devices: a devices file whose machines say how many examples they hold.
+        tokens: of a row.
+        deadline: seconds of a round; None: the median machine's time for all its examples.
+        scores: of the weights: the folder of a fedpipe run, or a JSON file (score by weight); None: all alike.
+        fix: one configuration that is priced instead, such as "batch=4,rank=8,kinds=q+v,bits=nf4dq".
+        classes: of a classifier; None: a language model.
+        dtype: of the base as it is loaded; None: the configuration's own, else float32.
+        loop: whose training loop memory is predicted for; "plain": one that keeps adapters in float32 beside autograd.
+
+    Raises:
+        RequestError: whatever cannot be met, with what to change.
+    """
+    if tokens < 1:
+        raise RequestError(f"--seq is {tokens}; give the tokens of a row, at least 1")
+    config = read_config(model)
+    machines = load_machines(devices)
+    shape = shape_of(config, lm_head=classes is None)
+    own = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if own not in ("float32", "bfloat16", "float16"):
+        raise RequestError(f"--dtype is {own!r}; use float32 or bfloat16")
+    fixed = _fixed(fix) if fix else {}
+    chosen = fixed.get("kinds", tuple(kinds))
+    every = weights(shape, _known(chosen, shape))
+    found = None if scores is None else _scores(scores, {w.name for w in every})
+    job = Job(
+        shape,
+        every,
+        found or dict.fromkeys((w.name for w in every), 1 / len(every)),
+        longest=tokens,
+        mean=float(tokens),
+        classes=classes,
+        dtype="bfloat16" if own == "float16" else own,
+        head_bytes=4 * (shape.hidden + 1) * (classes or 0),
+        choices=choices or Choices(),
+    )
+    facts = {
+        "model": model,
+        "parameters": parameters(shape).total,
+        "tokens": tokens,
+        "dtype": job.dtype,
+        "scores": "all alike" if found is None else str(scores),
+    }
+    if fixed:
+        return facts | {"fixed": _priced(job, machines, fixed, loop)}
+    fleet = plan_fleet(job, machines, deadline, search, cover)
+    return facts | _told(job, machines, fleet, deadline)
+
+
+def _told(
+    job: Job, machines: Mapping[str, tuple[Profile, int]], fleet: Fleet, deadline: float | None
+) -> dict[str, Any]:
+    trained = {name for p in fleet.plans.values() for name in p.ranks}
+    usable = {name: Costs(job, *own).usable for name, own in machines.items()}
+    return {
+        "deadline_s": fleet.deadline_s,
+        "deadline_from": "given" if deadline is not None else "the median machine's time for all its examples",
+        "under_training": fleet.under_training if fleet.plans else None,
+        "plans": {
+            name: as_plain(p, fleet.examples[name]) | {"usable_bytes": usable[name]} for name, p in fleet.plans.items()
+        },
+        "excluded": {name: vars(no) | {"usable_bytes": usable[name]} for name, no in fleet.excluded.items()},
+        "untrained": [w.name for w in job.weights if w.name not in trained],
+        "uncalibrated": [
+            name for name, (profile, _) in machines.items() if profile.peak_ratio == 1 and not profile.step_overhead_s
+        ],
+    }
+
+
+def _priced(
+    job: Job, machines: Mapping[str, tuple[Profile, int]], fixed: Mapping[str, Any], loop: Loop
+) -> dict[str, Any]:
+    """Memory, operations and time of one configuration on every machine."""
+    rank, batch, bits = fixed.get("rank", 8), fixed.get("batch", 8), fixed.get("bits", "full")
+    ranks = {w.name: rank for w in job.weights}
+    told: dict[str, Any] = {"batch": batch, "rank": rank, "bits": bits, "kinds": sorted({w.kind for w in job.weights})}
+    step = Step(
+        rows=batch,
+        tokens=job.longest,
+        trained=ranks,
+        base=job.loaded(bits),
+        compute=job.dtype,
+        classes=job.classes,
+        checkpointing=fixed.get("checkpointing", False),
+    )
+    memory, flops = peak_memory(job.shape, step, loop), step_flops(job.shape, step).total
+    told |= {"memory": vars(memory), "flops": flops, "loop": loop, "machines": {}}
+    for name, (profile, examples) in machines.items():
+        costs = Costs(replace(job, choices=replace(job.choices, applied=False)), profile, examples)
+        steps, seconds = costs.steps(batch), profile.step_overhead_s + flops / profile.flops_per_s
+        told["machines"][name] = {
+            "usable_bytes": costs.usable,
+            "peak_bytes": round(memory.peak * profile.peak_ratio) + profile.context_bytes,
+            "fits": memory.peak <= costs.usable,
+            "step_s": seconds,
+            "steps": steps,
+            "round_s": costs.messages(ranks) + steps * seconds,
+        }
+    return told
+
+
+def _fixed(text: str) -> dict[str, Any]:
+    """`batch=4,rank=8,kinds=q+v,bits=nf4dq,checkpointing=yes` as values."""
+    found: dict[str, Any] = {}
+    problems = []
+    for part in text.split(","):
+        key, _, value = part.strip().partition("=")
+        if key in ("batch", "rank"):
+            if value.isdigit() and int(value) >= 1:
+                found[key] = int(value)
+            else:
+                problems.append(f"--fix {key} is {value!r}; give a whole number of at least 1")
+        elif key == "kinds":
+            found[key] = tuple(value.split("+"))
+        elif key == "bits" and value in FORMATS:
+            found[key] = value
+        elif key == "bits":
+            problems.append(f"--fix bits is {value!r}; use one of {', '.join(FORMATS)}")
+        elif key == "checkpointing" and value in ("yes", "no"):
+            found[key] = value == "yes"
+        else:
+            problems.append(f"--fix names {part.strip()!r}; write some of {', '.join(f'{k}=..' for k in FIXED)}")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _known(kinds: Sequence[str], shape: Shape) -> tuple[str, ...]:
+    """Kinds of weights by their names or first letters; `all` is every one."""
+    known = tuple(dict.fromkeys(w.kind for w in all_weights(shape)))
+    names = known if tuple(kinds) == ("all",) else tuple(SHORT.get(kind, kind) for kind in kinds)
+    if unknown := [kind for kind in names if kind not in known]:
+        has = f"it has {', '.join(known)}; q k v o and all are short"
+        raise RequestError(f"the model has no weights {unknown[0]!r}; {has}")
+    return names
+
+
+def _scores(path: Path, names: set[str]) -> dict[str, float]:
+    """Scores of the weights, summing to 1, from a fedpipe run or a file."""
+    file = path / "manifest.json" if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found: Mapping[str, Any] = content["choices"]["weight_scores"] if path.is_dir() else content
+        scores = {name: float(found[name]) for name in names if name in found}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RequestError(
+            f"--scores {path} holds no scores of weights ({error}); give a fedpipe run, or a JSON file such as "
+            '{"block.0.query": 0.1, ..}'
+        ) from error
+    total = sum(scores.values())
+    if not scores or min(scores.values()) < 0 or not total > 0:
+        raise RequestError(
+            f"--scores {path} has no score above 0 for the weights of this model, such as {min(names)!r}"
+        )
+    return {name: scores.get(name, 0.0) / total for name in names}

@@ -1,0 +1,127 @@
+"""What a method asks of a model: to train, to predict, and to be looked into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from torch import Tensor
+
+from fedpeft.core.adapter import AdapterSpec
+from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.rng import Rng
+from fedpeft.core.tree import Params
+
+TokenNorm: TypeAlias = Literal["sqrt", "mean", "sum"]
+Perturbation: TypeAlias = Literal["l2", "inf", "random"]
+
+
+class Model(Protocol):
+    """A frozen base with an adapter bound to it; see `models/hf.py` for transformers, `tests/toy.py` for a toy."""
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The adapter that `init` draws."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The base's configuration as plain data (`config.json`), from which its cost follows."""
+        ...
+
+    def init(self, rng: Rng) -> dict[str, Tensor]:
+        """Fresh adapter parameters; a new adapter leaves the base's outputs unchanged wherever its kind allows."""
+        ...
+
+    def check(self, fit: Fit) -> None:
+        """Raise FitError, naming value and remedy, unless the fit can be run."""
+        ...
+
+    def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
+        """Train every fit, together where possible; a failed fit gives its exception and leaves the others alone."""
+        ...
+
+    def fit(self, fit: Fit) -> Fitted:
+        """Train one fit; raises what went wrong."""
+        ...
+
+    def logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
+        """Predictions before the softmax, (rows, classes), without gradient; params None: the base alone."""
+        ...
+
+    def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
+        """(rows,) the loss of each row's own label, without gradient and dropout; `also` as in a Fit."""
+        ...
+
+    def score(self, params: Params, data: Data) -> dict[str, Tensor]:
+        """Sums that pool over clients by addition and from which every metric follows; see `runs/metrics.py`."""
+        ...
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks (layers) the base has."""
+        ...
+
+    def lowest_block(self, names: Iterable[str]) -> int:
+        """The lowest block that these parameters act in, `blocks` where they act above all of them."""
+        ...
+
+    def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
+        """Tokens, and pairs of tokens that see each other, of forward passes over the rows: what they cost."""
+        ...
+
+    def hidden(self, params: Params | None, data: Data, rows: Sequence[int]) -> Tensor:
+        """(blocks, rows, tokens, d) outputs of the blocks, zero at padding, without gradient; params None: the base."""
+        ...
+
+    def hessian(
+        self, params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
+    ) -> Callable[[Params], dict[str, Tensor]]:
+        """v -> H v: H of the mean loss of the rows over the named parameters (None: all), without dropout."""
+        ...
+
+    def fisher(
+        self,
+        params: Params,
+        data: Data,
+        rows: Sequence[int],
+        token_norm: TokenNorm = "sqrt",
+        also: tuple[Params, ...] = (),
+    ) -> Fisher:
+        """The Fisher information of LoRA's factors at the observed labels, sample by sample, without dropout.
+
+        Args:
+            token_norm: what the gradient of an answer of several tokens is: the "sum" over them, their "mean", or the
+                sum divided by the square root of their number, which prefers neither short nor long answers.
+            also: further adapters or base deltas, applied, as in a Fit.
+        """
+        ...
+
+    def sensitivity(
+        self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """How the blocks' outputs change when the embeddings are perturbed by `size` times their mean norm.
+
+        Args:
+            perturbation: along the loss's gradient (`l2`), along its signs (`inf`), or in a `random` direction.
+            rng: of the random directions.
+
+        Returns:
+            changes, sizes: (blocks + 1, rows) Frobenius norms over real tokens of h_l(e + ε) - h_l(e) and of h_l(e);
+            first those of what enters the lowest block.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """The diagonal Fisher information of LoRA's factors: squared gradients of the log-likelihood.
+
+    Attributes:
+        trace: (rows,) float32, of each row of data: the squared norm of its gradient.
+        rows: per factor, (rows of the matrix,): the mean over the data, and over the numbers of that row.
+    """
+
+    trace: Tensor
+    rows: dict[str, Tensor]

@@ -1,0 +1,79 @@
+"""FedPipe on a transformer: a run on unequal machines, what it leaves, and a merged model as small as the base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import small
+from fedpeft import app
+
+MACHINES = """
+[profile.small]
+flops_per_s = 2.0e8
+memory_bytes = 400_000
+formats = ["int8", "nf4"]
+[profile.large]
+flops_per_s = 2.0e9
+[profile.none]
+memory_bytes = 1000
+[clients]
+000 = "small"
+001 = "small"
+002 = "large"
+003 = "large"
+004 = "large"
+005 = "none"
+"""
+
+
+def run(place: Path, out: Path, **method: Any) -> app.Run:
+    devices = place / "machines.toml"
+    devices.write_text(MACHINES)
+    values = small.config(place, run__devices=str(devices), run__rounds=2)
+    values["method"] = {"name": "fedpipe", "lr": 2e-2, "warmup_steps": 4, "ranks": [1, 2, 4], **method}
+    values["adapter"] = {"rank": 4, "alpha": 8, "targets": ["query", "value", "output"]}
+    return app.run(values, out=out)
+
+
+@pytest.mark.parametrize("aggregation", ["svd_product", "stack_exact"])
+def test_unequal_machines_train_a_model_that_merges_without_a_trace(
+    place: Path, tmp_path: Path, aggregation: str
+) -> None:
+    done = run(place, tmp_path / "run", aggregation=aggregation)
+    told = json.loads((done.folder / "manifest.json").read_text())["choices"]
+    assert set(told["plans"]) == {"000", "001", "002", "003", "004"} and set(told["excluded"]) == {"005"}
+    assert told["plans"]["000"]["bits"] == "int8" and told["plans"]["002"]["bits"] == "full"
+    assert "could not join" in (done.folder / "report.html").read_text().lower()
+    exchanges = [json.loads(line) for line in (done.folder / "exchanges.jsonl").read_text().splitlines()]
+    assert {e["exchange"] for e in exchanges if e["client"] == "005"} == {"profile", "importance"}
+    folder = app.export(done.folder, tmp_path / "merged", merge=True)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
+    plain = transformers.AutoModel.from_pretrained(place / "tiny", add_pooling_layer=False)
+    head = sum(p.numel() for p in model.classifier.parameters())
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters()) + head
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = app.predict(done.folder, place / "test.jsonl")
+    for row, text in list(zip(found, (r["text"] for r in small.rows(42, "test")), strict=True))[:4]:
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0].mean(dim=0)
+        assert logits.softmax(dim=0).tolist() == pytest.approx(list(row["probabilities"].values()), abs=1e-5)
+
+
+def test_a_killed_run_ends_with_the_same_bits(place: Path, tmp_path: Path) -> None:
+    """Plans, machines and cursors are state and memory like everything else."""
+    whole = run(place, tmp_path / "whole", bits="full")
+
+    def stop(progress: Any) -> None:
+        if progress.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        app.run(whole.folder / "config.yaml", out=tmp_path / "cut", progress=stop)
+    resumed = app.resume(tmp_path / "cut")
+    assert resumed.manifest["params_sha256"] == whole.manifest["params_sha256"]

@@ -1,0 +1,188 @@
+"""`fedpeft plan` and `fedpeft profile`: from a configuration and a devices file alone, and what goes wrong."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpeft.app import planning, profiling
+from fedpeft.core.errors import ConfigError, ModelError, RequestError
+from fedpeft.planner.device import DEFAULT, as_device, load_devices, load_machines
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LLAMA, MACHINES = str(EXAMPLES / "llama2-7b.json"), EXAMPLES / "machines.toml"
+
+
+def test_a_plan_for_six_unequal_machines() -> None:
+    told = planning.plan(LLAMA, MACHINES, 512)
+    assert told["parameters"] == 6_738_415_616
+    assert set(told["plans"]) == {"phone", "two cores", "laptop", "consumer GPU", "older GPU", "data centre"}
+    phone, gpu, centre = (told["plans"][name] for name in ("phone", "consumer GPU", "data centre"))
+    assert phone["bits"] == "nf4" and gpu["bits"] == "full" and told["plans"]["older GPU"]["bits"] == "int8"
+    assert phone["predicted"]["under_training"] > 0 == centre["predicted"]["under_training"]
+    assert centre["batch"] > gpu["batch"] >= phone["batch"]
+    for plan in told["plans"].values():
+        assert plan["predicted"]["peak_bytes"] <= plan["usable_bytes"] + 0.6e9 and plan["why"]
+        assert plan["predicted"]["round_s"] <= told["deadline_s"] * (1 + 1e-9)
+    assert json.loads(json.dumps(told)) == told
+
+
+@pytest.mark.parametrize(("bits", "peak"), [("full", 25.1e9), ("int8", 18.6e9), ("nf4dq", 15.5e9)])
+def test_golden_peaks_of_one_configuration(bits: str, peak: float) -> None:
+    """LLaMA2-7B, b = 4, seq 512, rank 8 on query and value, bfloat16 with float32 adapters."""
+    told = planning.plan(LLAMA, MACHINES, 512, fix=f"batch=4,rank=8,kinds=q+v,bits={bits}", loop="plain")
+    assert told["fixed"]["memory"]["peak"] == pytest.approx(peak, rel=0.01)
+    assert told["fixed"]["flops"] == pytest.approx(55.6e12, rel=0.01)
+    assert not told["fixed"]["machines"]["phone"]["fits"] and told["fixed"]["machines"]["data centre"]["fits"]
+
+
+def test_scores_decide_what_is_trained(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"block.31.value": 3.0, "block.30.value": 1.0}))
+    told = planning.plan(LLAMA, MACHINES, 512, scores=scores)
+    assert all(set(plan["ranks"]) <= {"block.31.value", "block.30.value"} for plan in told["plans"].values())
+    assert told["plans"]["data centre"]["predicted"]["coverage"] == pytest.approx(1)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "manifest.json").write_text(json.dumps({"choices": {"weight_scores": json.loads(scores.read_text())}}))
+    assert planning.plan(LLAMA, MACHINES, 512, scores=run)["plans"] == told["plans"]
+
+
+def test_the_embedded_models_are_planned_from_their_configurations() -> None:
+    told = planning.plan("demo", MACHINES, 32, classes=6, kinds=("all",))
+    assert {plan["bits"] for name, plan in told["plans"].items() if name != "phone"} == {"full"}
+    assert told["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"model": "./nothing.json"}, ModelError, "does not exist"),
+        ({"tokens": 0}, RequestError, "--seq is 0"),
+        ({"kinds": ("gate", "w")}, RequestError, "has no weights 'w'"),
+        ({"fix": "batch=0,rank=x,bits=nf3,size=9"}, ConfigError, "4 problems"),
+        ({"scores": Path(LLAMA)}, RequestError, "has no score above 0"),
+        ({"scores": Path("nowhere.json")}, RequestError, "holds no scores"),
+        ({"dtype": "int8"}, RequestError, "use float32 or bfloat16"),
+        ({"deadline": 0.001}, None, ""),
+    ],
+)
+def test_what_cannot_be_planned_is_told(arguments: dict[str, Any], error: type[Exception] | None, words: str) -> None:
+    asked = {"model": LLAMA, "devices": MACHINES, "tokens": 512, **arguments}
+    if error is None:
+        told = planning.plan(**asked)
+        assert not told["plans"] and len(told["excluded"]) == 6 and told["under_training"] is None
+        return
+    with pytest.raises(error, match=words):
+        planning.plan(**asked)
+
+
+def test_devices_files_in_both_units(tmp_path: Path) -> None:
+    path = tmp_path / "devices.toml"
+    path.write_text(
+        "[profile.phone]\nmemory_bytes = 4_000_000_000\nexamples = 5\n"
+        '[[device]]\nname = "box"\nmemory_gb = 2\ntflops = 0.5\nup_mbps = 8\nexamples = 7\nformats = ["nf4"]\n'
+    )
+    found = load_machines(path)
+    assert {name: n for name, (_, n) in found.items()} == {"phone": 5, "box": 7}
+    box = found["box"][0]
+    assert (box.memory_bytes, box.flops_per_s, box.up_bytes_per_s, box.formats) == (2 * 10**9, 5e11, 1e6, ("nf4",))
+    path.write_text(path.read_text() + "[clients]\nassign = {phone = 0.5, box = 0.5}\n")
+    assert {p.name for p in load_devices(path, ["a", "b"]).values()} == {"phone", "box"}
+    again = tmp_path / "again.toml"
+    again.write_text(as_device(box, 7))
+    assert load_machines(again) == {"box": (box, 7)}
+
+
+def test_mistakes_in_devices_files_are_told_together(tmp_path: Path) -> None:
+    path = tmp_path / "devices.toml"
+    path.write_text(
+        '[[device]]\nmemory_gb = 2\n[[device]]\nname = "a"\nmemory_gb = -1\nformats = ["fp4"]\nexamples = 1.5\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_machines(path)
+    told = str(caught.value)
+    assert "has no name" in told and "memory_bytes" in told and "formats" in told and "examples of a" in told
+    path.write_text('[[device]]\nname = "a"\n')
+    with pytest.raises(ConfigError, match="says no examples"):
+        load_machines(path)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def test_speed_is_solved_from_two_sizes_and_checked_on_a_third() -> None:
+    found = profiling.solve([100, 200, 300], [0.2, 0.3, 0.4])
+    assert (found.flops_per_s, found.overhead_s, found.error) == pytest.approx((1000, 0.1, 0))
+    noisy = profiling.solve([100, 200, 300], [0.3, 0.2, 0.3])
+    assert noisy.flops_per_s == pytest.approx(1000) and noisy.overhead_s == pytest.approx(0.2)
+
+
+class Sink(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(b"ok")
+
+    def do_GET(self) -> None:
+        self._answer(b"x" * 10_000)
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Sink) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str) -> None:
+    monkeypatch.setattr(profiling, "REPEATS", 1)
+    monkeypatch.setattr(profiling, "ROWS", 1)
+    monkeypatch.setattr(profiling, "PROBE_BYTES", 2**16)
+    told = profiling.profile("demo", "cpu", address, "mine")
+    own = told["profile"]
+    assert own.flops_per_s > 1e6 and own.memory_bytes > 1e8 and own.formats == ("full", "int8", "nf4", "nf4dq")
+    assert told["bandwidth_measured"] and own.up_bytes_per_s > 1e3 and not told["peak_ratio_measured"]
+    file = tmp_path / "device.toml"
+    file.write_text(as_device(own, 9))
+    machines = load_machines(file)
+    assert machines["mine"][1] == 9 and machines["mine"][0].flops_per_s == pytest.approx(own.flops_per_s, rel=1e-5)
+
+
+def test_memory_is_the_lesser_of_what_is_free_and_what_a_container_may_use(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert profiling._cgroup_free(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert profiling._cgroup_free(tmp_path) is None and profiling._cgroup_free(tmp_path / "none") is None
+    assert profiling.free_memory(torch.device("cpu"))[0] > 0
+
+
+def test_addresses_that_do_not_answer_are_told() -> None:
+    with pytest.raises(RequestError, match="begins with http"):
+        profiling.bandwidth("example.org")
+    with pytest.raises(RequestError, match="does not answer"):
+        profiling.bandwidth("http://127.0.0.1:9/")
+
+
+def test_the_default_profile_is_left_out_of_the_table() -> None:
+    assert as_device(DEFAULT).splitlines()[:2] == ["[[device]]", 'name = "edge"'] and "memory_gb" not in as_device(
+        DEFAULT
+    )

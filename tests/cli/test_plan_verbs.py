@@ -1,0 +1,45 @@
+"""`fedpeft plan` and `fedpeft profile` as people type them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import call
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LLAMA, MACHINES = str(EXAMPLES / "llama2-7b.json"), EXAMPLES / "machines.toml"
+
+
+def test_plan_on_the_command_line() -> None:
+    done = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512")
+    assert done.exit_code == 0, done.output
+    assert "consumer GPU" in done.stdout and "time binds" in done.stdout and "under-training" in done.stdout
+    told = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512", "--search", "milp", "--json")
+    assert json.loads(told.stdout)["plans"]["phone"]["bits"] == "nf4"
+    fixed = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512", "--fix", "batch=4,bits=nf4dq")
+    assert "one step:" in fixed.stdout and fixed.exit_code == 0
+
+
+def test_plan_ends_with_2_where_nobody_can_join() -> None:
+    done = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512", "--deadline", "0.01")
+    assert done.exit_code == 2 and "phone cannot join: one step with its messages takes" in done.stdout
+    wrong = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512", "--bits", "nf4")
+    assert wrong.exit_code == 2 and "use largest or search or full" in wrong.output
+
+
+def test_profile_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fedpeft.app import profiling
+
+    monkeypatch.setattr(profiling, "REPEATS", 1)
+    monkeypatch.setattr(profiling, "ROWS", 1)
+    monkeypatch.setattr(profiling, "PROBE_BYTES", 2**16)
+    file = tmp_path / "device.toml"
+    done = call("profile", "--device", "cpu", "--name", "mine", "--examples", "9", "--out", str(file))
+    assert done.exit_code == 0, done.output
+    assert "formats: full, int8, nf4, nf4dq" in done.output and "bandwidth: unknown" in done.output
+    planned = call("plan", "--model", "demo", "--devices", str(file), "--seq", "32", "--classes", "6", "--json")
+    assert json.loads(planned.stdout)["plans"]["mine"]["examples"] == 9
+    assert json.loads(call("profile", "--device", "cpu", "--json").stdout)["profile"]["name"] == "here"
