@@ -186,6 +186,13 @@ def test_list_tells_defaults_of_a_method_and_of_nested_keys() -> None:
     assert options["stop.patience"]["type"] == "whole number | null"
 
 
+def test_list_tells_the_fields_of_a_curriculum_where_there_can_be_one() -> None:
+    for what, name, there in (("methods", "fedavg", True), ("methods", "voc", False), ("options", "method", True)):
+        options = {o["name"]: o for o in json.loads(call("list", what, name, "--json").stdout)["options"]}
+        assert ("schedule_beta" in options) == there, name
+    assert options["schedule"]["default"] is None and options["schedule_beta"]["default"] == 0.6
+
+
 def test_list_tells_the_adapter_that_a_method_brings() -> None:
     """Two methods with the same fields differ in it."""
     told = [json.loads(call("list", "methods", name, "--json").stdout) for name in ("fedprompt", "prompt_tuning")]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from fedpeft import methods
 from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import ConfigError, RequestError
+from fedpeft.methods._schedule import with_schedule
 from fedpeft.methods.fedavg import FedAvg
 from fedpeft.methods.fedopt import FedOpt
 
@@ -139,3 +141,31 @@ def test_any_dataclass_can_be_described() -> None:
     last = methods.describe(Wider)[-1]
     assert last == ("mode", "x | y", "x", "which # of them")
     assert methods.describe(Wider)[0].meaning == "rows of A, columns of B"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("fedavg", {"shedule": "fisher"}, "method.shedule is not a field of fedavg; did you mean 'schedule'?"),
+        ("fibecfed", {"init": "all"}, "method.init is not a field of fibecfed; did you mean 'initialise'?"),
+        (
+            "fedavg",
+            {"schedule_beta": 0.5},
+            "method.schedule_beta is of a curriculum, and method.schedule is null; give",
+        ),
+        ("fedavg", {"schedule": None, "schedule_beta": 0.5}, "method.schedule is null; give method.schedule, too"),
+        ("fedavg", {"x": 1}, "method.x is not a field of fedavg; there are: cohort, epochs"),
+    ],
+)
+def test_what_was_meant_is_said(name: str, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        methods.build(name, values)
+
+
+def test_the_fields_of_a_curriculum_are_described_where_it_is_taken() -> None:
+    fields = {f.name for f in dataclasses.fields(with_schedule(methods.load("fedavg")))}
+    assert set(methods.CURRICULUM) == fields - {f.name for f in dataclasses.fields(methods.load("fedavg"))}
+    kind, *others = methods.describe_curriculum("fedavg")
+    assert kind.default is None and kind.type == "null | fisher | loss | random | rarity | length | two_stage"
+    assert [field.name for field in others] == list(methods.CURRICULUM[1:]) and all(f.meaning for f in others)
+    assert methods.describe_curriculum("voc") == ()

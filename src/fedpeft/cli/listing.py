@@ -53,8 +53,6 @@ def list_things(
     title, options = _options(what, name)
     adapter = _adapter(name) if what is Things.methods else None
     render.print_options(name, found.get(name, title), options, json, adapter)
-    if what is Things.methods and not json:
-        typer.echo("\nEvery method also takes a curriculum, `schedule`; see docs/interface.md.")
     if what is Things.options and name in OWN_FIELDS and not json:
         of, which = OWN_FIELDS[name]
         typer.echo(f"\nEach {name} has fields of its own besides: fedpeft list {of} {which}")
@@ -100,12 +98,13 @@ def _options(what: Things, name: str) -> tuple[str, list[dict[str, Any]]]:
         from fedpeft.core.adapter import ADAPTERS
 
         cls: Any = methods.load(name) if what is Things.methods else ADAPTERS[name]
-        fields = [{**field._asdict(), "default": _shown(field.default)} for field in methods.describe(cls)]
-        return _first_line(cls), fields
+        fields = (*methods.describe(cls), *(methods.describe_curriculum(name) if what is Things.methods else ()))
+        return _first_line(cls), [{**field._asdict(), "default": _shown(field.default)} for field in fields]
     from fedpeft.config.sections import SECTIONS
 
     section = {Things.models: "model", Things.tasks: "task"}.get(what, name)
-    return _first_line(SECTIONS[section]), _keys(SECTIONS[section])
+    around = methods.describe_curriculum("fedavg") if section == "method" else ()  # the same around every method
+    return _first_line(SECTIONS[section]), [*_keys(SECTIONS[section]), *(field._asdict() for field in around)]
 
 
 def _adapter(name: str) -> dict[str, Any] | None:

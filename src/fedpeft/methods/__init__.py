@@ -17,13 +17,15 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple, cast
 
 from fedpeft.core.errors import ConfigError, RequestError
 from fedpeft.core.exchange import Method
 from fedpeft.methods._schedule import with_schedule
+
+CURRICULUM = ("schedule", "schedule_beta", "schedule_alpha", "schedule_pacing")  # fields that any method may get
 
 
 class Field(NamedTuple):
@@ -70,18 +72,23 @@ def build(name: str, values: Mapping[str, Any]) -> Method:
         ConfigError: unknown fields, wrong types, values out of range: all at once.
     """
     cls = load(name)
+    own = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     values = dict(values)
-    if values.get("schedule", 0) is None:
-        del values["schedule"]  # none: the method as it is
-    elif any(key.startswith("schedule") for key in values):
+    if values.get("schedule") is not None:
         cls = with_schedule(cls)
+    else:
+        values.pop("schedule", None)  # none: the method as it is
     hints = typing.get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     problems: list[str] = []
     good: dict[str, Any] = {}
     for key, value in values.items():
+        if key in CURRICULUM and key not in fields:
+            problems.append(f"method.{key} is of a curriculum, and method.schedule is null; give method.schedule, too")
+            continue
         if key not in fields:
-            problems.append(f"method.{key} is not a field of {name}; {_nearest(str(key), fields)}")
+            more = _nearest(str(key), own, further=CURRICULUM)
+            problems.append(f"method.{key} is not a field of {name}; {more}")
             continue
         try:
             good[key] = _fitted(hints[key], value)
@@ -110,6 +117,17 @@ def describe(cls: type[Any]) -> tuple[Field, ...]:
     )
 
 
+def describe_curriculum(name: str) -> tuple[Field, ...]:
+    """The fields of `method.schedule` for a method; none where the method refuses every curriculum."""
+    try:
+        kept = build(name, {"schedule": "random"})
+    except (ConfigError, TypeError):  # the latter of a method from outside with fields that must be given
+        return ()
+    found = {field.name: field for field in describe(type(kept)) if field.name in CURRICULUM}
+    kind = found["schedule"]
+    return (kind._replace(type=f"null | {kind.type}", default=None), *(found[key] for key in CURRICULUM[1:]))
+
+
 def _outside(name: str) -> type[Method]:
     module_name, _, attribute = name.partition(":")
     try:
@@ -129,9 +147,15 @@ def _outside(name: str) -> type[Method]:
     return cast(type[Method], known[attribute])
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
+def _nearest(name: str, known: Sequence[str], further: Sequence[str] = ()) -> str:
+    """What was meant, if it is near or begins with the name; else what there is.
+
+    Args:
+        further: what may be meant too, and is not listed.
+    """
+    every = [*known, *further]
+    begun = [one for one in every if len(name) > 2 and one.startswith(name)]
+    if close := difflib.get_close_matches(name, every, n=1) or begun:
         return f"did you mean {close[0]!r}?"
     return f"there are: {', '.join(known)}" if known else "there is nothing to choose from"
 
@@ -211,4 +235,4 @@ def _comments(cls: type[Any]) -> dict[str, str]:
     }
 
 
-__all__ = ["Field", "build", "describe", "load", "names"]
+__all__ = ["CURRICULUM", "Field", "build", "describe", "describe_curriculum", "load", "names"]
