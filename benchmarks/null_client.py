@@ -83,6 +83,11 @@ class NoModel:
     spec: AdapterSpec = HeadOnly()
     blocks = 24
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """No base."""
+        return {}
+
     def init(self, rng: Rng) -> dict[str, Tensor]:
         """1 MB of random numbers, in as many tensors as an adapter has."""
         parts = np.array_split(rng.standard_normal(NUMBERS, dtype=np.float32), 24)
