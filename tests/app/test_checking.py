@@ -98,6 +98,15 @@ def test_rounds_that_are_not_played_are_like_the_last_ones(place: Path, monkeypa
     assert found["fedavg"] == pytest.approx(1, rel=0.01) and 0.7 < found["flora"] < 1.1
 
 
+def test_clients_that_are_away_or_late_are_lost_in_the_estimate_too(place: Path, tmp_path: Path) -> None:
+    devices = tmp_path / "devices.toml"
+    devices.write_text("[profile.phone]\navailability = 0.7\n")
+    config = small.config(place, run__devices=str(devices), run__quorum=0.25, run__rounds=4)
+    estimate, done = app.check(config)["estimate"], app.run(config, out=tmp_path / "run").manifest
+    assert any(line["lost"] for line in RunFolder.open(tmp_path / "run").exchanges())
+    assert done["bytes_down"] + done["bytes_up"] == pytest.approx(estimate["bytes"], rel=0.03)
+
+
 def test_what_is_computed_besides_training_is_not_known(place: Path) -> None:
     estimate = app.check(small.config(place, method__schedule="loss"))["estimate"]
     assert "every round sends what the first one does" in estimate["assuming_that"]

@@ -182,7 +182,7 @@ def test_positions_of_a_prompt_and_a_text_must_fit(models: Path, monkeypatch: py
 
 @pytest.mark.parametrize("format", [CLOZE, VERBALIZER])
 def test_check_counts_answers_and_the_head(models: Path, format: dict[str, Any]) -> None:
-    fed, found = made(models, format), app.check(config(models, format))
+    fed, found = made(models, format), app.check(config(models, format, method__cohort=0))  # everybody in every round
     readout, train = fed.model.readout, fed.whole("train")
     items = [readout.training(0, train, row) for row in range(len(train))]
     sizes = np.array([len(readout.sequence(item)[0]) for item in items])

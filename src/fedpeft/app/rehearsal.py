@@ -26,6 +26,7 @@ log = logging.getLogger("fedpeft")
 
 MOST_BYTES, MOST_TURNS = 2**27, 1000  # after which the rounds that are left are taken for like the last ones
 LOSS = 0.7071067811865476  # of every step: as long in a record as a real one
+EXPECTED = ("not available", "late")  # reasons to be lost that a run has, too
 COMPUTING = ("fit", "fisher", "hessian", "hidden", "logits", "losses", "outcomes", "score", "sensitivity", "generate")
 
 
@@ -89,14 +90,16 @@ def rehearse(fed: Federation) -> Rehearsal | None:
         quorum=run.quorum,
     )  # fmt: skip
     try:
-        for round, exchanges in itertools.groupby(loop, key=lambda done: done.round):
-            rounds += [_costs(list(exchanges), fed.clock)] if round else []
-            if still.refused or sum(r.sent for r in rounds) > MOST_BYTES or sum(r.turns for r in rounds) > MOST_TURNS:
+        for _, exchanges in itertools.groupby(loop, key=lambda done: done.round):
+            rounds.append(_costs(list(exchanges), fed.clock))
+            if still.refused or rounds[-1].failed:
+                return None
+            if sum(r.sent for r in rounds) > MOST_BYTES or sum(r.turns for r in rounds) > MOST_TURNS:
                 break
     except Exception as error:  # nobody's answer, or a server that cannot work with parameters that nobody trained
         log.debug("no rehearsal: %s", error)
         return None
-    return None if still.refused or not rounds else _whole(rounds, run.rounds)
+    return _whole(rounds, run.rounds)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class _Round:
     seconds: float
     rows: int
     flops: int
+    failed: bool  # whether a client's work came to nothing, though its device was there in time
 
     @property
     def sent(self) -> int:
@@ -124,6 +128,7 @@ def _costs(exchanges: Sequence[Done], clock: Clock) -> _Round:
         sum(slowest(done.receipts) for done in exchanges),
         sum(receipt.meter.examples for receipt in receipts),
         sum(clock.flops(receipt.meter) for receipt in receipts),
+        any(receipt.lost is not None and not receipt.lost.startswith(EXPECTED) for receipt in receipts),
     )
 
 

@@ -22,6 +22,10 @@ Set: TypeAlias = Annotated[
 ]
 Client: TypeAlias = Annotated[
     str | None,
-    typer.Option(metavar="CLIENT", help="A client's own model instead of the global one.", show_default=False),
+    typer.Option(
+        metavar="CLIENT",
+        help="A client's own model instead of the global one, by its id in partition.json, such as 003 or 3.",
+        show_default=False,
+    ),
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
