@@ -118,14 +118,17 @@ def test_it_exports_as_a_whole_model_alone(finished: app.Run, tmp_path: Path) ->
 
 
 def test_the_clock_and_the_estimate_count_the_weights(place: Path, finished: app.Run) -> None:
-    """Three products a matrix where an adapter has two; LoRA also saves those that only the embeddings ask for."""
+    """Three products a matrix where an adapter has two; LoRA also saves those that only the embeddings ask for.
+
+    The estimate is that of the cohorts that the run will have, the expectation that of a mean client.
+    """
     found, bare = app.check(config(place))["estimate"], app.check(small.config(place))["estimate"]
     fed = build(load_config(config(place)))
     rows = fed.whole("train")
     work = fed.model.cost(_all(fed, rows))
     flops = train_flops(fed.shape, *work[:2]) + 2 * work[2]
     mean = flops * 2 / len(fed.clients)  # two epochs of a mean client
-    assert found["flops_per_client_and_round"] == pytest.approx(mean, rel=1e-3)
+    assert found["flops_per_client_and_round"] == pytest.approx(mean, rel=0.03)
     assert 1.4 < found["flops_per_client_and_round"] / bare["flops_per_client_and_round"] < 1.7
     assert found["memory_bytes"] > bare["memory_bytes"]
     line = max(finished_lines(finished), key=lambda own: float(own["simulated_seconds"]))
