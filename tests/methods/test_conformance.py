@@ -50,6 +50,8 @@ SETTINGS = {
     "server_lr": 0.5,
     "warmup_rounds": 2,
     "warmup_steps": 3,
+    "batches": (1, 2),
+    "depths": (0.0,),
 }  # used as far as a method has such fields
 HEADER_BYTES = 1500
 FALLS = 0.95  # of the loss is left at most after a few rounds

@@ -169,11 +169,13 @@ def value_of(costs: Costs, plan: Plan, deadline: float) -> float:
     return best
 
 
-def test_exact_costs_never_exceed_those_that_were_planned_with() -> None:
+@pytest.mark.parametrize("mean", [24.0, 7.3])
+def test_exact_costs_never_exceed_those_that_were_planned_with(mean: float) -> None:
     rng = np.random.default_rng(3)
     for trial in range(200):
         config = LLAMA if trial % 2 else BERT
         job = job_of(config, seed=trial, classes=None if trial % 2 else 4, applied=bool(trial % 3))
+        job = dataclasses.replace(job, mean=mean)
         machine = dataclasses.replace(MACHINE, memory_bytes=10**9)
         costs = Costs(job, machine, 100)
         bits = ("full", "int8", "nf4", "nf4dq")[trial % 4]
@@ -307,6 +309,25 @@ def test_the_best_weights_are_covered_where_that_is_asked_for() -> None:
         assert plan.predicted.peak_bytes <= tiny.memory_bytes
     with pytest.raises(RequestError, match="cover fewer weights"):
         plan_fleet(job, {"a": (tiny, 50)}, 60.0, cover=len(job.weights))
+
+
+def test_a_machine_on_which_only_exact_costs_fit_keeps_its_plan_where_weights_are_covered() -> None:
+    """The other machine covers the best weights; the fleet does not fail for the small one."""
+    job = job_of(BERT, classes=4)
+    large = (dataclasses.replace(MACHINE, memory_bytes=10**9, flops_per_s=1e12), 100)
+    for memory in range(60_000_000, 63_000_000, 20_000):
+        small = dataclasses.replace(MACHINE, memory_bytes=memory)
+        costs = Costs(job, small, 50)
+        alone = search(job, small, 50, 600.0)
+        sacks = [sack for setting in settings(costs) if (sack := knapsack(costs, setting, 600.0)) is not None]
+        if isinstance(alone, Plan) and not any(any(filled(*sack)) for sack in sacks):
+            break
+    else:
+        raise AssertionError("no machine of this kind")
+    fleet = plan_fleet(job, {"large": large, "small": (small, 50)}, 600.0, cover=2)
+    assert fleet.plans["small"] == alone and alone.ranks
+    best = {job.weights[m].name for m in job.by_score[:2]}
+    assert best <= set(fleet.plans["large"].ranks)
 
 
 def test_one_configuration_for_all_is_what_the_weakest_can_do() -> None:

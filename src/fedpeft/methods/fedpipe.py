@@ -140,14 +140,14 @@ class FedPipe(Defaults):
     score: Literal["sensitivity", "sum_lambda", "uniform", "random"] = "sensitivity"  # importance of a weight
     beta1: float = 0.85  # momentum of the sensitivity
     beta2: float = 0.85  # momentum of its uncertainty
-    warmup_steps: int = 150  # K_w: steps that the importance is measured over
+    warmup_steps: int = 150  # K_w: steps that the importance is measured over, whatever the deadline of a round
     warmup_rank: int = 4  # r0: triplets per weight in the warm-up
     warmup_batch: int = 8  # rows per warm-up step, fewer where memory is short
     warmup_lr: float = 3e-3  # learning rate of the warm-up
     orth: float = 0.1  # weight of the orthogonality of P and Q in the warm-up
     refresh_every: int = 0  # rounds after which importance is measured and planned again; 0: once
     ranks: tuple[int, ...] = (2, 4, 8, 16)  # R; those above adapter.rank are left out
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # B: rows per step to choose from
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # B: rows per step to choose from; lr is the same for all of them
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)  # shares of the blocks below the lowest trained one
     bits: Literal["largest", "search", "full"] = "largest"  # of the base: the most that fit, any, or as it is loaded
     simulate: bool = False  # a quantised base is rounded and kept in its own type: no memory is saved, steps are faster
@@ -485,8 +485,8 @@ class FedPipe(Defaults):
         else:
             tail = lowrank.tail(old, [len(pair[1]) for pair in own], weights)
             b, a = lowrank.halves(lowrank.stack([*own, tail], [*weights, 1.0]), len(like))
-            unused = ~a.any(dim=1, keepdim=True)  # a component of two zeros has no gradient for ever
-            a = torch.where(unused, drawn_a(env.seed, stem, env.round, like).double(), a)
+        unused = ~(a.any(dim=1) | b.any(dim=0))[:, None]  # a component of two zeros has no gradient for ever
+        a = torch.where(unused, drawn_a(env.seed, stem, env.round, like).double(), a)
         return {f"{stem}.B": b.to(like.dtype), f"{stem}.A": a.to(like.dtype)}
 
     def stacked(
@@ -508,7 +508,8 @@ class FedPipe(Defaults):
     def choices(self, state: State) -> dict[str, Any]:
         """Everybody's plan, why, and what it was expected to cost; the scores; who could not take part."""
         told = state.roster.told() if state.roster.decided else {}
-        return told | ({"warning": state.warning} if state.warning else {})
+        warnings = [words for words in (state.warning, told.get("warning")) if words]
+        return {**told, "warning": "; ".join(warnings)} if warnings else told
 
 
 def suits(moments: Moments | None, params: Params) -> bool:

@@ -83,7 +83,7 @@ def plan_fleet(
     plans = {name: p for name, p in found.items() if isinstance(p, Plan)}
     excluded = {name: p for name, p in found.items() if isinstance(p, Excluded)}
     if cover and plans and not uniform:
-        plans = _covered(job, {name: machines[name] for name in plans}, seconds, cover)
+        plans |= _covered(job, {name: machines[name] for name in plans}, seconds, cover)
     return Fleet(plans, excluded, seconds, {name: examples for name, (_, examples) in machines.items()})
 
 
@@ -98,13 +98,18 @@ def _covered(job: Job, machines: Machines, deadline: float, cover: int) -> dict[
         for i, setting in enumerate(settings(costs)):
             if (sack := knapsack(costs, setting, deadline)) is None:
                 continue
-            weight = setting.used * examples / total
-            offer = milp.Offer(weight, costs.penalty(setting.bits) / max(setting.used, 1e-9), *sack)
             gain = sum(float(job.gains[m, p]) for m, p in enumerate(filled(*sack)))
+            if not gain:  # not even one weight fits
+                continue
+            weight = setting.used * examples / total
+            offer = milp.Offer(weight, costs.penalty(setting.bits) / setting.used, *sack)
             best.append((setting.used * gain - costs.penalty(setting.bits), -i, setting, offer))
         best = sorted(best, key=lambda entry: entry[:2], reverse=True)[:OFFERS]
-        chosen[name] = [(costs, setting) for _, _, setting, _ in best]
-        offers[name] = [offer for *_, offer in best]
+        if best:  # else only exact costs fit, and the machine keeps the plan that it has
+            chosen[name] = [(costs, setting) for _, _, setting, _ in best]
+            offers[name] = [offer for *_, offer in best]
+    if not offers:
+        return {}
     told = milp.covered(offers, job.by_score[:cover])
     plans = {}
     for name, (i, places) in told.items():

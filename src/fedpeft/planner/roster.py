@@ -104,7 +104,10 @@ class Roster:
         """Deadline, scores, every plan and why, who has none, as JSON can carry it."""
         counts = {c: self.machines[c].examples for c in self.plans}
         trained = {name for plan in self.plans.values() for name in plan.ranks}
+        few = "; ".join(f"{client} {no.reason}" for client, no in list(sorted(self.excluded.items()))[:3])
+        out = f"{len(self.excluded)} of {len(self.machines)} machines cannot join: {few}" if self.excluded else ""
         return {
+            **({"warning": out} if out else {}),
             "deadline_s": self.deadline_s,
             "under_training": under_training(self.plans, counts),
             "weight_scores": dict(self.job.scores),

@@ -27,6 +27,7 @@ from fedpeft.planner.plan import Excluded, Job, Plan, Predicted
 
 USED = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1)  # nu: shares of the examples that a setting may aim at
 FIRST = 4  # weights that must fit at the least rank for a format to be taken
+TIE = 0.01  # of the best value: what is less better does not count against a larger batch or more bits
 SLACK = 1e-12  # of a budget, for what rounding takes from it
 BYTES_PER_NUMBER = 4  # float32 on the wire
 
@@ -52,6 +53,7 @@ class Costs:
     def __init__(self, job: Job, machine: Profile, examples: int) -> None:
         self.job, self.machine, self.examples = job, machine, examples
         self.usable = ((1 - job.choices.headroom) * machine.memory_bytes - machine.context_bytes) / machine.peak_ratio
+        self.room = (1 - job.choices.headroom) * machine.memory_bytes  # with context and the machine's ratio
         self._most = {w.name: job.ranks[-1] for w in job.weights} if job.choices.applied else {}
         self._bases: dict[tuple[str, int, int, bool], tuple[float, float]] = {}
         self.ranks = np.array([0, *job.ranks], dtype=np.float64)
@@ -136,12 +138,21 @@ class Costs:
             inputs = np.array([w.d_in for w in job.weights])[:, None] + self.ranks[None, :]
             memory = memory + DTYPE_BYTES[job.dtype] * tokens * inputs * (self.ranks > 0)
         passes = 2.0 if job.choices.applied else 6.0 + 2.0 * setting.checkpointing  # a frozen adapter has the rest
-        flops = passes * setting.batch * job.mean * numbers
+        flops = passes * setting.batch * math.ceil(job.mean) * numbers
         seconds = self.steps(setting.batch, setting.used) * flops / self.machine.flops_per_s
         seconds = seconds + BYTES_PER_NUMBER * numbers / self.machine.up_bytes_per_s
         below = np.array([w.block < setting.depth for w in job.weights])
         memory[below, 1:] = seconds[below, 1:] = np.inf
         return memory, seconds
+
+    def bound(self, setting: Setting, ranks: Mapping[str, int]) -> tuple[float, float]:
+        """(bytes, seconds of a round) that these ranks are counted with in a setting: bounds from above."""
+        places = [self.job.ranks.index(ranks[w.name]) + 1 if w.name in ranks else 0 for w in self.job.weights]
+        (own_bytes, own_s), (memory, seconds) = self.base(setting), self.items(setting)
+        turn = self.messages({}) + self.steps(setting.batch, setting.used) * own_s
+        every = range(len(places))
+        more = sum(float(memory[m, places[m]]) for m in every)
+        return own_bytes + more, turn + sum(float(seconds[m, places[m]]) for m in every)
 
     def penalty(self, bits: str) -> float:
         """What a quantised base costs in the objective, where bits are searched for."""
@@ -185,7 +196,7 @@ def search(job: Job, machine: Profile, examples: int, deadline: float, fill: Fil
         if not ranks:
             continue
         value = setting.used * job.coverage(ranks) - penalty
-        if best is None or value > best[0] + 1e-12:
+        if best is None or value > best[0] + TIE * abs(best[0]):
             best = value, setting, ranks
     if best is None:  # only at exact costs does anything fit
         return priced(costs, least.setting, _first(job, 1), deadline)
@@ -257,10 +268,10 @@ def _formats(costs: Costs) -> list[str]:
     known = [f for f in FORMATS if f in costs.machine.formats and (choices.bits != "full" or f == "full")]
     if choices.bits == "search":
         return known
-    batch, depth = min(_batches(costs)), min(_depths(job))
+    batch, depth, few = min(_batches(costs)), min(_depths(job)), _first(job, FIRST)
     for bits in known:
         for recompute in sorted(choices.checkpointing):
-            if costs.bytes(Setting(bits, batch, depth, recompute), _first(job, FIRST)) <= costs.usable:
+            if costs.bound(Setting(bits, batch, depth, recompute), few)[0] <= costs.usable:
                 return [bits]
     return known[::-1]
 
@@ -424,8 +435,10 @@ def _excluded(costs: Costs, least: _Least | None, deadline: float) -> Excluded:
         return Excluded(f"it can keep the base in none of the formats wanted ({costs.job.choices.bits})", 0, 0.0)
     needed = round(least.bytes)
     if needed > costs.usable:
-        cheapest = f"{gigabytes(needed)} at {least.setting.bits}, batch {least.setting.batch}"
-        return Excluded(f"needs {cheapest}; {gigabytes(costs.usable)} usable", needed, least.seconds)
+        machine = costs.machine
+        told = gigabytes(needed * machine.peak_ratio + machine.context_bytes)
+        cheapest = f"{told} at {least.setting.bits}, batch {least.setting.batch}"
+        return Excluded(f"needs {cheapest}; {gigabytes(costs.room)} usable", needed, least.seconds)
     words = f"one step with its messages takes {least.seconds:.3g} s; the round has {deadline:.3g} s"
     return Excluded(words, needed, least.seconds)
 
@@ -433,29 +446,30 @@ def _excluded(costs: Costs, least: _Least | None, deadline: float) -> Excluded:
 def _why(
     costs: Costs, setting: Setting, ranks: Mapping[str, int], deadline: float, predicted: Predicted
 ) -> Iterator[str]:
-    """Which limit binds, and what the next larger batch, rank and bits would need."""
-    usable = gigabytes(costs.usable)
+    """Which limit binds, and what the next larger batch, rank and bits would be counted with."""
+
+    def counted(other: Setting, more: Mapping[str, int]) -> str:
+        """Memory and time of an alternative, and which of the two it exceeds."""
+        needed, seconds = costs.bound(other, more)
+        over = [name for name, much in (("memory", needed > costs.usable), ("time", seconds > deadline)) if much]
+        told = gigabytes(needed * costs.machine.peak_ratio + costs.machine.context_bytes)
+        verdict = f"{' and '.join(over)} bind{'s' if len(over) == 1 else ''}" if over else "no gain"
+        return f"up to {told} of {gigabytes(costs.room)}, {seconds:.3g} s of {deadline:.3g} ({verdict})"
+
     if predicted.under_training > 1e-9:
         full = costs.steps(setting.batch)
         longer = costs.messages(ranks) + full * predicted.step_s
         yield f"time binds: all {full} steps would take {longer:.3g} s of {deadline:.3g}"
     above = [f for f in FORMATS if f in costs.machine.formats and FORMATS.index(f) < FORMATS.index(setting.bits)]
-    if above:
-        needed = costs.bytes(replace(setting, bits=above[-1]), ranks)
-        yield f"{setting.bits}: {above[-1]} would need {gigabytes(needed)} of {usable}"
+    if above and costs.job.choices.bits != "full":
+        yield f"{setting.bits}: {above[-1]} counts {counted(replace(setting, bits=above[-1]), ranks)}"
     if larger := [b for b in _batches(costs) if b > setting.batch]:
-        wider = replace(setting, batch=larger[-1])
-        needed, seconds = costs.bytes(wider, ranks), costs.seconds(wider, ranks) * costs.steps(wider.batch)
-        yield f"batch {wider.batch} would need {gigabytes(needed)} of {usable}, {seconds:.3g} s for all examples"
+        yield f"batch {larger[-1]} counts {counted(replace(setting, batch=larger[-1]), ranks)}"
     if upgrade := _next_rank(costs, ranks):
-        more = {**ranks, **upgrade}
-        (name, rank), step_s = next(iter(upgrade.items())), costs.seconds(setting, more)
-        needed = costs.bytes(setting, more)
-        bound = "memory" if needed > costs.usable else "time"
-        yield (
-            f"next rank: {name} at {rank} would need {gigabytes(needed)} of {usable} and {step_s:.3g} s a step"
-            f" ({bound} binds)"
-        )
+        name, rank = next(iter(upgrade.items()))
+        block = next(w.block for w in costs.job.weights if w.name == name)
+        deeper = replace(setting, depth=min(setting.depth, block))
+        yield f"next rank: {name} at {rank} counts {counted(deeper, {**ranks, **upgrade})}"
     else:
         yield "every candidate has the largest rank"
 
