@@ -100,7 +100,7 @@ def test_no_more_weights_are_covered_than_there_are() -> None:
     assert plans["a"].ranks.keys() == {w.name for w in EVERY}
 
 
-# --- who comes late -----------------------------------------------------------------------------------------------------
+# --- who comes late -----------------------------------------------------------------------------------------------
 
 
 def test_a_deadline_is_kept_for_who_comes_late_and_found_again_for_all() -> None:
