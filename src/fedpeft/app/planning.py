@@ -92,7 +92,8 @@ def plan(
         classes: of a classifier; None: a language model.
         dtype: of the base as it is loaded; None: the configuration's own, else float32.
         cover: how many of the best weights somebody must train.
-        loop: with `fix`, whose training loop memory is predicted for; "plain": one that keeps adapters in float32 beside autograd.
+        loop: with `fix`, whose training loop memory is predicted for; "plain": one that keeps adapters in float32
+            beside autograd.
 
     Raises:
         RequestError: whatever cannot be met, with what to change.
@@ -139,9 +140,7 @@ def plan(
     return facts | _told(job, machines, fleet, deadline)
 
 
-def _check(
-    tokens: int, deadline: float | None, classes: int | None, cover: int, loop: Loop, fix: str | None
-) -> None:
+def _check(tokens: int, deadline: float | None, classes: int | None, cover: int, loop: Loop, fix: str | None) -> None:
     """Raise RequestError for a number that cannot be, and for what goes with --fix alone."""
     if tokens < 1:
         raise RequestError(f"--seq is {tokens}; give the tokens of a row, at least 1")

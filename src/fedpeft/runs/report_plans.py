@@ -24,7 +24,8 @@ def plans(told: Mapping[str, Any]) -> str:
     share, length = share_text(float(told.get("under_training") or 0.0)), float(told.get("deadline_s") or 0.0)
     words = (
         f"<p>{count_text(len(chosen), 'machine')} took part, planned for a round of {seconds_text(length)}; {share} of "
-        f"the examples of the machines that take part were left out of a round for want of time. {_untrained(told.get('untrained') or ())}</p>"
+        f"the examples of the machines that take part were left out of a round for want of time. "
+        f"{_untrained(told.get('untrained') or ())}</p>"
     )
     if told.get("warning"):
         words += f"<p>{escape(str(told['warning']))}.</p>"
