@@ -7,13 +7,16 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fedpeft.app import planning, profiling
-from fedpeft.core.errors import ConfigError, ModelError, RequestError
+from fedpeft.core.errors import ConfigError, DataError, ModelError, RequestError
+from fedpeft.data.instructions import read_prompts
+from fedpeft.data.load import Source
 from fedpeft.planner.device import DEFAULT, as_device, load_devices, load_machines
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -55,6 +58,56 @@ def test_scores_decide_what_is_trained(tmp_path: Path) -> None:
     assert planning.plan(LLAMA, MACHINES, 512, scores=run)["plans"] == told["plans"]
 
 
+def test_weights_without_a_score_are_told_and_blocks_that_are_not_there_refused(tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"block.31.value": 3.0, "block.30.down": 1.0}))  # down is no candidate
+    told = planning.plan(LLAMA, MACHINES, 512, scores=scores, kinds=("v",))
+    assert told["candidates"] == 32 and told["unscored"] == [f"block.{i}.value" for i in range(31)]
+    assert planning.plan(LLAMA, MACHINES, 512)["unscored"] == []
+    scores.write_text(json.dumps({"block.31.value": 3.0, "block.32.value": 1.0}))
+    with pytest.raises(RequestError, match=r"names 'block\.32\.value', and the model has 32 blocks"):
+        planning.plan(LLAMA, MACHINES, 512, scores=scores)
+    for content in (["block.0.value"], {"block.0.value": float("inf")}):
+        scores.write_text(json.dumps(content))
+        with pytest.raises(RequestError, match=r"holds no scores|has no score above 0"):
+            planning.plan(LLAMA, MACHINES, 512, scores=scores)
+
+
+def test_memory_and_time_are_calibrated_apart(tmp_path: Path) -> None:
+    path = tmp_path / "devices.toml"
+    path.write_text(
+        '[[device]]\nname = "memory"\npeak_ratio = 1.1\nexamples = 5\n'
+        '[[device]]\nname = "time"\nstep_overhead_s = 0.01\nexamples = 5\n'
+    )
+    told = planning.plan("demo", path, 32, classes=6)
+    assert told["uncalibrated"] == {"memory": ["time"], "time": ["memory"]}
+    assert told["deadline_from"] == planning.DEFAULT_DEADLINE
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 512}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "gpt2", "n_positions": 1024}, 1024),
+        ({"model_type": "bert"}, None),
+    ],
+)
+def test_how_many_tokens_a_model_was_made_for(tmp_path: Path, config: dict[str, Any], most: int | None) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 100}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**sizes, **config}))
+    assert planning.plan(str(path), MACHINES, 32)["most_tokens"] == most
+
+
+def test_predictions_say_which_columns_they_need() -> None:
+    task = SimpleNamespace(text="instruction", text_pair="context", response="response")
+    with pytest.raises(DataError) as caught:
+        read_prompts(task, Source("new.jsonl", [{"question": "why?"}]))  # type: ignore[arg-type]
+    assert "has no column 'instruction' (task.text)" in str(caught.value)
+    assert "a column 'context' is optional; it has: question" in str(caught.value)
+
+
 def test_the_embedded_models_are_planned_from_their_configurations() -> None:
     told = planning.plan("demo", MACHINES, 32, classes=6, kinds=("all",))
     assert {plan["bits"] for name, plan in told["plans"].items() if name != "phone"} == {"full"}
@@ -71,6 +124,13 @@ def test_the_embedded_models_are_planned_from_their_configurations() -> None:
         ({"scores": Path(LLAMA)}, RequestError, "has no score above 0"),
         ({"scores": Path("nowhere.json")}, RequestError, "holds no scores"),
         ({"dtype": "int8"}, RequestError, "use float32 or bfloat16"),
+        ({"deadline": 0.0}, RequestError, "--deadline is 0; .* above 0"),
+        ({"deadline": float("nan")}, RequestError, "--deadline is nan; .* finite"),
+        ({"deadline": float("inf")}, RequestError, "--deadline is inf; .* finite"),
+        ({"classes": 1}, RequestError, "--classes is 1; give at least 2"),
+        ({"cover": 129}, RequestError, "--cover is 129, and there are 128 candidate weights"),
+        ({"cover": -1}, RequestError, "--cover is -1; .* at least 0"),
+        ({"loop": "plain"}, RequestError, "--loop plain is for --fix"),
         ({"deadline": 0.001}, None, ""),
     ],
 )
@@ -109,7 +169,9 @@ def test_mistakes_in_devices_files_are_told_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_machines(path)
     told = str(caught.value)
-    assert "has no name" in told and "memory_bytes" in told and "formats" in told and "examples of a" in told
+    assert (
+        "has no name" in told and "device.a.memory_gb is -1" in told and "formats" in told and "examples of a" in told
+    )
     path.write_text('[[device]]\nname = "a"\n')
     with pytest.raises(ConfigError, match="says no examples"):
         load_machines(path)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from fedpeft.core.errors import ConfigError, RequestError
-from fedpeft.planner.device import DEFAULT, Profile, load_devices, lost
+from fedpeft.planner.device import DEFAULT, Profile, as_device, load_devices, load_machines, lost
 
 CLIENTS = [f"client-{i:03d}" for i in range(10)]
 
@@ -101,6 +101,50 @@ def test_missing_file_wrong_toml_and_no_profile(tmp_path):
         load_devices(devices(tmp_path, "profile = = 3"), CLIENTS)
     with pytest.raises(ConfigError, match="defines no profile"):
         load_devices(devices(tmp_path, ""), CLIENTS)
+
+
+def test_problems_of_devices_are_told_in_the_units_of_their_file(tmp_path):
+    text = """
+[[device]]
+name = "box"
+memory = 2
+tflop = 1
+example = 3
+tflops = -1
+up_mbps = "fast"
+context_gb = 0.1
+context_bytes = 5
+memory_gb = 2
+memory_bytes = 2_000_000_000
+[profile.phone]
+memory_gb = 2
+"""
+    with pytest.raises(ConfigError) as caught:
+        load_devices(devices(tmp_path, text + "[clients]\nassign = {box = 1.0}\n"), CLIENTS)
+    said = str(caught.value)
+    for part in (
+        "device.box.'memory' is unknown; did you mean 'memory_gb'?",
+        "device.box.'tflop' is unknown; did you mean 'tflops'?",
+        "device.box.'example' is unknown; did you mean 'examples'?",
+        "device.box.tflops is -1; give a number above 0",
+        "device.box.up_mbps is 'fast'; give a finite number",
+        "device.box.memory_gb stands beside memory_bytes",
+        "device.box.context_gb stands beside context_bytes",
+        "profile.phone.'memory_gb' is unknown; did you mean 'memory_bytes'?",
+    ):
+        assert part in said, part
+    assert len(caught.value.problems) == 8
+
+
+def test_a_measured_file_gets_into_a_run_by_a_table_of_clients(tmp_path):
+    mine = Profile("mine", flops_per_s=2e12, memory_bytes=4_000_000_000, peak_ratio=1.25, step_overhead_s=0.5)
+    text = as_device(mine, 9)
+    assert "# bandwidth unknown: 10 Mbit/s up, 50 down are assumed\n" in text and "# tflops are of the shape" in text
+    path = devices(tmp_path, text + "[clients]\nassign = {mine = 1.0}\n")
+    assert load_machines(path) == {"mine": (mine, 9)}
+    assert set(load_devices(path, CLIENTS).values()) == {mine}
+    known = as_device(Profile("known", up_bytes_per_s=1e6))
+    assert "bandwidth" not in known and "# tflops" not in known
 
 
 def test_lost_follows_the_availability_and_the_place():

@@ -35,7 +35,15 @@ def test_the_table_says_what_and_why_and_escapes_names() -> None:
     page = plans(TOLD)
     assert "a<b>" not in page and "a &lt; b" in page and "nf4, checkpointing" in page
     assert "2 machines took part, planned for a round of 0.60 s; 12.5 %" in page
+    assert "12.5 % of the examples of the machines that take part were left out" in page
     assert "Nobody trains block.2.key." in page and "needs 5 GB; 1 GB usable" in page
+
+
+def test_why_stands_before_what_is_trained_and_both_wrap() -> None:
+    page = plans(TOLD)
+    assert page.index(">why</th>") < page.index(">trains</th>")
+    assert re.search(r'<div style="white-space: normal;[^>]*>query 0 r8</div>', page)
+    assert re.search(r'<details style="white-space: normal;[^>]*><summary>why', page)
 
 
 def test_nothing_planned_gives_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from fedpeft.planner.search import Costs
 ATTENTION = ("query", "key", "value", "output")
 SHORT = {"q": "query", "k": "key", "v": "value", "o": "output"}
 FIXED = ("batch", "rank", "kinds", "bits", "checkpointing")
+DEFAULT_DEADLINE = (
+    "the median machine's time for all its examples with one weight at the least rank in the largest batch that fits"
+)
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -82,18 +86,19 @@ def plan(
         model: see `read_config`.
         devices: a devices file whose machines say how many examples they hold.
         tokens: of a row.
-        deadline: seconds of a round; None: the median machine's time for all its examples.
+        deadline: seconds of a round; None: `DEFAULT_DEADLINE`.
         scores: of the weights: the folder of a fedpipe run, or a JSON file (score by weight); None: all alike.
         fix: one configuration that is priced instead, such as "batch=4,rank=8,kinds=q+v,bits=nf4dq".
         classes: of a classifier; None: a language model.
         dtype: of the base as it is loaded; None: the configuration's own, else float32.
-        loop: whose training loop memory is predicted for; "plain": one that keeps adapters in float32 beside autograd.
+        cover: how many of the best weights somebody must train.
+        loop: with `fix`, whose training loop memory is predicted for; "plain": one that keeps adapters in float32
+            beside autograd.
 
     Raises:
         RequestError: whatever cannot be met, with what to change.
     """
-    if tokens < 1:
-        raise RequestError(f"--seq is {tokens}; give the tokens of a row, at least 1")
+    _check(tokens, deadline, classes, cover, loop, fix)
     config = read_config(model)
     machines = load_machines(devices)
     shape = shape_of(config, lm_head=classes is None)
@@ -103,11 +108,15 @@ def plan(
     fixed = _fixed(fix) if fix else {}
     chosen = fixed.get("kinds", tuple(kinds))
     every = weights(shape, _known(chosen, shape))
-    found = None if scores is None else _scores(scores, {w.name for w in every})
+    if cover > len(every):
+        raise RequestError(f"--cover is {cover}, and there are {len(every)} candidate weights; give at most that many")
+    found = None if scores is None else _scores(scores, {w.name for w in every}, shape.layers)
     job = Job(
         shape,
         every,
-        found or dict.fromkeys((w.name for w in every), 1 / len(every)),
+        dict.fromkeys((w.name for w in every), 1 / len(every))
+        if found is None
+        else {w.name: found.get(w.name, 0.0) for w in every},
         longest=tokens,
         mean=float(tokens),
         classes=classes,
@@ -119,13 +128,41 @@ def plan(
         "model": model,
         "parameters": parameters(shape).total,
         "tokens": tokens,
+        "most_tokens": _longest(config, shape),
         "dtype": job.dtype,
         "scores": "all alike" if found is None else str(scores),
+        "candidates": len(every),
+        "unscored": [] if found is None else [w.name for w in every if w.name not in found],
     }
     if fixed:
         return facts | {"fixed": _priced(job, machines, fixed, loop)}
     fleet = plan_fleet(job, machines, deadline, search, cover)
     return facts | _told(job, machines, fleet, deadline)
+
+
+def _check(tokens: int, deadline: float | None, classes: int | None, cover: int, loop: Loop, fix: str | None) -> None:
+    """Raise RequestError for a number that cannot be, and for what goes with --fix alone."""
+    if tokens < 1:
+        raise RequestError(f"--seq is {tokens}; give the tokens of a row, at least 1")
+    if deadline is not None and not 0 < deadline < math.inf:
+        raise RequestError(f"--deadline is {deadline:g}; give the seconds of a round, a finite number above 0")
+    if classes is not None and classes < 2:
+        raise RequestError(f"--classes is {classes}; give at least 2, or leave it out for a language model")
+    if cover < 0:
+        raise RequestError(f"--cover is {cover}; give how many weights somebody must train, at least 0")
+    if loop != "ours" and not fix:
+        raise RequestError(
+            f"--loop {loop} is for --fix, which prices one configuration; plans are for the loop of fedpeft. "
+            "Add --fix or leave --loop out"
+        )
+
+
+def _longest(config: Mapping[str, Any], shape: Shape) -> int | None:
+    """How many tokens the model was made for; None where its configuration says nothing of it."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions is None or shape.family != "roberta":
+        return positions
+    return int(positions) - int(config.get("pad_token_id", 1)) - 1  # it counts positions from the padding's id on
 
 
 def _told(
@@ -135,16 +172,17 @@ def _told(
     usable = {name: Costs(job, *own).usable for name, own in machines.items()}
     return {
         "deadline_s": fleet.deadline_s,
-        "deadline_from": "given" if deadline is not None else "the median machine's time for all its examples",
+        "deadline_from": "given" if deadline is not None else DEFAULT_DEADLINE,
         "under_training": fleet.under_training if fleet.plans else None,
         "plans": {
             name: as_plain(p, fleet.examples[name]) | {"usable_bytes": usable[name]} for name, p in fleet.plans.items()
         },
         "excluded": {name: vars(no) | {"usable_bytes": usable[name]} for name, no in fleet.excluded.items()},
         "untrained": [w.name for w in job.weights if w.name not in trained],
-        "uncalibrated": [
-            name for name, (profile, _) in machines.items() if profile.peak_ratio == 1 and not profile.step_overhead_s
-        ],
+        "uncalibrated": {
+            "memory": [name for name, (profile, _) in machines.items() if profile.peak_ratio == 1],
+            "time": [name for name, (profile, _) in machines.items() if not profile.step_overhead_s],
+        },
     }
 
 
@@ -216,21 +254,34 @@ def _known(kinds: Sequence[str], shape: Shape) -> tuple[str, ...]:
     return names
 
 
-def _scores(path: Path, names: set[str]) -> dict[str, float]:
-    """Scores of the weights, summing to 1, from a fedpipe run or a file."""
+def _scores(path: Path, names: set[str], layers: int) -> dict[str, float]:
+    """Scores of those weights that have one, summing to 1, from a fedpipe run or a file."""
     file = path / "manifest.json" if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found: Mapping[str, Any] = content["choices"]["weight_scores"] if path.is_dir() else content
+        if not isinstance(found, Mapping):
+            raise TypeError("it has no names")
         scores = {name: float(found[name]) for name in names if name in found}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RequestError(
             f"--scores {path} holds no scores of weights ({error}); give a fedpipe run, or a JSON file such as "
             '{"block.0.query": 0.1, ..}'
         ) from error
+    if beyond := [name for name in found if _block(name) >= layers]:
+        raise RequestError(
+            f"--scores {path} names {max(beyond, key=_block)!r}, and the model has {layers} blocks, from 0; give the "
+            "scores of this model"
+        )
     total = sum(scores.values())
-    if not scores or min(scores.values()) < 0 or not total > 0:
+    if not scores or min(scores.values()) < 0 or not 0 < total < math.inf:
         raise RequestError(
             f"--scores {path} has no score above 0 for the weights of this model, such as {min(names)!r}"
         )
-    return {name: scores.get(name, 0.0) / total for name in names}
+    return {name: score / total for name, score in scores.items()}
+
+
+def _block(name: str) -> int:
+    """The block of a weight's name; -1 where it names none."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "block" and len(parts) > 1 and parts[1].isdecimal() else -1

@@ -17,17 +17,28 @@ def plan(
     devices: Annotated[Path, typer.Option(metavar="FILE.toml", help="The machines, with the examples that they hold.")],
     seq: Annotated[int, typer.Option(metavar="N", help="Tokens of a row.")],
     deadline: Annotated[
-        float | None, typer.Option(help="Seconds of a round; default: the median machine's for all its examples.")
+        float | None,
+        typer.Option(
+            help="Seconds of a round; default: the median machine's time for all its examples with one weight at the "
+            "least rank in the largest batch that fits."
+        ),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(metavar="RUN|FILE", help="Importance of the weights; default: all alike.")
+        Path | None,
+        typer.Option(
+            metavar="RUN|FILE", help="Importance of the weights (those without one count 0); default: all alike."
+        ),
     ] = None,
     fix: Annotated[
         str | None,
-        typer.Option(metavar="K=V,..", help="Price one configuration: batch=4,rank=8,kinds=q+v,bits=nf4dq."),
+        typer.Option(
+            metavar="K=V,..",
+            help="Price one configuration: batch=4,rank=8,kinds=q+v,bits=nf4dq,checkpointing=yes. What is left out is "
+            "batch=8, rank=8, kinds as in --kinds, bits=full, checkpointing=no.",
+        ),
     ] = None,
-    kinds: Annotated[str, typer.Option(help="Candidates, joined by +, or all.")] = "q+k+v+o",
-    classes: Annotated[int | None, typer.Option(help="Of a classifier; default: a language model.")] = None,
+    kinds: Annotated[str, typer.Option(help="Candidates, joined by + or commas, or all.")] = "q+k+v+o",
+    classes: Annotated[int | None, typer.Option(help="Of a classifier, at least 2; default: a language model.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the base as it is loaded; default: the configuration's.")
     ] = None,
@@ -59,7 +70,7 @@ def plan(
         deadline=deadline,
         scores=scores,
         fix=fix,
-        kinds=kinds.split("+"),
+        kinds=[kind.strip() for kind in kinds.replace(",", "+").split("+")],
         classes=classes,
         dtype=dtype,
         search="milp" if search == "milp" else "greedy",

@@ -22,6 +22,7 @@ def print_plan(told: Mapping[str, Any], json: bool) -> None:
 
 def _plans(told: Mapping[str, Any]) -> Iterator[str]:
     yield f"{told['model']}: {count_text(told['parameters'], 'parameter')}, rows of {told['tokens']} tokens"
+    yield from _too_long(told)
     rows = []
     for name, plan in told["plans"].items():
         p = plan["predicted"]
@@ -61,7 +62,8 @@ def _plans(told: Mapping[str, Any]) -> Iterator[str]:
 def _together(told: Mapping[str, Any]) -> Iterator[str]:
     yield f"deadline of a round: {seconds_text(told['deadline_s'])} ({told['deadline_from']})"
     if told["under_training"] is not None:
-        yield f"under-training: {share_text(told['under_training'])} of the examples are not used in a round"
+        share = share_text(told["under_training"])
+        yield f"under-training: {share} of the examples of the machines that take part are not used in a round"
     if told["untrained"]:
         blocks: dict[str, list[int]] = {}
         for name in told["untrained"]:
@@ -70,8 +72,18 @@ def _together(told: Mapping[str, Any]) -> Iterator[str]:
         yield "nobody trains: " + "; ".join(f"{kind} {spans(own)}" for kind, own in blocks.items())
     if told["scores"] == "all alike":
         yield "importance: all weights count alike; give --scores to plan with measured ones"
-    if told["uncalibrated"]:
-        yield f"not calibrated: {', '.join(told['uncalibrated'])} (memory and time are formulas; see fedpeft profile)"
+    if told["unscored"]:
+        yield f"importance: {len(told['unscored'])} of {told['candidates']} weights have no score and count 0"
+    for what, key in (("memory", "peak_ratio"), ("time", "step_overhead_s")):
+        if names := told["uncalibrated"][what]:
+            yield f"{what} not calibrated, a formula alone: {', '.join(names)} (no {key}; see fedpeft profile)"
+
+
+def _too_long(told: Mapping[str, Any]) -> Iterator[str]:
+    """Where rows are longer than what the model was made for."""
+    if told["most_tokens"] and told["tokens"] > told["most_tokens"]:
+        most = told["most_tokens"]
+        yield f"--seq {told['tokens']} exceeds the model's {most} positions (max_position_embeddings)"
 
 
 def _fixed(told: Mapping[str, Any]) -> Iterator[str]:
@@ -81,6 +93,7 @@ def _fixed(told: Mapping[str, Any]) -> Iterator[str]:
         f"{fixed['bits']}, rows of {told['tokens']} tokens"
     )
     parts = [f"{key} {bytes_text(value)}" for key, value in fixed["memory"].items() if value]
+    yield from _too_long(told)
     yield f"memory ({fixed['loop']} loop): {', '.join(parts)}"
     yield f"one step: {flops_text(fixed['flops'])}"
     yield ""

@@ -71,7 +71,11 @@ def read_prompts(task: Task, source: Source) -> Table:
         DataError: the column of the instructions is not there.
     """
     if task.text not in source.columns:
-        raise DataError(f"{source.where} has no column {task.text!r}; it has: {', '.join(source.columns)}")
+        optional = f", and a column {task.text_pair!r} is optional" if task.text_pair else ""
+        raise DataError(
+            f"{source.where} has no column {task.text!r} (task.text), which the instructions are in{optional}; "
+            f"it has: {', '.join(source.columns)}"
+        )
     context = task.text_pair if task.text_pair in source.columns else None
     table = _table(source, np.zeros(len(source.rows), dtype=np.int64), task.text, context, None)
     return replace(table, responses=("",) * len(table))

@@ -32,6 +32,8 @@ What `fedpeft profile` writes and `fedpeft plan` reads are profiles too, in larg
     up_mbps = 40
     down_mbps = 100
     examples = 4000             # that it holds; `fedpeft plan` needs it
+
+A run takes them as well, once [clients] says who has which.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,7 @@ DEVICE_KEYS: Mapping[str, tuple[str, float]] = {  # of [[device]]: the profile's
 }
 DEFAULT = Profile()
 _KEYS = tuple(f.name for f in dataclasses.fields(Profile) if f.name != "name")
+_OF_DEVICE = {*DEVICE_KEYS, *(set(_KEYS) - {own for own, _ in DEVICE_KEYS.values()}), "examples"}  # as suggested
 
 
 def load_devices(path: Path, clients: Sequence[ClientId], seed: int = 0) -> dict[ClientId, Profile]:
@@ -143,13 +146,15 @@ def _content(path: Path) -> dict[str, Any]:
 def _every(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[str, tuple[Profile, int]]:
     """Profiles of both kinds of table, and the examples of those that say them."""
     tables = dict(content.get("profile") or {}) if isinstance(content.get("profile", {}), dict) else content["profile"]
+    devices = set[str]()
     for i, table in enumerate(content.get("device", ())):
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
             problems.append(f'{path}: the {i + 1}. [[device]] has no name; add name = ".."')
             continue
         if table["name"] in tables:
             problems.append(f"{path}: two machines are called {table['name']!r}; give each a name of its own")
-        tables[table["name"]] = {DEVICE_KEYS.get(k, (k, 1))[0]: _scaled(k, v) for k, v in table.items() if k != "name"}
+        tables[table["name"]] = {key: value for key, value in table.items() if key != "name"}
+        devices.add(table["name"])
     examples = {}
     for name, table in tables.items() if isinstance(tables, dict) else ():
         count = table.pop("examples", 0) if isinstance(table, dict) else 0
@@ -157,16 +162,17 @@ def _every(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[
             problems.append(f"{path}: examples of {name} is {count!r}; give a whole number of at least 1")
         else:
             examples[name] = count
-    profiles = _profiles(tables, path, problems)
+    profiles = _profiles(tables, devices, path, problems)
     return {name: (profile, examples.get(name, 0)) for name, profile in profiles.items()}
 
 
 def _scaled(key: str, value: Any) -> Any:
-    unit = DEVICE_KEYS.get(key, ("", 1))[1]
-    return value * unit if unit != 1 and isinstance(value, int | float) and not isinstance(value, bool) else value
+    unit = DEVICE_KEYS[key][1]
+    return value * unit if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _profiles(tables: Any, path: Path, problems: list[str]) -> dict[str, Profile]:
+def _profiles(tables: Any, devices: Collection[str], path: Path, problems: list[str]) -> dict[str, Profile]:
+    """Profiles by name; those of `devices` may be in larger units."""
     if not isinstance(tables, dict) or not tables:
         problems.append(f"{path} defines no profile; add a table such as [profile.phone]")
         return {}
@@ -176,17 +182,24 @@ def _profiles(tables: Any, path: Path, problems: list[str]) -> dict[str, Profile
         if not isinstance(table, dict):
             problems.append(f"{path}: profile.{name} is {table!r}; write a table [profile.{name}]")
             continue
+        where = f"{path}: {'device' if name in devices else 'profile'}.{name}."
+        larger = DEVICE_KEYS if name in devices else {}
+        problems += [
+            f"{where}{key} stands beside {own}, which is the same in other units; use one of the two"
+            for key, (own, _) in larger.items()
+            if key in table and own in table
+        ]
         values: dict[str, Any] = {}
-        for key, value in table.items():
-            where = f"{path}: profile.{name}.{key}"
-            if key not in _KEYS:
-                problems.append(_unknown(f"{path}: profile.{name}.", key, _KEYS))
-            elif problem := _bad_value(key, value):
-                problems.append(f"{where} is {value!r}; {problem}")
-            elif key == "formats":
-                values[key] = tuple(f for f in FORMATS if f in value)
+        for key, told in table.items():
+            own, value = larger[key][0] if key in larger else key, _scaled(key, told) if key in larger else told
+            if own not in _KEYS:
+                problems.append(_unknown(where, key, _OF_DEVICE if name in devices else _KEYS))
+            elif problem := _bad_value(own, value):
+                problems.append(f"{where}{key} is {told!r}; {problem}")
+            elif own == "formats":
+                values[own] = tuple(f for f in FORMATS if f in value)
             else:
-                values[key] = int(value) if key in _WHOLE else float(value)
+                values[own] = int(value) if own in _WHOLE else float(value)
         found[name] = dataclasses.replace(found[name], **values)
     return found
 
@@ -283,8 +296,13 @@ def _unknown(where: str, key: str, known: Iterable[str]) -> str:
 
 
 def as_device(profile: Profile, examples: int | None = None) -> str:
-    """The profile as a [[device]] table; what is as in `DEFAULT` and not measured here is left out."""
+    """The profile as a [[device]] table; what is as in `DEFAULT` and not measured here is left out, or a comment."""
     lines = ["[[device]]", f'name = "{profile.name}"']
+    if profile.flops_per_s != DEFAULT.flops_per_s:
+        lines.append("# tflops are of the shape that was measured: without --model a small one, which is indicative")
+    if (profile.up_bytes_per_s, profile.down_bytes_per_s) == (DEFAULT.up_bytes_per_s, DEFAULT.down_bytes_per_s):
+        up, down = (8e-6 * own for own in (DEFAULT.up_bytes_per_s, DEFAULT.down_bytes_per_s))
+        lines.append(f"# bandwidth unknown: {up:g} Mbit/s up, {down:g} down are assumed")
     for key, (own, unit) in DEVICE_KEYS.items():
         if getattr(profile, own) != getattr(DEFAULT, own):
             lines.append(f"{key} = {getattr(profile, own) / unit:.6g}")

@@ -10,7 +10,9 @@ from fedpeft.runs.report_sections import table
 from fedpeft.runs.units import bytes_text, count_text, seconds_text, share_text
 
 CELL, LEFT, TOP, MOST = 15.0, 96.0, 46.0, 40  # of the picture: a cell, margins, and machines that it shows
-HEAD = ["machine", "bits", "batch", "steps", "peak", "step", "round", "up", "left out", "coverage", "trains", "why"]
+HEAD = ["machine", "bits", "batch", "steps", "peak", "step", "round", "up", "left out", "coverage", "why", "trains"]
+
+WRAPPED = 'style="white-space: normal; min-width: 11em"'  # cells of a table keep to one line otherwise
 
 
 def plans(told: Mapping[str, Any]) -> str:
@@ -22,13 +24,14 @@ def plans(told: Mapping[str, Any]) -> str:
     share, length = share_text(float(told.get("under_training") or 0.0)), float(told.get("deadline_s") or 0.0)
     words = (
         f"<p>{count_text(len(chosen), 'machine')} took part, planned for a round of {seconds_text(length)}; {share} of "
-        f"the examples were left out of a round for want of time. {_untrained(told.get('untrained') or ())}</p>"
+        f"the examples of the machines that take part were left out of a round for want of time. "
+        f"{_untrained(told.get('untrained') or ())}</p>"
     )
     if told.get("warning"):
         words += f"<p>{escape(str(told['warning']))}.</p>"
     picture = ranks(chosen, told.get("weight_scores") or {})
     rows = [_row(name, own) for name, own in chosen.items()]
-    inner = words + picture + (table(HEAD, rows, words="machine,bits,trains,why") if rows else "")
+    inner = words + picture + (table(HEAD, rows, words="machine,bits,why,trains") if rows else "")
     if excluded:
         out = [[escape(name), escape(str(reason))] for name, reason in excluded.items()]
         inner += f"<h3>Could not join</h3>{table(['machine', 'why'], out, words='machine,why')}"
@@ -49,8 +52,8 @@ def _row(name: str, plan: Mapping[str, Any]) -> list[str]:
         bytes_text(p["up_bytes"]),
         share_text(p["under_training"]),
         f"{p['coverage']:.2f}",
-        escape(plan["weights"]),
-        f"<details><summary>why</summary><ul>{why}</ul></details>",
+        f"<details {WRAPPED}><summary>why</summary><ul>{why}</ul></details>",
+        f"<div {WRAPPED}>{escape(plan['weights'])}</div>",
     ]
 
 
