@@ -33,7 +33,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="K=V,..",
-            help="Price one configuration: batch=4,rank=8,kinds=q+v,bits=nf4dq,checkpointing=yes. What is left out is "
+            help="Price one configuration: batch=4,rank=8,kinds=q+v,bits=nf4dq or with checkpointing=yes; defaults: "
             "batch=8, rank=8, kinds as in --kinds, bits=full, checkpointing=no.",
         ),
     ] = None,
