@@ -170,12 +170,13 @@ def _told(
 ) -> dict[str, Any]:
     trained = {name for p in fleet.plans.values() for name in p.ranks}
     usable = {name: Costs(job, *own).usable for name, own in machines.items()}
+    room = {name: Costs(job, *own).room for name, own in machines.items()}
     return {
         "deadline_s": fleet.deadline_s,
         "deadline_from": "given" if deadline is not None else DEFAULT_DEADLINE,
         "under_training": fleet.under_training if fleet.plans else None,
         "plans": {
-            name: as_plain(p, fleet.examples[name]) | {"usable_bytes": usable[name]} for name, p in fleet.plans.items()
+            name: as_plain(p, fleet.examples[name]) | {"usable_bytes": room[name]} for name, p in fleet.plans.items()
         },
         "excluded": {name: vars(no) | {"usable_bytes": usable[name]} for name, no in fleet.excluded.items()},
         "untrained": [w.name for w in job.weights if w.name not in trained],
@@ -208,7 +209,7 @@ def _priced(
         costs = Costs(replace(job, choices=replace(job.choices, applied=False)), profile, examples)
         steps, seconds = costs.steps(batch), profile.step_overhead_s + flops / profile.flops_per_s
         told["machines"][name] = {
-            "usable_bytes": costs.usable,
+            "usable_bytes": costs.room,
             "peak_bytes": round(memory.peak * profile.peak_ratio) + profile.context_bytes,
             "fits": memory.peak <= costs.usable,
             "step_s": seconds,
