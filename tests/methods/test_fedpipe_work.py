@@ -31,11 +31,11 @@ def method(**values: Any) -> FedPipe:
 
 def client(round: int = 1, name: str = "c0", rows: int = 5, resources: Profile | None = None) -> ClientEnv:
     data = toy.points(*np.random.default_rng(2).standard_normal((rows, 6)).tolist())
-    return ClientEnv(name, toy.ToyModel(**MODEL), {"train": data}, 3, 4, round, resources=resources)
+    return ClientEnv(name, toy.ToyModel(**MODEL), {"train": data}, 3, 4, round, resources=resources)  # type: ignore[arg-type]
 
 
 def server() -> ServerEnv:
-    return ServerEnv(toy.ToyModel(**MODEL), ("c0", "c1"), 3, 4, 1, "train")
+    return ServerEnv(toy.ToyModel(**MODEL), ("c0", "c1"), 3, 4, 1, "train")  # type: ignore[arg-type]
 
 
 def planned(own: FedPipe, ranks: Mapping[str, int], clients: int = 1, rows: int = 5, **plan: Any) -> State:
