@@ -17,8 +17,9 @@ from fedpeft.core.exchange import ClientEnv, ServerEnv
 from fedpeft.core.fit import SGD, AdamW, Fit, Fitted, Moments
 from fedpeft.core.method import stream_batches
 from fedpeft.maths.sensitivity import Orthonormal
-from fedpeft.methods.fedpipe import FedPipe, Memory, Report, Scores, State, Trained, Warmup
+from fedpeft.methods.fedpipe import FedPipe, Memory, Scores, State, Trained, Warmup
 from fedpeft.planner.device import DEFAULT, Profile
+from fedpeft.planner.roster import Report
 
 MODEL: dict[str, Any] = {"width": 6, "dtype": "float64", "blocks": 2, "rank": 4}
 FIRST, SECOND = "block.0.w", "block.1.w"
