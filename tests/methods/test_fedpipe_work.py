@@ -17,8 +17,9 @@ from fedpeft.core.exchange import ClientEnv, ServerEnv
 from fedpeft.core.fit import SGD, AdamW, Fit, Fitted, Moments
 from fedpeft.core.method import stream_batches
 from fedpeft.maths.sensitivity import Orthonormal
-from fedpeft.methods.fedpipe import FedPipe, Memory, Report, Scores, State, Trained, Warmup
+from fedpeft.methods.fedpipe import FedPipe, Memory, Scores, State, Trained, Warmup
 from fedpeft.planner.device import DEFAULT, Profile
+from fedpeft.planner.roster import Report
 
 MODEL: dict[str, Any] = {"width": 6, "dtype": "float64", "blocks": 2, "rank": 4}
 FIRST, SECOND = "block.0.w", "block.1.w"
@@ -31,11 +32,11 @@ def method(**values: Any) -> FedPipe:
 
 def client(round: int = 1, name: str = "c0", rows: int = 5, resources: Profile | None = None) -> ClientEnv:
     data = toy.points(*np.random.default_rng(2).standard_normal((rows, 6)).tolist())
-    return ClientEnv(name, toy.ToyModel(**MODEL), {"train": data}, 3, 4, round, resources=resources)
+    return ClientEnv(name, toy.ToyModel(**MODEL), {"train": data}, 3, 4, round, resources=resources)  # type: ignore[arg-type]
 
 
 def server() -> ServerEnv:
-    return ServerEnv(toy.ToyModel(**MODEL), ("c0", "c1"), 3, 4, 1, "train")
+    return ServerEnv(toy.ToyModel(**MODEL), ("c0", "c1"), 3, 4, 1, "train")  # type: ignore[arg-type]
 
 
 def planned(own: FedPipe, ranks: Mapping[str, int], clients: int = 1, rows: int = 5, **plan: Any) -> State:

@@ -156,3 +156,41 @@ def test_fewer_examples_are_used_where_time_for_all_leaves_none_for_any_weight(s
     plan = search(job, machine, 1000, costs.messages({}) + share * whole)
     assert isinstance(plan, Plan) and dict(plan.ranks) == {QUERY.name: 3, VALUE.name: 3}
     assert 1 - plan.predicted.under_training >= used
+
+
+@pytest.mark.parametrize(
+    ("kappa", "bits", "ranks"), [(0.5, "nf4", {QUERY.name: 3, VALUE.name: 1}), (0.9, "full", {QUERY.name: 3})]
+)
+def test_what_was_reached_is_compared_and_not_what_might_have_been(
+    kappa: float, bits: str, ranks: dict[str, int]
+) -> None:
+    """As it is, memory ends at c = .875; with four bits time ends at c = .9375, and 1 would have been in reach.
+
+    Less .0919 kappa these are .8916 and .8548.
+    """
+    choices = Choices(
+        ranks=(1, 3), batches=(4,), depths=(0.0,), checkpointing=(False,), bits="search", penalty=kappa, headroom=0.0
+    )
+    job = dataclasses.replace(JOB, choices=choices, scores={QUERY.name: 0.875, VALUE.name: 0.125})
+    setting, spacious = Setting("full", 4, 0, False), Costs(job, Profile(), 100)
+    own_bytes, own_s = spacious.base(setting)
+    memory, seconds = spacious.items(setting)
+    machine = Profile(memory_bytes=int(own_bytes + memory[0, 2] + memory[1, 1] / 2), formats=("full", "nf4"))
+    time = seconds[0, 2] + (seconds[1, 1] + seconds[1, 2]) / 2
+    plan = search(job, machine, 100, spacious.messages({}) + spacious.steps(4) * own_s + time)
+    assert isinstance(plan, Plan) and (plan.bits, dict(plan.ranks)) == (bits, ranks)
+
+
+def test_examples_are_given_up_only_for_more_coverage_than_they_are_worth() -> None:
+    """All examples leave time for c = .875; nine tenths for c = .9375, which makes .844, though .9 is in reach."""
+    choices = Choices(ranks=(1, 3), batches=(1,), depths=(0.0,), checkpointing=(False,), bits="full")
+    job = dataclasses.replace(JOB, choices=choices, scores={QUERY.name: 0.875, VALUE.name: 0.125})
+    setting, machine = Setting("full", 1, 0, False), Profile(flops_per_s=1e9)
+    own_s = Costs(job, machine, 100).base(setting)[1]
+    machine = dataclasses.replace(machine, up_bytes_per_s=384 / (10 * own_s))  # VALUE's rank 1 takes as long as a tenth
+    costs = Costs(job, machine, 100)
+    _, seconds = costs.items(setting)
+    deadline = costs.messages({}) + 100 * own_s + seconds[0, 2] + seconds[1, 1] / 2
+    plan = search(job, machine, 100, deadline)
+    assert isinstance(plan, Plan) and dict(plan.ranks) == {QUERY.name: 3}
+    assert plan.predicted.under_training == pytest.approx(0)

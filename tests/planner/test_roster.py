@@ -55,7 +55,7 @@ def cramped(count: float) -> Profile:
 def test_memory_is_for_the_longest_row_and_time_for_the_mean_row_of_those_who_have_rows() -> None:
     """(30 * 4 + 10 * 12) / 40 = 6."""
     reports = {"a": Report(MACHINE, 30, 7, 4.0), "b": Report(MACHINE, 10, 20, 12.0), "c": Report(MACHINE, 0, 99, 50.0)}
-    job = roster_of(**reports).whole_job
+    job = roster_of(None, **reports).whole_job
     assert (job.longest, job.mean) == (20, 6.0)
     assert (roster_of().whole_job.longest, roster_of(c=reports["c"]).whole_job.longest) == (1, 1)
 
