@@ -24,6 +24,10 @@ GAP = 1e-6  # relative distance to the optimum at which the solver stops
 
 def filled(gains: Floats, memory: Floats, seconds: Floats, room: float, time: float) -> list[int]:
     """A place per weight: max sum of gains, memory and seconds within their budgets; see `search.filled`."""
+    all_of_it = np.where(np.isfinite(memory[:, -1] + seconds[:, -1]), gains.shape[1] - 1, 0)
+    every = np.arange(len(gains))
+    if memory[every, all_of_it].sum() <= room and seconds[every, all_of_it].sum() <= time:
+        return [int(place) for place in all_of_it]  # everything fits: nothing to solve
     offer = Offer(1.0, 0.0, gains, memory, seconds, room, time)
     return covered({"": [offer]}, ())[""][1]
 
