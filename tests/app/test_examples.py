@@ -46,14 +46,21 @@ def test_every_study_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     base = study.get("base", {})
     if isinstance(base, str):
         base = yaml.safe_load((path.parent / base).read_text())
-    base["model"] = {"name": "demo"}  # a minute for all studies; what they compare is the same
+    if all(task.get("format") != "generate" for task in study.get("tasks", ())):
+        base["model"] = {"name": "demo"}  # a minute for all studies; what they compare is the same
     base["run"] = {**base.get("run", {}), "rounds": 1, "evaluate_every": 1}
+    if "devices" in base["run"]:
+        base["run"]["devices"] = str(path.parent / base["run"]["devices"])
     base["method"] = {**{k: v for k, v in base.get("method", {}).items() if k != "name"}, "cohort": 2}
     study |= {"base": base, "seeds": [0], "grid": {key: values[:1] for key, values in study.get("grid", {}).items()}}
     if study.get("tasks"):
         study["tasks"] = [{**task, "limit": 300} for task in study["tasks"][:1]]
+        if study["tasks"][0].get("format") == "generate":
+            study["tasks"][0] |= {"limit": 60, "generate_rows": 2, "generate_tokens": 8}
     for method in study["methods"]:
         if method["name"] == "fedpeptao":
             method |= SHORT
+        if method["name"] == "fedpipe":
+            method |= {"warmup_steps": 2, "batches": [8]}
     found = app.compare(study, out=tmp_path / "study")
     assert not found.failures and len(found.table) == len(study["methods"])
