@@ -13,8 +13,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LLAMA, MACHINES = str(EXAMPLES / "llama2-7b.json"), EXAMPLES / "machines.toml"
 
 
-def test_plan_on_the_command_line() -> None:
-    done = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512")
+def test_plan_on_the_command_line(tmp_path: Path) -> None:
+    kept = tmp_path / "plan.json"
+    done = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512", "--out", str(kept))
+    assert set(json.loads(kept.read_text())["plans"]) >= {"phone", "data centre"}
     assert done.exit_code == 0, done.output
     assert "consumer GPU" in done.stdout and "time binds" in done.stdout and "under-training" in done.stdout
     told = call("plan", "--model", LLAMA, "--devices", str(MACHINES), "--seq", "512", "--search", "milp", "--json")

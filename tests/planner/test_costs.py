@@ -10,7 +10,8 @@ from fedpeft.planner.cost import Step, Weight, shape_of, step_flops
 from fedpeft.planner.device import Profile
 from fedpeft.planner.memory import WEIGHT_ERROR, base_bytes, peak_memory
 from fedpeft.planner.plan import Choices, Job, Plan
-from fedpeft.planner.search import Costs, Setting, priced, search
+from fedpeft.planner.prices import Costs, Setting
+from fedpeft.planner.search import priced, search
 
 SHAPE = shape_of(
     {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,

@@ -14,8 +14,8 @@ from fedpeft.planner import milp
 from fedpeft.planner.cost import shape_of, weights
 from fedpeft.planner.device import DEFAULT, Profile
 from fedpeft.planner.plan import Choices, Job
+from fedpeft.planner.prices import Costs, Setting
 from fedpeft.planner.roster import FAILURES, MORE_MEMORY, Demands, Report, Roster
-from fedpeft.planner.search import Costs, Setting
 
 SHAPE = shape_of(
     {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,

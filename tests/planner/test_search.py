@@ -15,7 +15,8 @@ from fedpeft.planner.cost import shape_of, weights
 from fedpeft.planner.device import DEFAULT, Profile
 from fedpeft.planner.fleet import plan_fleet, scores_of
 from fedpeft.planner.plan import Choices, Excluded, Job, Plan, Predicted, ranks_text, spans, under_training
-from fedpeft.planner.search import Costs, Setting, default_deadline, filled, knapsack, search, settings, warm_up_room
+from fedpeft.planner.prices import Costs, Setting
+from fedpeft.planner.search import default_deadline, filled, knapsack, search, settings, warm_up_room
 
 LLAMA = {
     "model_type": "llama",

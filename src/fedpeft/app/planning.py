@@ -15,7 +15,7 @@ from fedpeft.planner.device import FORMATS, Profile, load_machines
 from fedpeft.planner.fleet import Fleet, Search, plan_fleet
 from fedpeft.planner.memory import Loop, parameters, peak_memory
 from fedpeft.planner.plan import Choices, Job, as_plain
-from fedpeft.planner.search import Costs
+from fedpeft.planner.prices import Costs
 
 ATTENTION = ("query", "key", "value", "output")
 SHORT = {"q": "query", "k": "key", "v": "value", "o": "output"}

@@ -48,6 +48,9 @@ def plan(
     search: Annotated[str, typer.Option(help="greedy | milp.")] = "greedy",
     cover: Annotated[int, typer.Option(help="How many of the best weights somebody must train.")] = 0,
     loop: Annotated[str, typer.Option(help="With --fix: ours | plain, whose training loop.")] = "ours",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Where the plan is kept, as --json has it.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Plan who trains what: weights, ranks, batch and bits for unequal machines, within their memory and a deadline."""
@@ -78,7 +81,7 @@ def plan(
         choices=Choices(ranks=_numbers("--ranks", ranks), batches=_numbers("--batches", batches), bits=bits),
         loop="plain" if loop == "plain" else "ours",
     )
-    render_plan.print_plan(told, json)
+    render_plan.print_plan(told, json, out)
     if not told.get("fixed") and not told["plans"]:
         raise typer.Exit(2)
 

@@ -15,8 +15,10 @@ from fedpeft.runs.units import bytes_text, count_text, flops_text, seconds_text,
 HEAD = ("machine", "bits", "batch", "steps", "peak", "of", "step", "round", "up", "down", "left out", "coverage")
 
 
-def print_plan(told: Mapping[str, Any], json: bool) -> None:
-    """A table of the machines, then why, then what all of them together leave out."""
+def print_plan(told: Mapping[str, Any], json: bool, out: Path | None = None) -> None:
+    """A table of the machines, then why, then what all of them together leave out; in a file the JSON."""
+    if out is not None:
+        out.write_text(as_json(told) + "\n", encoding="utf-8")
     typer.echo(as_json(told) if json else "\n".join(_fixed(told) if "fixed" in told else _plans(told)))
 
 

@@ -18,6 +18,8 @@ then ranks and batch within each machine's resources; quantisation; aggregation;
 the score of a matrix, the value of a rank, the objective and its search, the costs, the deadline, the aggregation and
 every default. Components that a machine does not train act on it, frozen (`tail`): where they are cut off, machines
 undo what they cannot carry. A warm-up step is a Fit of its own, whose gradient is taken from Adam's first moment.
+Of two settings less than 1 % apart the planner takes the one with more bits and the larger batch. Importance is
+measured on every machine, whatever the deadline of a round.
 
 Traffic per client and round: down = head at first, head and the weights ever trained later; up = head and the weights \
 of its plan
@@ -48,8 +50,9 @@ from fedpeft.planner.cost import Weight, shape_of
 from fedpeft.planner.device import DEFAULT, Profile, check_profile
 from fedpeft.planner.fleet import Search, scores_of
 from fedpeft.planner.plan import Choices, Job
+from fedpeft.planner.prices import Costs
 from fedpeft.planner.roster import Demands, Report, Roster, check_report
-from fedpeft.planner.search import Costs, warm_up_room
+from fedpeft.planner.search import warm_up_room
 
 Aggregation = Literal["svd_product", "factor_partial", "zero_pad", "stack_exact"]
 

@@ -16,17 +16,8 @@ from fedpeft.core.errors import RequestError
 from fedpeft.planner import milp
 from fedpeft.planner.device import FORMATS, Profile
 from fedpeft.planner.plan import Excluded, Job, Plan, under_training
-from fedpeft.planner.search import (
-    Costs,
-    Setting,
-    default_deadline,
-    filled,
-    knapsack,
-    priced,
-    search,
-    settings,
-    whole_turns,
-)
+from fedpeft.planner.prices import Costs, Setting
+from fedpeft.planner.search import default_deadline, filled, knapsack, priced, search, settings, whole_turns
 
 Machines: TypeAlias = Mapping[str, tuple[Profile, int]]  # profile, and how many examples it holds
 Search: TypeAlias = Literal["greedy", "milp"]
