@@ -22,6 +22,7 @@ RUNS = {
     "rounds": f"{TINY} --repeats 2",
     "difficulty": f"{TINY} --repeats 2",
     "quantize": f"{TINY} --repeats 2",
+    "shares": f"{TINY} --rounds 2 --methods fedavg fibecfed fedalt",
 }
 
 
@@ -156,3 +157,12 @@ def test_quantised_bases_are_smaller_and_checkpointing_changes_nothing(tmp_path)
     assert result["ratio"].keys() == {"int8", "nf4", "nf4dq", "full, checkpointing"}
     assert result["change"]["full, checkpointing"] == 0 < result["change"]["int8"] < result["change"]["nf4"]
     assert result["kept_bytes"]["full, checkpointing"] < result["kept_bytes"]["full"]
+
+
+def test_shares_of_a_round_add_up(tmp_path):
+    result = measured("shares", tmp_path)
+    assert result.keys() == {"fedavg", "fibecfed", "fedalt"}
+    for each in result.values():
+        parts = [each[f"{part}_share"] for part in ("forward", "backward", "optimizer", "overhead")]
+        assert sum(parts) == pytest.approx(1) and min(parts) > 0
+        assert each["samples_per_s"] * each["seconds"] == pytest.approx(round(each["samples_per_s"] * each["seconds"]))
