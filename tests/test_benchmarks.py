@@ -22,6 +22,7 @@ RUNS = {
     "rounds": f"{TINY} --repeats 2",
     "difficulty": f"{TINY} --repeats 2",
     "quantize": f"{TINY} --repeats 2",
+    "merged": "--model tiny --length 8 --batch 2 --repeats 2",
     "shares": f"{TINY} --rounds 2 --methods fedavg fibecfed fedalt",
 }
 
@@ -166,3 +167,12 @@ def test_shares_of_a_round_add_up(tmp_path):
         parts = [each[f"{part}_share"] for part in ("forward", "backward", "optimizer", "overhead")]
         assert sum(parts) == pytest.approx(1) and min(parts) > 0
         assert each["samples_per_s"] * each["seconds"] == pytest.approx(round(each["samples_per_s"] * each["seconds"]))
+
+
+def test_a_merged_model_is_the_base_in_size_and_the_adapter_in_what_it_says(tmp_path):
+    result = measured("merged", tmp_path)
+    assert result["parameters"]["merged"] == result["parameters"]["base"]
+    assert result["largest_difference"] < 1e-4 * result["largest_logit"] and result["ratio"].keys() == {
+        "merged",
+        "adapter",
+    }
