@@ -247,7 +247,7 @@ class ProxySection(Section):
 
     large: Annotated[str, Field(min_length=1)] | None = None
     """The large model: a name, folder or hub id as in `model.name`, loaded at the server; or an address,
-    `http://` (`fedpeft serve --logits`), `vllm+http://` or `llamacpp+http://`. Null: none; it can be named when the run is used."""
+    `http://` (`fedpeft serve --logits`), `vllm+http://` or `llamacpp+http://`. Null: none; one can be named later."""
 
     public: str | None = None
     """Texts that the server may show the large model, to distil it into the small one in every round (fedpt): a file

@@ -88,7 +88,7 @@ class Model(Protocol):
 
             share tau^2 KL(teacher^(1/tau) || student^(1/tau)) + (1 - share) cross-entropy of the rows' own answers,
 
-        the first a mean over the positions of the step, the second over those with an answer's token.
+        the mean over the positions of a step; the second term is 0 where a row has no answer.
         """
         ...
 

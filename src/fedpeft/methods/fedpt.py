@@ -8,21 +8,21 @@ Paper to code
 
 | paper | here |
 |---|---|
-| the small model that is broadcast | `State.params`, an adapter of the frozen small model; the base lies at every client |
+| the small model that is broadcast | `State.params`, an adapter of the frozen base that every client has |
 | 1: broadcast to a random subset of the devices | `send` to `cohort` clients |
 | 2: local fine-tuning, several epochs | `train`: `epochs`, `batch_size`, `lr`; loss on the response's tokens alone |
 | 3: aggregation | `average`: A and B each a mean, by `weights` (n_k: *ours*) |
-| 4: the proxy-tuned large model, z_L + alpha (z_T - z_B) | the teacher that `distilled` gets of `Held`; B is never the last round's T |
-| 5: its distillation into the small model | `distilled`: `temperature` tau, `share` lambda, `distil_epochs`, `distil_lr` (form: *ours*) |
+| 4: the proxy-tuned large model, z_L + alpha (z_T - z_B) | the teacher in `distilled`; B is the pre-trained model |
+| 5: its distillation into the small model | `distilled`: `temperature`, `share`, `distil_epochs`, `distil_lr` (*ours*) |
 | what is served | `result`: the aggregate before distillation, unless `serve: post` |
 
 The large model appears in decoding alone (`fedpeft generate`, `fedpeft serve`) and in steps 4 and 5, which need texts
-that the server holds (`proxy.public`); without them, or with `distil: false`, this is federated LoRA of the small model.
-Clients never see the large model, nor the server their texts.
+that the server holds (`proxy.public`); without them, or with `distil: false`, this is federated LoRA of the small
+model. Clients never see the large model, nor the server their texts.
 
 Departures: the aggregate before distillation is served, since a distilled T already has part of L and z_T - z_B would
-count it twice. alpha is chosen on validation texts of the server in every round that distils, never a constant. A client
-whose base has another hash than the server's answers with an error and counts as lost.
+count it twice. alpha is chosen on validation texts of the server in every round that distils, never a constant.
+A client whose base has another hash than the server's answers with an error and counts as lost.
 
 Traffic per client and round: down = params; up = params
 """

@@ -1,13 +1,12 @@
 """Distillation over the vocabulary: a student learns what a teacher would say at every position of a text's answer.
 
-Of one step, over its n positions of which m have a token y of an answer, with t the teacher's and s the student's
-logits and p(z, tau) = softmax(z / tau):
+Of one step, the mean over its positions, with t the teacher's and s the student's logits, p(z, tau) = softmax(z / tau):
 
-    loss = share tau^2 / n sum KL(p(t, tau) || p(s, tau)) + (1 - share) / m sum -log p(s, 1)[y]
+    loss = share tau^2 KL(p(t, tau) || p(s, tau)) + (1 - share) (-log p(s, 1)[y])
 
-(Hinton et al. 2015, arXiv 1503.02531, with tau^2 so that gradients keep their size.) A teacher that knows only some
-tokens is compared with the student among those, both renormalised. A row without an answer counts at its last position,
-and has no y. The gradients go through the training loop that every Fit goes through (`core/train.py`).
+(Hinton et al. 2015, arXiv 1503.02531, with tau^2 so that gradients keep their size.) The teacher of a few candidates is
+renormalised over them; the student of more tokens than the teacher's vocabulary over that. A row without an answer counts at its last position,
+where there is no y and the second term is 0. The gradients go through the loop of every Fit (`core/train.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from fedpeft.core.exchange import Target, Teacher
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params
+from fedpeft.maths import logits
 from fedpeft.models.readouts import Item, Seen, wide
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def token_logits(model: HFModel, params: Params | None, data: Examples, rows: Se
     with torch.no_grad():
         for part in model.parts(items):
             with model.seen(model.base, stack, [items[i] for i in part], 0) as seen:
-                logits = _logits(lm, seen).float().cpu()
+                said = _logits(lm, seen).float().cpu()
             spans = [range(int(places[i]), int(places[i + 1])) for i in part]
-            found[[place for span in spans for place in span]] = logits
+            found[[place for span in spans for place in span]] = said
     return found
 
 
@@ -119,39 +119,30 @@ class _Lesson:
         """Part by part, so that no more logits are there than a part has positions."""
         data, (own,) = cast(Examples, stack.fits[0].data), rows
         items = [Item(0, data, row, 0) for row in own]
-        counts = positions(data)[list(own)]
-        answered = int((answers(data, own) >= 0).sum())
-        losses = []
+        n, losses = int(positions(data)[list(own)].sum()), []
         for part in self.model.parts(items):
             members = [items[i] for i in part]
             target = self.teach([item.row for item in members])  # before the student acts on the base
             said = answers(data, [item.row for item in members]).to(self.device)
             with self.model.seen(self.model.base.at(stack.fits[0].base), stack, members, step) as seen:
-                loss = self._loss(_logits(self.lm, seen), target, said, int(counts.sum()), answered)
+                loss = self._loss(_logits(self.lm, seen), target, said) / n
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         return torch.stack(losses).sum()[None]
 
-    def _loss(self, student: Tensor, target: Target, said: Tensor, n: int, m: int) -> Tensor:
-        teacher = target.logits.to(student)
-        own = _among(student, target.ids, teacher.shape[1])
-        log_p, log_q = (F.log_softmax(z / self.temperature, dim=1) for z in (teacher, own))
-        p = log_p.exp()
-        apart = torch.where(p > 0, p * (log_p - log_q), 0.0)
-        loss = self.share * self.temperature**2 * apart.sum() / n
-        if self.share < 1 and m:
-            plain = F.cross_entropy(student, said, ignore_index=-1, reduction="sum")
-            loss = loss + (1 - self.share) * plain / m
+    def _loss(self, student: Tensor, target: Target, said: Tensor) -> Tensor:
+        """The sum over positions."""
+        teacher = logits.teacher(target.logits.to(student), self.temperature)
+        ids = None if target.ids is None else target.ids.to(student.device)
+        among = student if ids is not None else student[:, : teacher.shape[1]]
+        loss = self.share * logits.divergence(teacher, among, self.temperature, ids).sum()
+        if self.share < 1:
+            loss = loss + (1 - self.share) * F.cross_entropy(student, said, ignore_index=-1, reduction="sum")
         return loss
 
     def cost(self, fit: Fit) -> tuple[int, int, int]:
         """As of a Fit: the student's passes."""
         return self.model.cost(fit)
-
-
-def _among(logits: Tensor, ids: Tensor | None, n: int) -> Tensor:
-    """The student's logits of the tokens that the teacher knows."""
-    return logits[:, :n] if ids is None else logits.gather(1, ids.to(logits.device))
 
 
 def _logits(lm: LmHead, seen: Seen) -> Tensor:
