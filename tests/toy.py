@@ -110,6 +110,7 @@ class ToyModel:
     """
 
     device = torch.device("cpu")
+    sha256 = "toy"
 
     def __init__(
         self,
