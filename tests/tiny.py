@@ -22,7 +22,7 @@ from fedpeft.models.load import Base, freeze
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-FAMILIES = ("bert", "roberta", "gpt2", "llama")
+FAMILIES = ("bert", "roberta", "gpt2", "llama", "opt")
 VOCABULARY, WIDTH, BLOCKS = 60, 32, 3
 CPU = torch.device("cpu")
 
@@ -38,6 +38,9 @@ def config(family: str) -> Any:
     elif family == "llama":
         own = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2}
         own |= {"intermediate_size": 48}
+    elif family == "opt":
+        own = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+        own |= {"ffn_dim": 48, "dropout": 0.0, "pad_token_id": 1, "eos_token_id": 2, "activation_function": "gelu"}
     elif family == "distilbert":
         own = {"dim": WIDTH, "n_layers": BLOCKS, "n_heads": 4, "hidden_dim": 48}
     else:  # gpt_neox

@@ -35,7 +35,7 @@ def test_sizes_follow_the_family() -> None:
 
 
 def test_decoders_are_known() -> None:
-    decoders = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma"}
+    decoders = {"gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma"}
     assert {family for family in FAMILIES if is_decoder(family)} == decoders
     assert not is_decoder("distilbert")
     assert tiny.model("gpt2").pooling == "last" and tiny.model("roberta").pooling == "mean"
