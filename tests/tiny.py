@@ -22,7 +22,7 @@ from fedpeft.models.load import Base, freeze
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-FAMILIES = ("bert", "roberta", "gpt2", "llama", "opt")
+FAMILIES = ("bert", "roberta", "gpt2", "llama")
 VOCABULARY, WIDTH, BLOCKS = 60, 32, 3
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from fedpeft.core.fit import SGD, Fit
 from fedpeft.models.families import FAMILIES, Slot, choose, is_decoder, linear_size, slots
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_every_linear_layer_of_the_blocks_has_a_name(family: str) -> None:
     base = tiny.base(family).module
     found = slots(base, family)

@@ -133,6 +133,8 @@ class Base:
         module = self.copy_module(DTYPES[name])
         if attention.installed(self.module):
             attention.install(module)
+        if self.family == "opt":
+            opt.keep_rows_apart(module)
         return Base(
             module,
             self.tokenizer,
