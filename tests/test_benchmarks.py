@@ -23,6 +23,7 @@ RUNS = {
     "difficulty": f"{TINY} --repeats 2",
     "quantize": f"{TINY} --repeats 2",
     "merged": "--model tiny --length 8 --batch 2 --repeats 2",
+    "gap": "--tasks code --seeds 0 --rows 3 --rounds 1 --steps 1",
     "shares": f"{TINY} --rounds 2 --methods fedavg fibecfed fedalt",
 }
 
