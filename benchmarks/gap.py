@@ -92,7 +92,9 @@ def shakespeare_task(tokenizer: Any, seed: int) -> Task:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for row in map(json.loads, lines):
             roles.setdefault(row["speaker"], []).append(row["text"])
-    clients, validation, test = {}, [], []
+    clients: dict[str, list[Row]] = {}
+    validation: list[Row] = []
+    test: list[Row] = []
     rng = np.random.default_rng((seed, 11))
     for role, texts in sorted(roles.items()):
         if len(texts) < FEWEST_SPEECHES:
