@@ -111,6 +111,7 @@ class ToyModel:
     """
 
     device = torch.device("cpu")
+    sha256 = "toy"
 
     def __init__(
         self,

@@ -17,12 +17,12 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Fisher, Perturbation, TokenNorm
+from fedpeft.core.exchange import Fisher, Perturbation, Teacher, TokenNorm
 from fedpeft.core.fit import Data, Fit, Fitted, Soften, blocks_in
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
-from fedpeft.models import probes, virtual
+from fedpeft.models import distil, probes, virtual
 from fedpeft.models.adapters import Partner, Rows, Shape, delta
 from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.kinds import build_adapter
@@ -103,6 +103,11 @@ class HFModel:
     def config(self) -> dict[str, Any]:
         """See `Base.config`."""
         return self.base.config
+
+    @property
+    def sha256(self) -> str:
+        """See `Base.sha256`."""
+        return self.base.sha256
 
     @property
     def device(self) -> torch.device:
@@ -403,6 +408,14 @@ class HFModel:
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """Sums over the rows that pool over clients by addition; their names are the task format's."""
         return self.readout.sums(self.outcomes(params, cast(Examples, data)), cast(Examples, data))
+
+    def token_logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
+        """See `distil.token_logits`."""
+        return distil.token_logits(self, params, cast(Examples, data), rows)
+
+    def distil(self, fit: Fit, teach: Teacher, temperature: float = 1.0, share: float = 1.0) -> Fitted:
+        """See `distil.distil`."""
+        return distil.distil(self, fit, teach, temperature, share)
 
     # --- probes ---
 
