@@ -321,22 +321,26 @@ def _usage(given: Mapping[str, Any], stream: bool) -> bool:
     return _flag(value, "include_usage")
 
 
-def fit(prompt_tokens: int, max_tokens: int | None, context: int, default: int) -> int:
+def fit(prompt_tokens: int, max_tokens: int | None, room: int | None, default: int) -> int:
     """How many tokens an answer may have.
 
     Args:
         max_tokens: as asked for; None: `default`, or as many as there is room for.
+        room: tokens that the models can read behind the prompt; None: no bound is known.
 
     Raises:
         Refusal: prompt and answer do not fit into the context.
     """
-    room = context - prompt_tokens
-    if (room < 1 and max_tokens != 0) or room < 0:
-        message = f"the prompt has {prompt_tokens} tokens, and the models read {context}, answer included; shorten it"
+    if room is None:
+        return default if max_tokens is None else max_tokens
+    if room < (max_tokens != 0):
+        context = f"the models read {prompt_tokens + room}, answer included"
+        message = f"the prompt has {prompt_tokens} tokens and {context}; shorten it"
         raise Refusal(message, "prompt", "context_length_exceeded")
     if max_tokens is None:
         return min(default, room)
     if max_tokens > room:
-        message = f"{prompt_tokens} tokens of the prompt and max_tokens {max_tokens} are more than the {context} that"
-        raise Refusal(f"{message} the models read; ask for at most {room}", "max_tokens", "context_length_exceeded")
+        context = f"the {prompt_tokens + room} that the models read"
+        message = f"{prompt_tokens} tokens of the prompt and max_tokens {max_tokens} are more than {context}"
+        raise Refusal(f"{message}; ask for at most {room}", "max_tokens", "context_length_exceeded")
     return max_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fedpeft.core.errors import RequestError
@@ -70,25 +70,24 @@ class View:
 
     Attributes:
         kind: `proxy`, `large` or `small`.
-        alpha: where none is asked for.
+        alpha: where none is asked for; None: nothing steers.
     """
 
     name: str
     kind: str
     trio: Trio
-    alpha: float
+    alpha: float | None
 
 
 def views_of(artefact: Artefact) -> dict[str, View]:
     """The models that can be asked, by name: the steered one, and what it is made of beside it."""
     trio, name = artefact.trio, artefact.name
-    if trio.large is None or trio.tuned is None:
+    if not trio.steered:
         kind = "small" if trio.large is None else "large"
-        return {name: View(name, kind, trio, 0.0)}
-    large = Trio(trio.large, None, None, trio.tokenizer, trio.vocab, trio.ends)
-    small = Trio(None, trio.tuned, None, trio.tokenizer, trio.vocab, trio.ends)
+        return {name: View(name, kind, trio, None)}
+    large, small = replace(trio, tuned=None, base=None), replace(trio, large=None, base=None)
     found = [View(name, "proxy", trio, artefact.alpha)]
-    found += [View(f"{name}:large", "large", large, 0.0), View(f"{name}:small", "small", small, 0.0)]
+    found += [View(f"{name}:large", "large", large, None), View(f"{name}:small", "small", small, None)]
     return {view.name: view for view in found}
 
 
@@ -133,11 +132,12 @@ class Desk:
 
     def described(self, view: View) -> dict[str, Any]:
         """A model as the list of models has it."""
-        large, most = view.trio.large, min(self.options.max_tokens, view.trio.context)
+        large, context = view.trio.large, view.trio.room(0, 0)
+        most = min(self.options.max_tokens, context or self.options.max_tokens)
         found = {"id": view.name, "object": "model", "created": self.created, "owned_by": "fedpeft", "kind": view.kind}
-        found |= {"max_context": view.trio.context, "max_tokens": most}
+        found |= {"max_context": context, "max_tokens": most}
         found |= {"large": None if large is None else large.caps.identity}
-        return found | ({"alpha": view.alpha} if view.kind == "proxy" else {})
+        return found | ({} if view.alpha is None else {"alpha": view.alpha})
 
     def observe(self, method: str, path: str, status: int) -> None:
         """Count an answer; paths that nobody serves are one."""

@@ -226,8 +226,8 @@ class Engine:
             busy = [batch.trio for batch in self._batches]
             most = self.max_batch if self._speculate else BATCHES
             first = next((t for t, _ in self._rows if sum(b is t.trio for b in busy) < most), None)
-            if first is None or free < 1:
-                return []
+            if first is None or free < (self.max_batch / 2 if busy and not self._speculate else 1):
+                return []  # a batch of the few rows that came free would cost a step as a large one does
             large = first.trio.large
             room = 1 if self._speculate else free if large is None else min(free, large.caps.max_batch)
             chosen = [place for place in self._rows if place[0].trio is first.trio][:room]

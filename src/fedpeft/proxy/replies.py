@@ -30,7 +30,7 @@ class Job:
 
     asked: Asked
     view: View
-    alpha: float
+    alpha: float | None
     prompts: Sequence[Sequence[int]]
     rows: Sequence[Row]  # prompts times n; none where nothing is to be said
 
@@ -69,7 +69,7 @@ class Reply:
         view = desk.view(asked.model)
         numbers = dict(asked.numbers)
         alpha = numbers.pop("alpha", view.alpha)
-        if alpha != view.alpha and view.kind != "proxy":
+        if view.alpha is None and alpha is not None:
             raise Refusal(f"{view.name} has no alpha; leave it out, or ask {desk.main.name}", "alpha")
         seed = numbers.pop("seed", None)
         if seed is None:
@@ -77,7 +77,7 @@ class Reply:
         prompts = [self._ids(prompt) for prompt in asked.prompts]
         rows = []
         for prompt in prompts:
-            room = fit(len(prompt), asked.max_tokens, view.trio.context, self._default())
+            room = fit(len(prompt), asked.max_tokens, view.trio.room(len(prompt), len(prompt)), self._default())
             settings = {"max_tokens": room, "stop": asked.stop, "logit_bias": asked.logit_bias, "alpha": alpha}
             settings |= {"temperature": 1.0, "logprobs": asked.logprobs or 0, **numbers}
             if room:
@@ -222,7 +222,7 @@ class _Turn:
         return Usage(sum(map(len, self.job.prompts)), self.said)
 
     def _notes(self) -> dict[str, Any]:
-        return {"alpha": self.job.alpha} if self.job.view.kind == "proxy" else {}
+        return {} if self.job.alpha is None else {"alpha": self.job.alpha}
 
 
 def _worth(part: Part) -> bool:
