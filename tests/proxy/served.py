@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedpeft.proxy.answers import Completion, Emitted
 from fedpeft.proxy.blackbox import Caps
-from fedpeft.proxy.decode import Emitted, Settings, Trio
 from fedpeft.proxy.desk import Options
 from fedpeft.proxy.engine import Engine
 from fedpeft.proxy.serving import make_app
+from fedpeft.proxy.settings import Settings
+from fedpeft.proxy.trio import Trio
 
 CAPS = Caps("large", None, 257, True, 257, True, 64, 8, True)
 
@@ -42,7 +45,8 @@ class FakeLarge:
 
 def fake_trio(large: Any = None) -> Trio:
     """Three models that a scripted decoder does not look at."""
-    return Trio(large or FakeLarge(), object(), object(), TOKENIZER, 257, frozenset({0}))  # type: ignore[arg-type]
+    small = types.SimpleNamespace(positions=64)
+    return Trio(large or FakeLarge(), small, small, TOKENIZER, 257, frozenset({0}))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -134,6 +138,10 @@ class Scripted:
         """Count a row that ended."""
         if self.left.pop(row, None) is not None:
             self.script.now -= 1
+
+    def completions(self) -> list[Completion]:
+        """Of all rows; their texts are not asked for."""
+        return [Completion((), "", "stop", (), (), s.alpha, 0.875, 0.75, False) for s in self.settings]
 
     def drop(self, row: int) -> None:
         """Go on without it."""

@@ -13,9 +13,9 @@ import pytest
 
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.blackbox import BackendError
-from fedpeft.proxy.decode import Settings, Trio
 from fedpeft.proxy.engine import Engine, News, Row
 from fedpeft.proxy.refusal import Refusal
+from fedpeft.proxy.settings import Settings
 from proxy.served import CAPS, TOKENIZER, FakeLarge, Script, fake_trio, until
 
 TRIO = fake_trio()
@@ -33,9 +33,10 @@ class Inbox:
         if isinstance(news, BaseException):
             self.error = news
             return
-        for row, each in news:
-            self.texts[row] += each.text
-            self.finishes[row] = each.finish
+        for new in news:
+            self.texts[new.row] += new.emitted.text
+            self.finishes[new.row] = new.emitted.finish
+            assert (new.done is None) == (new.emitted.finish is None)
 
     def wait(self) -> Inbox:
         until(lambda: self.error is not None or None not in self.finishes)
@@ -114,7 +115,7 @@ def test_a_short_request_does_not_wait_for_a_long_one(script, engines):
 
 def test_other_models_get_a_batch_of_their_own(script, engines):
     engine, one, two = engines(script), Inbox(), Inbox()
-    small = Trio(None, TRIO.tuned, None, TRIO.tokenizer, TRIO.vocab, TRIO.ends)
+    small = replace(TRIO, large=None, base=None)
     with held(engine):
         script.gate.clear()
         engine.submit(TRIO, [row("a")], one)
@@ -205,13 +206,6 @@ def test_other_work_is_done_between_steps_and_its_errors_are_its_own(script, eng
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 / 0).result(10)
     assert engine.call(lambda: 2).result(10) == 2
-
-
-def test_speculative_rows_are_decoded_one_to_a_batch(script, engines):
-    inbox = Inbox(3)
-    engines(script, speculate=4, max_batch=2).submit(TRIO, [row(str(i)) for i in range(3)], inbox)
-    assert inbox.wait().texts == [f"you said {i}" for i in range(3)]
-    assert [len(prompts) for _, prompts, _ in script.opened] == [1, 1, 1] and script.most == 2
 
 
 def test_stopping_takes_no_more_and_finishes_what_is_there(script, engines):

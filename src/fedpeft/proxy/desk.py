@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fedpeft.core.errors import RequestError
-from fedpeft.proxy.answers import Vocabulary
 from fedpeft.proxy.asking import Limits
-from fedpeft.proxy.decode import Trio
+from fedpeft.proxy.bodies import Vocabulary
 from fedpeft.proxy.engine import Engine
 from fedpeft.proxy.gauges import Counter, Gauge, Histogram, Measure, exposition
 from fedpeft.proxy.refusal import Refusal
+from fedpeft.proxy.trio import Trio
 
 PATHS = ("/", "/page.css", "/page.js", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)

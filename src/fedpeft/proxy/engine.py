@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fedpeft.core.errors import FedpeftError, RequestError
+from fedpeft.proxy.answers import Completion, Emitted
 from fedpeft.proxy.blackbox import BackendError
-from fedpeft.proxy.decode import Decoding, Emitted, Settings, Trio
+from fedpeft.proxy.decode import Decoding
 from fedpeft.proxy.refusal import FAILED, OVERLOADED, Refusal
+from fedpeft.proxy.settings import Settings
+from fedpeft.proxy.trio import Trio
 
 log = logging.getLogger("fedpeft.serve")
 
@@ -38,13 +41,28 @@ class Steps(Protocol):
         """Go on without a row."""
         ...
 
+    def completions(self) -> Sequence[Completion]:
+        """What was said so far, by row."""
+        ...
+
     def close(self) -> None:
         """Give everything back."""
         ...
 
 
 Open: TypeAlias = Callable[[Trio, Sequence[Sequence[int]], Sequence[Settings], int], Steps]
-News: TypeAlias = Sequence[tuple[int, Emitted]] | BaseException  # which row of the request, and what it got
+
+
+@dataclass(frozen=True)
+class New:
+    """A token for one row of a request, and the whole answer with its last token."""
+
+    row: int
+    emitted: Emitted
+    done: Completion | None
+
+
+News: TypeAlias = Sequence[New] | BaseException  # what came, or what ended the request
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ class Engine:
     Args:
         max_batch: rows that are decoded at once.
         max_queue: rows, and texts to score, that may wait.
-        speculate: tokens that the tuned small model drafts ahead; 0: none. Rows are then decoded one to a batch.
+        speculate: tokens that the tuned small model drafts ahead; 0: none.
         decoding: opens a batch; replaced in tests.
     """
 
@@ -224,12 +242,11 @@ class Engine:
         with self._changed:
             free = self.max_batch - self.running
             busy = [batch.trio for batch in self._batches]
-            most = self.max_batch if self._speculate else BATCHES
-            first = next((t for t, _ in self._rows if sum(b is t.trio for b in busy) < most), None)
-            if first is None or free < (self.max_batch / 2 if busy and not self._speculate else 1):
+            first = next((t for t, _ in self._rows if sum(b is t.trio for b in busy) < BATCHES), None)
+            if first is None or free < (self.max_batch / 2 if busy else 1):
                 return []  # a batch of the few rows that came free would cost a step as a large one does
             large = first.trio.large
-            room = 1 if self._speculate else free if large is None else min(free, large.caps.max_batch)
+            room = free if large is None else min(free, large.caps.max_batch)
             chosen = [place for place in self._rows if place[0].trio is first.trio][:room]
             taken = set(map(id, chosen))
             self._rows = deque(place for place in self._rows if id(place) not in taken)
@@ -241,12 +258,13 @@ class Engine:
         except Exception as error:
             self._fail(batch, error)
             return
-        told: dict[Ticket, list[tuple[int, Emitted]]] = {}
+        told: dict[Ticket, list[New]] = {}
         for each in emitted:
             if each.row not in batch.open:
                 continue
             ticket, i = batch.places[each.row]
-            told.setdefault(ticket, []).append((i, each))
+            done = None if each.finish is None else batch.steps.completions()[each.row]
+            told.setdefault(ticket, []).append(New(i, each, done))
             if each.finish is not None:
                 batch.open.discard(each.row)
                 ticket.open.discard(i)

@@ -57,7 +57,7 @@ def listen(
         limit_concurrency=connections, timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=int(grace_s + LAST_S),
     )  # fmt: skip
     server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  # it would raise them once more
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]  # it would raise them once more
     return asyncio.run(_serve(server, sock, stop, end, grace_s))
 
 

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft.proxy.answers import Answers, ChatAnswers, Part, Scored, Usage
+from fedpeft.proxy.answers import Completion
 from fedpeft.proxy.asking import Asked, Prompt, asked_of, fit, parse
-from fedpeft.proxy.decode import Emitted, Settings
+from fedpeft.proxy.bodies import Answers, ChatAnswers, Part, Scored, Usage
 from fedpeft.proxy.desk import Desk, View
-from fedpeft.proxy.engine import Row, Ticket
+from fedpeft.proxy.engine import New, Row, Ticket
 from fedpeft.proxy.guard import Message, Receive, Send, answer, read_body, refuse
 from fedpeft.proxy.refusal import FAILED, Refusal, refusal_of
 from fedpeft.proxy.scoring import scored
+from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.streams import EventStream, Mailbox, batches, disconnected, event
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as in OpenAI's API; a chat's answer takes what there is room for
@@ -113,6 +114,8 @@ class _Turn:
         self.stream = EventStream(send)
         self.ticket: Ticket | None = None
         self.said = 0
+        self._heard = False
+        self.completions: list[Completion] = []
 
     async def run(self, receive: Receive) -> str:
         """Answer; how it ended. A client that leaves, or waits too long, frees its rows."""
@@ -176,12 +179,19 @@ class _Turn:
         self.ticket = self.desk.engine.submit(self.job.view.trio, self.job.rows, mailbox.deliver)
         return mailbox
 
-    def _take(self, part: Part, each: Emitted) -> None:
-        if self.asked.stream and not self.said:
+    def _take(self, part: Part, new: New) -> None:
+        """Add a token to a part; the end token is counted neither as said nor shown."""
+        each = new.emitted
+        if self.asked.stream and not self._heard:
             self.desk.first.observe(time.monotonic() - self.began)
-        self.said += 1
+        self._heard = True
         part.text += each.text
         part.finish = each.finish
+        if new.done is not None:
+            self.completions.append(new.done)
+        if each.token in self.job.view.trio.ends:
+            return
+        self.said += 1
         if self.asked.logprobs is not None:
             part.tokens.append(each)
 
@@ -189,8 +199,8 @@ class _Turn:
         parts = await self._parts()
         if self.job.rows:
             async for news in batches(self._submit(), len(self.job.rows)):
-                for row, each in news:
-                    self._take(parts[row], each)
+                for new in news:
+                    self._take(parts[new.row], new)
         await answer(self.send, self.answers.whole(parts, self._usage(), self._notes()))
 
     async def _stream(self) -> None:
@@ -205,8 +215,8 @@ class _Turn:
         if mailbox is not None:
             async for news in batches(mailbox, len(self.job.rows)):
                 fresh: dict[int, Part] = {}
-                for row, each in news:
-                    self._take(fresh.setdefault(row, Part(row, offset=places[row])), each)
+                for new in news:
+                    self._take(fresh.setdefault(new.row, Part(new.row, offset=places[new.row])), new)
                 content = b"".join(event(self.answers.chunk(part)) for part in fresh.values() if _worth(part))
                 for row, part in fresh.items():
                     places[row] += sum(len(self.desk.words.text_of(each.token)) for each in part.tokens)
@@ -222,7 +232,12 @@ class _Turn:
         return Usage(sum(map(len, self.job.prompts)), self.said)
 
     def _notes(self) -> dict[str, Any]:
-        return {} if self.job.alpha is None else {"alpha": self.job.alpha}
+        """What the answers were drawn from: alpha, and how much of the large model's probability was seen."""
+        notes: dict[str, Any] = {} if self.job.alpha is None else {"alpha": self.job.alpha}
+        if done := self.completions:
+            notes |= {"exact": all(each.exact for each in done), "least_mass": min(each.least_mass for each in done)}
+            notes |= {"mass": sum(each.mass for each in done) / len(done)}
+        return notes
 
 
 def _worth(part: Part) -> bool:

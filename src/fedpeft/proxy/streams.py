@@ -7,8 +7,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fedpeft.proxy.decode import Emitted
-from fedpeft.proxy.engine import News
+from fedpeft.proxy.engine import New, News
 from fedpeft.proxy.guard import Receive, Send
 from fedpeft.proxy.refusal import Refusal
 
@@ -24,7 +23,7 @@ class Mailbox:
     def __init__(self, rows: int, stream: bool) -> None:
         self._loop = asyncio.get_running_loop()
         self._open, self._stream = rows, stream
-        self._kept: list[tuple[int, Emitted]] = []
+        self._kept: list[New] = []
         self._queue: asyncio.Queue[News] = asyncio.Queue()
 
     def deliver(self, news: News) -> None:
@@ -33,11 +32,11 @@ class Mailbox:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, news)
             return
         self._kept += news
-        self._open -= sum(each.finish is not None for _, each in news)
+        self._open -= sum(each.done is not None for each in news)
         if not self._open:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, self._kept)
 
-    async def read(self) -> Sequence[tuple[int, Emitted]]:
+    async def read(self) -> Sequence[New]:
         """The next news, and all that came since. Raises what ended the request."""
         news = await self._queue.get()
         if isinstance(news, BaseException):
@@ -87,9 +86,9 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": b""})
 
 
-async def batches(mailbox: Mailbox, rows: int) -> AsyncIterator[Sequence[tuple[int, Emitted]]]:
+async def batches(mailbox: Mailbox, rows: int) -> AsyncIterator[Sequence[New]]:
     """News until every row is finished."""
     while rows:
         news = await mailbox.read()
-        rows -= sum(each.finish is not None for _, each in news)
+        rows -= sum(each.done is not None for each in news)
         yield news
