@@ -56,6 +56,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.rounds
 	$(BIN)/python -m benchmarks.difficulty
 	$(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.shares
+	$(BIN)/python -m benchmarks.merged
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -22,6 +22,8 @@ RUNS = {
     "rounds": f"{TINY} --repeats 2",
     "difficulty": f"{TINY} --repeats 2",
     "quantize": f"{TINY} --repeats 2",
+    "merged": "--model tiny --length 8 --batch 2 --repeats 2",
+    "shares": f"{TINY} --rounds 2 --methods fedavg fibecfed fedalt",
 }
 
 
@@ -156,3 +158,21 @@ def test_quantised_bases_are_smaller_and_checkpointing_changes_nothing(tmp_path)
     assert result["ratio"].keys() == {"int8", "nf4", "nf4dq", "full, checkpointing"}
     assert result["change"]["full, checkpointing"] == 0 < result["change"]["int8"] < result["change"]["nf4"]
     assert result["kept_bytes"]["full, checkpointing"] < result["kept_bytes"]["full"]
+
+
+def test_shares_of_a_round_add_up(tmp_path):
+    result = measured("shares", tmp_path)
+    assert result.keys() == {"fedavg", "fibecfed", "fedalt"}
+    for each in result.values():
+        parts = [each[f"{part}_share"] for part in ("forward", "backward", "optimizer", "overhead")]
+        assert sum(parts) == pytest.approx(1) and min(parts) > 0
+        assert each["samples_per_s"] * each["seconds"] == pytest.approx(round(each["samples_per_s"] * each["seconds"]))
+
+
+def test_a_merged_model_is_the_base_in_size_and_the_adapter_in_what_it_says(tmp_path):
+    result = measured("merged", tmp_path)
+    assert result["parameters"]["merged"] == result["parameters"]["base"]
+    assert result["largest_difference"] < 1e-4 * result["largest_logit"] and result["ratio"].keys() == {
+        "merged",
+        "adapter",
+    }

@@ -242,7 +242,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"method": {"lr": "fast"}}, "method.lr is 'fast'; it must be a number"),
         ({"method": {"lr": -1}}, "method.lr is -1.0; it must be finite and above 0"),
         ({"privacy": {"clip": 1}}, "privacy: not in this version: clipping and noise come with the Flower engine"),
-        ({"proxy": None}, "proxy: not in this version: proxy tuning comes with the method fedpt"),
+        ({"privacy": None}, "privacy: not in this version: clipping and noise come with the Flower engine"),
         ({"task": {"template": "x"}}, "task.template belongs to the formats cloze and verbalizer, and task.format is"),
         (
             {"task": {"loss_over": "labels"}},

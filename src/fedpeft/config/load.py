@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "str | Path | Mapping[str, Any] | s.RunConfig"
 
-PACKAGED = ("demo", "minilm")
-FILES = {"task": ("train", "validation", "test"), "run": ("devices", "init_from")}
+PACKAGED = ("demo", "demo-small", "demo-large", "minilm")
+FILES = {"task": ("train", "validation", "test"), "run": ("devices", "init_from"), "proxy": ("public",)}
+MODELS = (("model", "name"), ("proxy", "large"))
 
 
 def load_config(source: Source, overrides: Mapping[str, Any] | None = None) -> s.RunConfig:
@@ -169,10 +170,10 @@ def _find_paths(values: dict[str, Any], folder: Path, problems: list[str]) -> No
     task = values.get("task", {})
     if task.get("train") is None and task.get("name") not in (None, "demo"):
         wanted = [(section, key) for section, key in wanted if section != "task"]  # names of splits on the hub
-    for section, key in [*wanted, ("model", "name")]:
-        text = values.get(section, {}).get(key)
-        if isinstance(text, str) and text and not (section == "model" and text in PACKAGED):
-            hub = section == "model" and not text.startswith((".", "/", "~", "$"))
+    for section, key in [*wanted, *MODELS]:
+        text, named = values.get(section, {}).get(key), (section, key) in MODELS
+        if isinstance(text, str) and text and not (named and (text in PACKAGED or "://" in text)):
+            hub = named and not text.startswith((".", "/", "~", "$"))
             values[section][key] = _path(f"{section}.{key}", text, folder, problems, hub)
     for section in ("method", "adapter"):  # folders of earlier runs
         own = values.get(section)
@@ -333,6 +334,23 @@ def _scores(task: s.TaskSection, run: s.RunSection | None) -> list[str]:
     return [f"run.stop.score: {score:g} cannot be reached, since {metric} is a share; give a number up to 1."]
 
 
+def _proxied(task: s.TaskSection, proxy: s.ProxySection | None) -> list[str]:
+    """What a large model needs that is not there."""
+    if proxy is None or (proxy.large is None and proxy.public is None):
+        return []
+    found = []
+    if task.format != "generate":
+        found.append(f"proxy.large: it says texts, and task.format is {task.format}; use task.format generate.")
+    if proxy.large is None:
+        found.append("proxy.public: what is distilled is a large model, and proxy.large is null; name one.")
+    if proxy.alpha == "auto" and task.train is not None and task.validation is None:
+        found.append(
+            "proxy.alpha: auto is chosen on texts that the server has, and task.validation is null (clients cannot ask "
+            "the large model); give a file, or a number here (--alpha where the run is used)."
+        )
+    return found
+
+
 def _conflicts(parts: Mapping[str, Any]) -> list[str]:
     """What is wrong between keys that are each right; sections that are wrong themselves are left out."""
     task, partition, run = parts.get("task"), parts.get("partition"), parts.get("run")
@@ -353,6 +371,7 @@ def _conflicts(parts: Mapping[str, Any]) -> list[str]:
         if task.format != "head" and adapter is not None and adapter.kind == "head":
             problems.append(f"adapter.kind: head trains the head, and format {task.format} has none; use lora.")
         problems += _scores(task, run)
+        problems += _proxied(task, parts.get("proxy"))
     if task is not None and partition is not None:
         if partition.kind == "natural" and partition.by is None and (task.train is not None or task.name != "demo"):
             problems.append("partition.by: kind natural needs it; name the column that tells the client.")

@@ -242,6 +242,36 @@ class RunSection(Section):
     """CPU threads; `auto` leaves torch's own choice and records it."""
 
 
+class ProxySection(Section):
+    """A large model that nobody opens, steered by the small one that was tuned; for `task.format: generate`."""
+
+    large: Annotated[str, Field(min_length=1)] | None = None
+    """The large model: a name, folder or hub id as in `model.name`, loaded at the server; or an address,
+    `http://` (`fedpeft serve --logits`), `vllm+http://` or `llamacpp+http://`. Null: none; one can be named later."""
+
+    public: str | None = None
+    """Texts that the server may show the large model, to distil it into the small one in every round (fedpt): a file
+    in the task's columns; a response may be missing. Null: nothing is distilled."""
+
+    alpha: Literal["auto"] | Annotated[float, Field(allow_inf_nan=False)] = "auto"
+    """How much of the small models' difference is added; `auto` chooses it on the validation texts."""
+
+    select: Literal["nll", "exact_match", "rouge_l"] = "nll"
+    """What `auto` goes by in the end: the likelihood of the validation answers, or what is said for validation rows."""
+
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Plausibility: a token is out whose probability by the large model is below this share of the likeliest one's."""
+
+    speculate: Annotated[int, Field(ge=0)] = 0
+    """Tokens that the small model drafts for one pass of the large one, when texts are said; 0: none."""
+
+    top_k: Annotated[int, Field(ge=5)] = 20
+    """Candidates asked of a large model that tells the likeliest tokens alone."""
+
+    token_env: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the environment variable that holds the large model's key; null: it asks for none."""
+
+
 class RunConfig(Section):
     """A whole configuration of one run."""
 
@@ -251,6 +281,7 @@ class RunConfig(Section):
     method: MethodSection = MethodSection()
     adapter: AdapterSection = AdapterSection()
     run: RunSection = RunSection()
+    proxy: ProxySection = ProxySection()
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -260,10 +291,10 @@ SECTIONS: dict[str, type[Section]] = {
     "method": MethodSection,
     "adapter": AdapterSection,
     "run": RunSection,
+    "proxy": ProxySection,
 }
 
 LATER: dict[str, str] = {
     "privacy": "clipping and noise come with the Flower engine",
-    "proxy": "proxy tuning comes with the method fedpt",
 }
 """Keys of the planned interface that this version does not have, and what they wait for."""

@@ -187,6 +187,7 @@ def _absolute(raw: dict[str, Any], base: s.RunConfig, section: dict[str, Any] | 
         changed["task"] = {**(raw.get("task") or {}), **_paths(base.task, ("train", "validation", "test"))}
     changed["run"] = {**(raw.get("run") or {}), **_paths(base.run, ("devices", "init_from"))}
     changed["model"] = {**(raw.get("model") or {}), "name": base.model.name}
+    changed["proxy"] = {**(raw.get("proxy") or {}), **_paths(base.proxy, ("large", "public"))}
     return changed
 
 

@@ -16,7 +16,7 @@ class Lora:
     kind: ClassVar[str] = "lora"
     rank: int = 8  # rows of A, columns of B
     alpha: float = 16.0  # numerator of the scale alpha / rank
-    targets: tuple[str, ...] = ("query", "value")  # projections by name, or a pattern with * over module paths
+    targets: tuple[str, ...] = ("query", "value")  # projections by name, `all`, or a pattern with * over module paths
     blocks: tuple[int, ...] | None = None  # transformer blocks that get an adapter; None: all
     dropout: float = 0.0  # on the input of A, in training
 
@@ -28,7 +28,7 @@ class AdaLora:
     kind: ClassVar[str] = "adalora"
     rank: int = 12  # triplets of every projection at first
     alpha: float = 24.0  # numerator of the scale alpha / rank
-    targets: tuple[str, ...] = ("query", "value")  # projections by name, or a pattern with * over module paths
+    targets: tuple[str, ...] = ("query", "value")  # projections by name, `all`, or a pattern with * over module paths
     blocks: tuple[int, ...] | None = None  # transformer blocks that get an adapter; None: all
 
 
@@ -104,9 +104,10 @@ class LatePrompt:
 
 @dataclass(frozen=True)
 class Full:
-    """No adapter: all weights of the base train, in a copy of every client's own (vanilla fine-tuning)."""
+    """No adapter: the base's own weights train, in a copy of every client's own (vanilla fine-tuning)."""
 
     kind: ClassVar[str] = "full"
+    blocks: tuple[int, ...] | None = None  # blocks whose weights train, from the end where negative; None: all weights
 
 
 AdapterSpec: TypeAlias = (

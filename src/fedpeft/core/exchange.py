@@ -19,6 +19,8 @@ from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.model import Fisher as Fisher
 from fedpeft.core.model import Model as Model
 from fedpeft.core.model import Perturbation as Perturbation
+from fedpeft.core.model import Target as Target
+from fedpeft.core.model import Teacher as Teacher
 from fedpeft.core.model import TokenNorm as TokenNorm
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.tree import Params
@@ -62,7 +64,7 @@ class Meter:
     Attributes:
         trained: (tokens, pairs) that went forward and backward, by the lowest block that the backward pass entered;
             pairs is the sum over rows of tokens times the keys that they attend to.
-        products: multiply-adds of backward passes beyond those of adapters, where the base's own weights train.
+        products: multiply-adds beyond those of adapters in the whole base, see `Fitted.products`; may be negative.
     """
 
     steps: int = 0
@@ -108,10 +110,15 @@ class ServerEnv:
     attempt: int = 0
     cohort: Sequence[ClientId] = ()  # who was asked, in cohort order; fewer may have answered
     resources: Mapping[ClientId, Any] = field(default_factory=dict)  # device profile per client
+    held: Any = None  # what the server alone holds, as a Protocol of the method's own file; None: nothing
 
     def rng(self, purpose: str) -> Rng:
         """A generator of this place; see `rng_for`."""
         return rng_for(self.seed, purpose, self.exchange, self.round, "", self.attempt)
+
+    def seed_for(self, purpose: str) -> int:
+        """A 63-bit seed of this place, for `Fit.seed`."""
+        return int(self.rng(purpose).integers(1 << 63))
 
     def initial(self) -> dict[str, Tensor]:
         """P0: the same fresh adapter that every client's `initial` gives."""
@@ -250,6 +257,13 @@ class Method(Protocol):
 
     def shared_names(self, state: Any) -> Sequence[str]:
         """Names of the global params that count for everybody, also where a memory still has others by that name."""
+        ...
+
+    def trains_on(self, layers: int) -> str:
+        """`Fit.base` of clients that have a part of the server's model alone, of so many blocks; "": they have it all.
+
+        Where it is not "", evaluation scores the global params on it too.
+        """
         ...
 
     def choices(self, state: Any) -> Mapping[str, Any]:

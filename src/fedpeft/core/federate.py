@@ -71,6 +71,7 @@ def federate(
     resources: Mapping[ClientId, Any] | None = None,
     start: Start | None = None,
     quorum: float = 0.5,
+    held: Any = None,
 ) -> Iterator[Done]:
     """Run a method; yield after every exchange. The caller saves, evaluates, plots, stops.
 
@@ -82,12 +83,13 @@ def federate(
         resources: device profile per client, handed on in `ServerEnv`.
         start: where to go on; None starts with `method.init`.
         quorum: share of the cohort that must answer, in (0, 1]; below it the exchange is repeated with a new cohort.
+        held: what the server alone holds, handed on in `ServerEnv`.
 
     Raises:
         QuorumError: an exchange stayed below the quorum in all attempts; it carries their receipts.
     """
     clients = tuple(transport.clients())
-    env = ServerEnv(model, clients, seed, rounds, resources=resources or {})
+    env = ServerEnv(model, clients, seed, rounds, resources=resources or {}, held=held)
     start = start or Start(0, method.init(env))
     state, versions = start.state, dict(start.versions)
     for number, (round, exchange, last) in enumerate(schedule(method, rounds)):

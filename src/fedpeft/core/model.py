@@ -17,6 +17,23 @@ TokenNorm: TypeAlias = Literal["sqrt", "mean", "sum"]
 Perturbation: TypeAlias = Literal["l2", "inf", "random"]
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a student should say at some positions.
+
+    Attributes:
+        logits: (positions, n) float32, before the softmax.
+        ids: (positions, n) int64, whose they are; None: of the first n tokens of the vocabulary, in order.
+    """
+
+    logits: Tensor
+    ids: Tensor | None = None
+
+
+Teacher: TypeAlias = Callable[[Sequence[int]], Target]
+"""Rows of the data to the target at all of their positions (`Model.token_logits`), row after row."""
+
+
 class Model(Protocol):
     """A frozen base with an adapter bound to it; see `models/hf.py` for transformers, `tests/toy.py` for a toy."""
 
@@ -28,6 +45,11 @@ class Model(Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """The base's configuration as plain data (`config.json`), from which its cost follows."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the base's weights, in hex."""
         ...
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
@@ -52,6 +74,22 @@ class Model(Protocol):
 
     def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
         """(rows,) the loss of each row's own label, without gradient and dropout; `also` as in a Fit."""
+        ...
+
+    def token_logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
+        """(positions, vocabulary) float32 logits where text is predicted, row after row, without gradient.
+
+        A row's positions are those that predict its answer's tokens; of a row without an answer, its last one.
+        """
+        ...
+
+    def distil(self, fit: Fit, teach: Teacher, temperature: float = 1.0, share: float = 1.0) -> Fitted:
+        """Train a student as the Fit says, with the loss
+
+            share tau^2 KL(teacher^(1/tau) || student^(1/tau)) + (1 - share) cross-entropy of the rows' own answers,
+
+        the mean over the positions of a step; the second term is 0 where a row has no answer.
+        """
         ...
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from fedpeft.core.errors import ModelError
 from fedpeft.models.quantize import QuantisedLinear
 
 KINDS = ("query", "key", "value", "output", "gate", "up", "down")
+ALL = "all"  # as a target: every kind that the family has
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def block_paths(base: nn.Module, model_type: str) -> list[str]:
     if model_type not in FAMILIES:
         return []
     stem = FAMILIES[model_type][0]
-    return [f"{stem}.{i}" for i in range(len(base.get_submodule(stem)))]  # type: ignore[arg-type]
+    return [f"{stem}.{name}" for name, _ in base.get_submodule(stem).named_children()]
 
 
 def attention_paths(base: nn.Module, model_type: str) -> list[str]:
@@ -179,6 +180,8 @@ def choose(base: nn.Module, model_type: str, targets: Sequence[str], blocks: Seq
 
 
 def _matches(base: nn.Module, known: Mapping[str, Slot], target: str) -> list[Slot]:
+    if target == ALL:
+        return list(known.values())
     if "*" not in target:
         return [slot for name, slot in known.items() if name.rsplit(".", 1)[1] == target]
     found = []

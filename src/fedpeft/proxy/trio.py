@@ -1,0 +1,214 @@
+"""The three models of proxy-tuning in step: a large one that is asked, a small one tuned, and the same one untuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpeft.core.errors import RequestError
+from fedpeft.maths.logits import combine, offsets, plausible, scatter
+from fedpeft.models.sessions import Speaker, SpeakerSession
+from fedpeft.proxy.blackbox import FEWEST_CANDIDATES, BlackBoxLM, CannotDo, Full, Scores, Session, TopK
+from fedpeft.proxy.settings import Settings
+
+CANDIDATES = 20  # of a backend that does not give the scores of all tokens
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Trio:
+    """What decodes together.
+
+    Attributes:
+        large: L; None: the tuned small model answers alone.
+        tuned: T; None, as is `base`: the large model answers alone.
+        base: B, the small model as it was before tuning.
+        tokenizer: of transformers, the same for all; None: only tokens come out, no text.
+        vocab: V_eff, the number of real tokens; every row of scores is cut to it.
+        ends: tokens that end an answer.
+        candidates: ask the large model for so many of the likeliest tokens; None: for all where it gives them, else
+            for 20.
+
+    Raises:
+        RequestError: a combination that cannot decode.
+        CannotDo: fewer candidates than make sense.
+    """
+
+    large: BlackBoxLM | None
+    tuned: Speaker | None
+    base: Speaker | None
+    tokenizer: Any
+    vocab: int
+    ends: frozenset[int]
+    candidates: int | None = None
+
+    def __post_init__(self) -> None:
+        have = tuple(model is not None for model in (self.large, self.tuned, self.base))
+        if have not in ((True, True, True), (True, False, False), (False, True, False)):
+            raise RequestError(
+                "these models cannot decode together: give the large, the tuned and the base one, the large one alone, "
+                "or the tuned one alone"
+            )
+        if self.vocab < 1 or any(not 0 <= end < self.vocab for end in self.ends):
+            raise RequestError(f"the end tokens {sorted(self.ends)} are not among {self.vocab} tokens")
+        if isinstance(self.want, TopK) and self.want.k < FEWEST_CANDIDATES:
+            assert self.large is not None
+            raise CannotDo(
+                self.large.caps.identity,
+                f"decoding from {self.want.k} candidates",
+                f"wrong continuations crowd out the right one below {FEWEST_CANDIDATES}",
+                "let the server give more log-probabilities (proxy.top_k), or use a backend that gives all",
+            )
+
+    @property
+    def want(self) -> Full | TopK:
+        """What the large model is asked for."""
+        if self.large is None or (self.large.caps.full and self.candidates is None):
+            return Full()
+        return TopK(min(self.candidates or CANDIDATES, self.large.caps.top_k))
+
+    @property
+    def steered(self) -> bool:
+        """Whether all three decode."""
+        return self.large is not None and self.tuned is not None
+
+    @property
+    def name(self) -> str:
+        """What answers."""
+        return self.large.caps.identity if self.large is not None else self._small.name
+
+    @property
+    def _small(self) -> Speaker:
+        assert self.tuned is not None, "without a large model there is a tuned one"
+        return self.tuned
+
+    def room(self, prompt: int, tuned_prompt: int) -> int | None:
+        """Tokens of an answer that all models can read behind prompts of these lengths; None: no bound is known."""
+        rooms = [] if self.large is None else [self.large.caps.max_context - prompt]
+        for speaker, length in ((self.tuned, tuned_prompt), (self.base, prompt)):
+            if speaker is not None and speaker.positions is not None:
+                rooms.append(speaker.positions - length)
+        return min(rooms, default=None)
+
+    def large_scores(self, scores: Scores) -> Tensor:
+        """(rows, positions, V_eff) z_L, minus infinity where the large model gave nothing."""
+        values = scores.values if self.tuned is None else scores.values.to(self.tuned.model.device)
+        if scores.ids is not None:
+            return scatter(values, scores.ids.to(values.device), self.vocab)
+        if values.shape[-1] < self.vocab:
+            every = torch.arange(values.shape[-1], device=values.device).expand_as(values)
+            return scatter(values, every, self.vocab)
+        return values[..., : self.vocab]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the models say about next tokens.
+
+    Attributes:
+        large: (rows, positions, V_eff) z_L, or z_T where the small model answers alone.
+        change: (rows, positions, V_eff) z_T - z_B; None where nothing is added.
+        mass: (rows, positions) probability that the large model's scores cover.
+        exact: whether they are the large model's own float32 scores.
+    """
+
+    large: Tensor
+    change: Tensor | None
+    mass: Tensor
+    exact: bool
+
+
+class Voices:
+    """Sessions of a trio's models over the same texts.
+
+    Args:
+        trio: the models.
+        prompts: what the large and the base model read.
+        tuned_prompts: what the tuned model reads instead, such as the same in a chat template.
+        steer: whether the small models take part beside a large one.
+
+    Raises:
+        RequestError: prompts that a model cannot read.
+        BackendError, CannotDo: see `BlackBoxLM.open`.
+    """
+
+    def __init__(self, trio: Trio, prompts: Prompts, tuned_prompts: Prompts, steer: bool) -> None:
+        self._trio = trio
+        self._large: Session | None = None
+        self._small: list[SpeakerSession] = []
+        self._halves = False
+        try:
+            if trio.large is not None:
+                self._large = trio.large.open(prompts, trio.want)
+            if trio.tuned is not None and (steer or trio.large is None):
+                self._open_small(trio.tuned, trio.base, prompts, tuned_prompts)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_small(self, tuned: Speaker, base: Speaker | None, prompts: Prompts, tuned_prompts: Prompts) -> None:
+        self._halves = base is not None and tuned.beside(base)
+        if base is not None and self._halves:
+            self._small = [tuned.open_beside(tuned_prompts, base, prompts)]
+        else:
+            self._small = [tuned.open(tuned_prompts)]
+            self._small += [] if base is None else [base.open(prompts)]
+
+    @property
+    def first(self) -> Heard:
+        """What is said behind the prompts."""
+        return self._heard(None if self._large is None else self._large.first, [s.first for s in self._small])
+
+    def say(self, tokens: Sequence[int]) -> Heard:
+        """Append one token to each row; what is said behind it."""
+        new = [[token] for token in tokens]
+        large = None if self._large is None else self._large.scores(new)
+        return self._heard(large, [s.logits([*new, *new] if self._halves else new) for s in self._small])
+
+    def keep(self, rows: Sequence[int], of: int) -> None:
+        """Go on with these of so many rows."""
+        if self._large is not None:
+            self._large.keep(rows)
+        for session in self._small:
+            session.keep([*rows, *(of + row for row in rows)] if self._halves else rows)
+
+    def close(self) -> None:
+        """Close all sessions; may be called twice."""
+        for session in (self._large, *self._small):
+            if session is not None:
+                session.close()
+
+    def _heard(self, large: Scores | None, small: list[Tensor]) -> Heard:
+        if self._halves:
+            small = list(small[0].chunk(2))
+        return hear(self._trio, large, small)
+
+
+def hear(trio: Trio, large: Scores | None, small: Sequence[Tensor]) -> Heard:
+    """What the models say together.
+
+    Args:
+        small: (rows, positions, V) logits of the tuned and of the base model, of the tuned one alone, or of none.
+    """
+    if large is None:
+        own = small[0][..., : trio.vocab]
+        return Heard(own, None, torch.ones(own.shape[:2]), True)
+    change = offsets(small[0], small[1], trio.vocab) if small else None
+    return Heard(trio.large_scores(large), change, large.mass, large.exact)
+
+
+def combined(heard: Heard, settings: Sequence[Settings], position: int) -> Tensor:
+    """(rows, V_eff) z at one position, without what is implausible to the large model."""
+    large = heard.large[:, position]
+    scores = large
+    if heard.change is not None:
+        alpha = torch.tensor([own.alpha for own in settings], device=large.device)
+        scores = combine(large, heard.change[:, position], alpha[:, None])
+    if any(own.beta for own in settings):
+        scores = plausible(scores, large, torch.tensor([own.beta for own in settings]))
+    return scores
