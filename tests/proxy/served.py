@@ -7,7 +7,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpeft.proxy.answers import Completion, Emitted
@@ -43,10 +43,10 @@ class FakeLarge:
     caps: Caps = CAPS
 
 
-def fake_trio(large: Any = None) -> Trio:
+def fake_trio(large: Any = None, context: int = 64) -> Trio:
     """Three models that a scripted decoder does not look at."""
-    small = types.SimpleNamespace(positions=64)
-    return Trio(large or FakeLarge(), small, small, TOKENIZER, 257, frozenset({0}))  # type: ignore[arg-type]
+    small = types.SimpleNamespace(positions=context)
+    return Trio(large or FakeLarge(replace(CAPS, max_context=context)), small, small, TOKENIZER, 257, frozenset({0}))  # type: ignore[arg-type]
 
 
 @dataclass

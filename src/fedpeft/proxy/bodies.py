@@ -87,7 +87,7 @@ class Token(Protocol):
 
 
 @dataclass(frozen=True)
-class Scored:
+class Given:
     """A token of a prompt that was scored."""
 
     token: int

@@ -12,12 +12,12 @@ from typing import Any
 
 from fedpeft.proxy.answers import Completion
 from fedpeft.proxy.asking import Asked, Prompt, asked_of, fit, parse
-from fedpeft.proxy.bodies import Answers, ChatAnswers, Part, Scored, Usage
+from fedpeft.proxy.bodies import Answers, ChatAnswers, Given, Part, Token, Usage
 from fedpeft.proxy.desk import Desk, View
 from fedpeft.proxy.engine import New, Row, Ticket
 from fedpeft.proxy.guard import Message, Receive, Send, answer, read_body, refuse
 from fedpeft.proxy.refusal import FAILED, Refusal, refusal_of
-from fedpeft.proxy.scoring import scored
+from fedpeft.proxy.scoring import score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.streams import EventStream, Mailbox, batches, disconnected, event
 
@@ -164,15 +164,20 @@ class _Turn:
                 given = self.asked.prompts[i]
                 part.text = given if isinstance(given, str) else self.desk.words.decode(prompt)
                 if self.asked.logprobs is not None:
-                    part.tokens = list(await self._scored(prompt))
+                    part.tokens = await self._scored(prompt)
             finish = None if self.job.rows else "length"
             found += [Part(i * n + j, part.text, list(part.tokens), finish) for j in range(n)]
         return found
 
-    async def _scored(self, prompt: Sequence[int]) -> list[Scored]:
-        top, trio, alpha = self.asked.logprobs or 0, self.job.view.trio, self.job.alpha
-        future = self.desk.engine.call(lambda: scored(trio, prompt, alpha, top))
-        return await asyncio.wrap_future(future)
+    async def _scored(self, prompt: Sequence[int]) -> list[Token]:
+        """The prompt's tokens as the model saw them; nothing stands before the first."""
+        found: list[Token] = [Given(prompt[0], None)]
+        if len(prompt) > 1:
+            job, top = self.job, self.asked.logprobs or 0
+            future = self.desk.engine.call(lambda: score(job.view.trio, [prompt], [1], job.alpha, top)[0])
+            seen = await asyncio.wrap_future(future)
+            found += [Given(*each) for each in zip(prompt[1:], seen.logprobs, seen.top, strict=True)]
+        return found
 
     def _submit(self) -> Mailbox:
         mailbox = Mailbox(len(self.job.rows), self.asked.stream)
