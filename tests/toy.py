@@ -9,7 +9,8 @@ With a rank, the numbers of a block are 2 B A instead, a product of LoRA's facto
 `block.0.w.A` (rank, numbers), and a base delta (`delta.block.0.w.left` and so on) is added to them. With a size, they
 are what a bottleneck makes of the input 1: `up.weight` GELU(`down.weight` + `down.bias`) + `up.bias`.
 
-A base of another precision has rounded points (`GRIDS`); `Fit.checkpointing` changes nothing.
+A base of another precision has rounded points (`GRIDS`). In one with some of its blocks, the others stand at 0, as they
+do where they have no parameters. `Fit.checkpointing` changes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import Fisher, Method, Perturbation, TokenNorm
 from fedpeft.core.federate import Done, federate
-from fedpeft.core.fit import Fit, Fitted
+from fedpeft.core.fit import Fit, Fitted, blocks_in
 from fedpeft.core.rng import Rng, key_for, rng_for
 from fedpeft.core.train import Stack, train_many
 from fedpeft.core.tree import Params, block_of
@@ -176,8 +177,11 @@ class ToyModel:
         return *self.passes(None, fit.data, [row for batch in fit.batches for row in batch]), 0
 
     def check(self, fit: Fit) -> None:
-        if fit.base and fit.base not in GRIDS:
+        kept = blocks_in(fit.base)
+        if fit.base and fit.base not in GRIDS and kept is None:
             raise FitError(f"the toy's base has no precision {fit.base!r}; use one of {sorted(GRIDS)}")
+        if kept is not None and any(block_of(name) not in (None, *kept) for name in fit.params):
+            raise FitError(f"the toy's base {fit.base!r} leaves a block out that the fit has: {sorted(fit.params)}")
         known = cut(torch.zeros(3), self.blocks).keys()
         if self.rank or self.size:
             if HEAD not in fit.params or any(name.split(".w.")[0] not in BODIES for name in fit.params.keys() - {HEAD}):
@@ -285,7 +289,7 @@ class ToyModel:
             for layer in stack.also:
                 w = w + self.point({name: t[i] for name, t in layer.items()}, fit.data.x.shape[1])
             x = torch.from_numpy(fit.data.x[list(rows[i])]).to(w)
-            if fit.base:
+            if fit.base in GRIDS:
                 x = (x / GRIDS[fit.base]).round() * GRIDS[fit.base]
             if fit.dropout:
                 x = x * torch.from_numpy(_noise(fit, step, rows[i], x.shape[1])).to(w)

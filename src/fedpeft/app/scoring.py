@@ -14,7 +14,7 @@ from fedpeft.core.evaluate import Question
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.memories import Memories
 from fedpeft.core.tree import Params
-from fedpeft.runs.history import BASE, GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED
+from fedpeft.runs.history import BASE, EMULATOR, GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED
 from fedpeft.runs.metrics import Score, label_prior, majority, metrics_of, pool
 
 log = logging.getLogger("fedpeft")
@@ -57,6 +57,15 @@ def bars(fed: Federation, split: str) -> dict[str, dict[str, float]]:
     }
 
 
+def emulated(fed: Federation, params: Params, split: str) -> dict[str, dict[str, float]]:
+    """What the global params score on the part of the model that clients have, where it is a part."""
+    part, rows = fed.method.trains_on(fed.model.blocks), fed.whole(split)
+    if not part:
+        return {}
+    model = fed.model.on(part)
+    return {EMULATOR: metrics_of(model.score(params, rows), fed.metric)}
+
+
 def evaluate(
     fed: Federation,
     params: Params,
@@ -93,7 +102,7 @@ def evaluate(
         by_client[PERSONALIZED] = {c: answers.ups[c].personal for c in holders if c in answers.ups}
         down, up = (sum(getattr(r, key) for r in answers.receipts) for key in ("bytes_down", "bytes_up"))
     metrics = {who: metrics_of(pool(sums.values()), fed.metric) for who, sums in by_client.items()}
-    metrics |= bars(fed, split)
+    metrics |= emulated(fed, params, split) | bars(fed, split)
     clients: dict[ClientId, dict[str, dict[str, float]]] = {}
     for who, sums in by_client.items():
         for client, own in sums.items():

@@ -18,7 +18,7 @@ from fedpeft.core.errors import RequestError
 from fedpeft.core.metrics import better, lower, rank
 from fedpeft.progress import Listener, Progress
 from fedpeft.runs.files import plain, write_file
-from fedpeft.runs.history import BARS, GLOBAL, LABEL_PRIOR, PERSONALIZED, History, read_history, spread
+from fedpeft.runs.history import BARS, EMULATOR, GLOBAL, LABEL_PRIOR, PERSONALIZED, History, read_history, spread
 from fedpeft.runs.report import write_report
 from fedpeft.runs.store import RunFolder
 
@@ -197,8 +197,9 @@ def tested(found: Run) -> dict[str, float]:
     """
     metric, metrics = found.manifest["metric"], found.metrics
     split = "test" if "test" in metrics.get("best", {}) else "validation"
+    final = metrics.get("final", {}).get(split, {})
     scores = metrics.get("best", {}).get(split, {}) | {
-        who: values for who, values in metrics.get("final", {}).get(split, {}).items() if who != GLOBAL
+        who: values for who, values in final.items() if who not in (GLOBAL, EMULATOR)
     }
     return {who: float(values[metric]) for who, values in scores.items()}
 

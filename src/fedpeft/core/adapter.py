@@ -104,9 +104,10 @@ class LatePrompt:
 
 @dataclass(frozen=True)
 class Full:
-    """No adapter: all weights of the base train, in a copy of every client's own (vanilla fine-tuning)."""
+    """No adapter: the base's own weights train, in a copy of every client's own (vanilla fine-tuning)."""
 
     kind: ClassVar[str] = "full"
+    blocks: tuple[int, ...] | None = None  # blocks whose weights train, from the end where negative; None: all weights
 
 
 AdapterSpec: TypeAlias = (

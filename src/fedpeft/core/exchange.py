@@ -64,7 +64,7 @@ class Meter:
     Attributes:
         trained: (tokens, pairs) that went forward and backward, by the lowest block that the backward pass entered;
             pairs is the sum over rows of tokens times the keys that they attend to.
-        products: multiply-adds of backward passes beyond those of adapters, where the base's own weights train.
+        products: multiply-adds beyond those of adapters in the whole base, see `Fitted.products`; may be negative.
     """
 
     steps: int = 0
@@ -257,6 +257,13 @@ class Method(Protocol):
 
     def shared_names(self, state: Any) -> Sequence[str]:
         """Names of the global params that count for everybody, also where a memory still has others by that name."""
+        ...
+
+    def trains_on(self, layers: int) -> str:
+        """`Fit.base` of clients that have a part of the server's model alone, of so many blocks; "": they have it all.
+
+        Where it is not "", evaluation scores the global params on it too.
+        """
         ...
 
     def choices(self, state: Any) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ or a whole cohort in one pass of the shared base (`Model.fit_many`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -130,7 +131,7 @@ class Fit:
     optimizer: Optimizer
     train: frozenset[str] | None = None  # names that change (None: all); the rest is applied, frozen
     also: tuple[Params, ...] = ()  # further adapters or base deltas, applied, frozen
-    base: str = ""  # precision of the base (bfloat16, int8, nf4, ...); "" is the model's own
+    base: str = ""  # the base's precision (bfloat16, nf4, ...), or some of its blocks (`base_of`); "": the model's own
     clip: float | None = None  # bound on the gradient's norm, over all trained parameters of this client
     mask: Params | None = None  # 1 where a number may change, 0 where it stays (drift still enters its moments)
     drift: Params | None = None  # added to the clipped gradient at every step
@@ -156,6 +157,16 @@ class Fit:
         return tuple(sorted(self.params if self.train is None else self.train))
 
 
+def base_of(blocks: Sequence[int]) -> str:
+    """What the base is called where passes go through these blocks alone: "blocks:0,1,5"."""
+    return "blocks:" + ",".join(map(str, blocks))
+
+
+def blocks_in(base: str) -> tuple[int, ...] | None:
+    """The blocks that a name of `base_of` has; None: it is the name of something else."""
+    return tuple(map(int, base[7:].split(","))) if re.fullmatch(r"blocks:\d+(,\d+)*", base) else None
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What local training gave."""
@@ -167,7 +178,8 @@ class Fitted:
     moments: Moments
     tokens: int = 0  # real tokens that went through the model, padding not counted
     pairs: int = 0  # sum of squared lengths: what attention costs
-    products: int = 0  # multiply-adds of the backward pass beyond those of adapters: the base's own weights trained
+    products: int = 0  # multiply-adds beyond those of adapters in the whole base: its own weights that trained, less
+    # what blocks that were left out would have cost; negative where these are more
 
     @property
     def loss(self) -> float:

@@ -57,6 +57,10 @@ class Defaults:
         """None: what a client has of its own, it keeps."""
         return ()
 
+    def trains_on(self, layers: int) -> str:
+        """The base as the server has it."""
+        return ""
+
     def choices(self, state: Any) -> Mapping[str, Any]:
         """Nothing was decided."""
         return {}

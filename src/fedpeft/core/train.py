@@ -76,7 +76,7 @@ class Objective(Protocol):
 
         Returns:
             real tokens that go through the model; the sum over rows of tokens times keys that they attend to; further
-            multiply-adds of the backward pass, see `Fitted.products`.
+            multiply-adds, see `Fitted.products`.
         """
         ...
 

@@ -28,7 +28,7 @@ _TITLES = {
     "own": ("Adapter for", "An adapter"),
     "prefix": ("Prefix for", "A prefix (trained keys and values)"),
     "bare": ("Adapter for", "An adapter without a head"),
-    "full": ("Weights for", "All weights of a model, fine-tuned,"),
+    "full": ("Weights for", "The weights of a model that were fine-tuned,"),
     "merged": ("Text classifier on", "A model with its adapter folded in"),
     "speaking": ("Adapter for", "An adapter"),
     "speaking_merged": ("Language model from", "A model with its adapter folded in"),

@@ -94,7 +94,7 @@ def block_paths(base: nn.Module, model_type: str) -> list[str]:
     if model_type not in FAMILIES:
         return []
     stem = FAMILIES[model_type][0]
-    return [f"{stem}.{i}" for i in range(len(base.get_submodule(stem)))]  # type: ignore[arg-type]
+    return [f"{stem}.{name}" for name, _ in base.get_submodule(stem).named_children()]
 
 
 def attention_paths(base: nn.Module, model_type: str) -> list[str]:

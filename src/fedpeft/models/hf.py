@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import Fisher, Perturbation, Teacher, TokenNorm
-from fedpeft.core.fit import Data, Fit, Fitted, Soften
+from fedpeft.core.fit import Data, Fit, Fitted, Soften, blocks_in
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
@@ -27,6 +28,7 @@ from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.kinds import build_adapter
 from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.checkpointing import checkpointed
+from fedpeft.models.depth import saved
 from fedpeft.models.families import block_paths, is_decoder, slots
 from fedpeft.models.fisher import fisher
 from fedpeft.models.lm_head import LmHead
@@ -123,6 +125,16 @@ class HFModel:
         """What the head sees of a row: the "mean" over its real tokens, or the "last" of them."""
         return "last" if self._last else "mean"
 
+    def on(self, base: str) -> HFModel:
+        """The same model, which predicts by another precision or by some of the blocks; names are those of `Fit.base`.
+
+        Raises:
+            ModelError: see `Base.at`.
+        """
+        other = copy.copy(self)
+        other.base = self.base.at(base)
+        return other
+
     # --- parameters ---
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
@@ -158,6 +170,12 @@ class HFModel:
             self.base.at(fit.base)
         except ModelError as error:
             raise FitError(f"Fit.base: {error}") from None
+        if (kept := blocks_in(fit.base)) is not None:
+            for name in (name for layer in (fit.params, *fit.also) for name in layer):
+                if block_of(name) not in (None, *kept):
+                    raise FitError(
+                        f"a Fit has {name!r}, whose block its base {fit.base!r} leaves out; leave it out, too"
+                    )
         if fit.checkpointing and not block_paths(self.base.module, self.base.family):
             raise FitError(
                 f"Fit.checkpointing needs to know the blocks, and those of the family {self.base.family!r} are not "
@@ -267,12 +285,14 @@ class HFModel:
         used = [row for batch in fit.batches for row in batch]
         items = {row: self.readout.training(0, data, row) for row in used}
         tokens, pairs = self._work((self.readout.length(items[row]) for row in used), fit.params)
+        kept = blocks_in(fit.base)
+        less = 0 if kept is None else saved(self.places, kept, self.lowest_block(fit.trained), tokens, pairs)
         if not isinstance(self.adapter, FullAdapter):
-            return tokens, pairs, 0
+            return tokens, pairs, -less
         tied = getattr(getattr(self.readout, "lm", None), "tied", False)
         projected = sum(self.readout.projected(items[row]) for row in used) if tied else 0
         products = self.adapter.products(fit.trained, tokens, projected)
-        return tokens, pairs, products
+        return tokens, pairs, products - less
 
     def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
         """Tokens and pairs of forward passes that predict the labels of the rows."""

@@ -16,8 +16,9 @@ from torch import nn
 
 from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
+from fedpeft.core.fit import blocks_in
 from fedpeft.core.hub import loading_from_hub
-from fedpeft.models import attention, opt
+from fedpeft.models import attention, depth, opt
 from fedpeft.models.adapters import Acting, Applied
 from fedpeft.models.families import FAMILIES, block_linears
 from fedpeft.models.quantize import KNOWN, QuantisedLinear, format_of, quantise
@@ -114,20 +115,42 @@ class Base:
         return [m for m in self.module.modules() if isinstance(m, QuantisedLinear)]
 
     def at(self, precision: str) -> Base:
-        """The same base in another precision; made once, kept beside this one. "" is this one.
+        """The same base in another precision, or with some of its blocks; made once, kept beside this one. "" is it.
 
         Args:
             precision: a dtype, what it computes in (a quantised base keeps its codes); or a format of
-                `models/quantize.py`, made of these weights. All other weights are shared with this base then.
+                `models/quantize.py`, made of these weights, where all other weights are shared with this base; or the
+                blocks that a pass goes through, "blocks:0,1,5" (`models/depth.py`), which shares everything.
 
         Raises:
-            ModelError: a name that is not known, or another format than that of a base that is quantised already.
+            ModelError: a name that is not known, or another format than that of a base that is quantised already;
+                blocks that the model does not have.
         """
         if precision in ("", self.precision, _name(self.dtype)):
             return self
         if precision not in self._copies:
-            self._copies[precision] = self._in_dtype(precision) if precision in DTYPES else self._in_format(precision)
+            blocks = blocks_in(precision)
+            if blocks is not None:
+                self._copies[precision] = self._of_blocks(blocks)
+            elif precision in DTYPES:
+                self._copies[precision] = self._in_dtype(precision)
+            else:
+                self._copies[precision] = self._in_format(precision)
         return self._copies[precision]
+
+    def _of_blocks(self, blocks: tuple[int, ...]) -> Base:
+        """Nothing is copied: adapters act on either through the same hooks."""
+        return Base(
+            depth.shortened(self.module, self.family, blocks),
+            self.tokenizer,
+            self.source,
+            self.device,
+            self.dtype,
+            acting=self.acting,
+            quantized=self.quantized,
+            unquantized=self.unquantized,
+            _hooked=self._hooked,
+        )
 
     def _in_dtype(self, name: str) -> Base:
         module = self.copy_module(DTYPES[name])
@@ -148,7 +171,9 @@ class Base:
     def _in_format(self, name: str) -> Base:
         form = format_of(name)
         if form is None:
-            raise ModelError(f"precision {name!r} is not known; use one of {', '.join(DTYPES)}, {KNOWN}")
+            raise ModelError(
+                f"precision {name!r} is not known; use one of {', '.join(DTYPES)}, {KNOWN}, or blocks as blocks:0,2"
+            )
         if self.quantized:
             raise ModelError(
                 f"the base is quantised as {self.quantized} and cannot be had as {name}; use model.quantize none"

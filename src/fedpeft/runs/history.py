@@ -15,6 +15,7 @@ from fedpeft.runs.store import RunFolder
 
 GLOBAL, PERSONALIZED, MAJORITY, LABEL_PRIOR = "global", "personalized", "majority", "label_prior"
 BASE = "base"  # the model without its adapter, where text is predicted
+EMULATOR = "emulator"  # the global model without the blocks that clients do not have
 BARS = {MAJORITY: "always the majority label", BASE: "the untrained base"}  # what a global model must beat
 LEVELS = {MAJORITY: "majority", BASE: "untrained"}  # the same in short
 
@@ -113,7 +114,7 @@ class History:
         for split in ("test", "validation"):
             best, final = (self._values(_at(metrics, choice, split)) for choice in ("best", "final"))
             if best or final:
-                return split, {**final, **best, **{who: final[who] for who in final if who != GLOBAL}}
+                return split, {**final, **best, **{who: final[who] for who in final if who not in (GLOBAL, EMULATOR)}}
         last = self.rounds[-1] if self.rounds else {}
         if values := self._values(_at(last, "metrics", "test")):
             return "test", values

@@ -14,6 +14,7 @@ from fedpeft.core.metrics import lower, rank
 from fedpeft.runs import charts
 from fedpeft.runs.history import (
     BARS,
+    EMULATOR,
     GLOBAL,
     LABEL_PRIOR,
     LEVELS,
@@ -96,6 +97,8 @@ def cards(run: History) -> str:
     after = {who: f" of round {at}" for who, at in run.taken.items()}
     shown = [("first", score_text(values.get(GLOBAL)), f"{score}, global model{after.get(GLOBAL, '')}")]
     shown += [("", score_text(values[bar]), f"{score}, {told}") for bar, told in BARS.items() if bar in values]
+    if EMULATOR in values:
+        shown.append(("", score_text(values[EMULATOR]), f"{score}, with the blocks that clients have"))
     if PERSONALIZED in values:
         told = f"{score}, personalised models{after.get(PERSONALIZED, '')}"
         shown.append(("", score_text(values[PERSONALIZED]), told))

@@ -7,6 +7,8 @@ client's tensors for the length of the pass (`torch.func.functional_call`), and 
 
 A pass has one set of weights, so clients train one after another. Where the language model's head is tied to the
 embeddings of the tokens, it moves along with them (`lm_head.py`); nothing else of that head trains.
+
+With `blocks` only the weights of these blocks are parameters, and everything else is the base's own.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class FullAdapter:
         above: parameters that act above all blocks: the last norm of decoders.
 
     Raises:
-        ModelError: a base whose weights are not plain numbers, because it is quantised.
+        ModelError: a base whose weights are not plain numbers, because it is quantised; blocks that it does not have.
     """
 
     slots: Mapping[str, Slot] = {}
@@ -46,15 +48,19 @@ class FullAdapter:
         packed = [path for path, weight in own.items() if not weight.is_floating_point()]
         if packed:
             raise ModelError(
-                f"adapter.kind full trains all weights, and this base is quantised ({packed[0]} is "
+                f"adapter.kind full trains the base's weights, and this base is quantised ({packed[0]} is "
                 f"{own[packed[0]].dtype}); set model.quantize to none, or use adapter.kind lora"
             )
         self.spec = spec
-        self.weights: Mapping[str, str] = {own_name(path): path for path in own}
-        if len(self.weights) < len(own):
+        every = {own_name(path): path for path in own}
+        if len(every) < len(own):
             raise ModelError(
                 f"adapter.kind full needs a model with one stack of blocks; the family {base.family!r} has more"
             )
+        inside = None if spec.blocks is None else _chosen(spec.blocks, base)
+        self.weights: Mapping[str, str] = {
+            name: path for name, path in every.items() if inside is None or block_of(name) in inside
+        }
         names = list(self.weights)
         inner = [place for place, name in enumerate(names) if block_of(name) is not None]
         self.above = frozenset(names[inner[-1] + 1 :] if inner else ())
@@ -108,6 +114,21 @@ class FullAdapter:
         entry = self._entry if names & (self._below | self._first.get(lowest, frozenset())) else 0
         tied = int(self._values[self._embeddings].numel()) if self._embeddings in names else 0
         return tokens * (own + entry) + projected * tied
+
+
+def _chosen(blocks: Sequence[int], base: Base) -> frozenset[int]:
+    """The blocks by their own numbers. Raises ModelError: none, one twice, or one that the base does not have."""
+    count = len(block_paths(base.module, base.family))
+    own = [block + count if block < 0 else block for block in blocks]
+    wrong = [block for block, place in zip(blocks, own, strict=True) if not 0 <= place < count or own.count(place) > 1]
+    if wrong or not own:
+        what = f"names block {wrong[0]}, which is not there, or is there twice" if wrong else "names no block"
+        has = f"blocks 0 to {count - 1}" if count else f"no blocks that are known (family {base.family!r})"
+        raise ModelError(
+            f"adapter.blocks {tuple(blocks)} {what}; the model has {has}: name others, or lower method.blocks where "
+            "the method has named them"
+        )
+    return frozenset(own)
 
 
 def _first_norms(weights: Mapping[str, str], base: Base) -> dict[int, frozenset[str]]:
