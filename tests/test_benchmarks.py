@@ -99,6 +99,7 @@ def test_a_round_of_half_the_layers_sends_half_the_bytes(tmp_path):
     assert shares["ptuning_v2"] == 1.0 and all(0.4 < share < 0.65 for label, share in shares.items() if "fedp" in label)
 
 
+@pytest.mark.slow
 def test_alpha_nothing_is_the_large_model_and_the_gap_is_counted_from_it(tmp_path, capsys):
     (cell,) = measured("gap", tmp_path)["cells"]
     test = cell["test"]
