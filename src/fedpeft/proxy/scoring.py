@@ -19,6 +19,7 @@ from fedpeft.maths.logits import combine, curve_terms, losses, offsets
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Top, told
 from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo, Full, Labels, Scores
+from fedpeft.proxy.recorded import Recorded
 from fedpeft.proxy.trio import Prompts, Trio
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -304,6 +305,11 @@ def _one(
 
 def _large(trio: Trio, large: BlackBoxLM, sequences: Prompts, starts: Sequence[int]) -> list[Tensor]:
     """(n, V_eff) of each text; shorter ones are padded behind, where nothing is read."""
+    if isinstance(large, Recorded):
+        known = [large.find(own, start) for own, start in zip(sequences, starts, strict=True)]
+        if large.candidates is None and None not in known:
+            device = torch.device("cpu") if trio.tuned is None else trio.tuned.model.device
+            return [large.forced([row]).logits.to(device) for row in known if row is not None]
     rests = [list(own[start:-1]) for own, start in zip(sequences, starts, strict=True)]
     longest = max(map(len, rests))
     session = large.open([list(own[:start]) for own, start in zip(sequences, starts, strict=True)], Full())
