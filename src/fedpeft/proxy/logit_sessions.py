@@ -12,10 +12,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedpeft.core.errors import RequestError, out_of_memory
+from fedpeft.core.errors import RequestError
 from fedpeft.proxy import demands, protocol
 from fedpeft.proxy.blackbox import BlackBoxLM, Full, Scores, Session, TopK, Want
 from fedpeft.proxy.protocol import Begin, Begun, Hello, Step
+from fedpeft.proxy.refusal import OVERLOADED, Refusal, refusal_of
 
 T = TypeVar("T")
 
@@ -54,18 +55,28 @@ class Limits:
                 raise RequestError(f"the server's limit {name} is {value}; give a positive number")
 
 
-class Denied(Exception):
-    """A request is not served.
+def limits_of(
+    wire: str, sessions: int, tokens: int, body_bytes: int, answer_bytes: int, idle_s: float, turn_s: float
+) -> Limits:
+    """Limits by what the command line says.
 
     Args:
-        message: why, and what would work.
-        code: a word for programs.
-        status: of HTTP.
-    """
+        wire: the most precise scores that travel; clients may ask for less.
 
-    def __init__(self, message: str, code: str, status: int) -> None:
-        super().__init__(message)
-        self.code, self.status = code, status
+    Raises:
+        RequestError: a wire that is not known, or a limit that is not positive.
+    """
+    if wire not in protocol.WIRES:
+        raise RequestError(f"--wire is {wire!r}; use {' or '.join(protocol.WIRES)}")
+    return Limits(
+        max_sessions=sessions,
+        max_tokens=tokens,
+        max_body_bytes=body_bytes,
+        max_answer_bytes=answer_bytes,
+        idle_s=idle_s,
+        timeout_s=turn_s,
+        wires=protocol.WIRES[protocol.WIRES.index(wire) :],
+    )
 
 
 @dataclass
@@ -118,16 +129,18 @@ class LogitSessions:
         return sum(own.tokens for own in self.held.values())
 
     def begin(self, told: Begin) -> Begun:
-        """Open a session. Raises Denied, or RequestError for prompts that the model cannot read."""
+        """Open a session. Raises Refusal, or RequestError for prompts that the model cannot read."""
         self.sweep()
         prompts = _prompts(told)
         if told.wire not in self.limits.wires:
-            raise Denied(f"scores travel as {' or '.join(self.limits.wires)} here, not {told.wire[:20]!r}", "wire", 400)
+            raise Refusal(
+                f"scores travel as {' or '.join(self.limits.wires)} here, not {told.wire[:20]!r}", None, "wire", 400
+            )
         demands.check_open(self.model.caps, prompts, told.want)
         self._check_room(len(prompts) * max(map(len, prompts)))
         if len(self.held) >= self.limits.max_sessions:
             text = f"{len(self.held)} sessions are open, the most there may be; close one, or let the server take more"
-            raise Denied(f"{text} (--max-sessions)", "too_many_sessions", 503)
+            raise Refusal(f"{text} (--max-sessions)", None, "too_many_sessions", 503, OVERLOADED)
         self._check_answer(told.want, told.wire, len(prompts), 1)
         session = _guarded(lambda: self.model.open(prompts, told.want))
         lengths = list(map(len, prompts))
@@ -136,18 +149,18 @@ class LogitSessions:
         return Begun(name, protocol.narrowed(session.first, told.wire))
 
     def step(self, name: str, told: Step) -> Scores:
-        """Go on with a session. Raises Denied, or RequestError for what it cannot do; then nothing has changed."""
+        """Go on with a session. Raises Refusal, or RequestError for what it cannot do; then nothing has changed."""
         self.sweep()
         own = self.held.get(name)
         if own is None:
-            raise Denied("the session is closed, perhaps for idleness; begin it again", "gone", 410)
+            raise Refusal("the session is closed, perhaps for idleness; begin it again", None, "gone", 410)
         if told.done != own.done:
             text = f"the session has made {own.done} steps, not {told.done}; begin it again"
-            raise Denied(text, "out_of_step", 409)
+            raise Refusal(text, None, "out_of_step", 409)
         rows, new = self._plan(own, told)
         try:
             scores = _guarded(lambda: _advance(own.session, rows, told.drop, new))
-        except Denied:
+        except Refusal:
             self.end(name)
             raise
         own.prompts = [own.prompts[row] for row in rows]
@@ -190,16 +203,15 @@ class LogitSessions:
     def _check_room(self, more: int) -> None:
         if self.tokens + more > self.limits.max_tokens:
             text = f"the server keeps {self.tokens} tokens and may keep {self.limits.max_tokens}"
-            raise Denied(
-                f"{text}; send fewer or shorter texts, or let it keep more (--max-tokens)", "too_many_tokens", 503
-            )
+            text = f"{text}; send fewer or shorter texts, or let it keep more (--max-kept)"
+            raise Refusal(text, None, "too_many_tokens", 503, OVERLOADED)
 
     def _check_answer(self, want: Want, wire: str, rows: int, positions: int) -> None:
         wanted = None if isinstance(want, Full) else want.k if isinstance(want, TopK) else len(want.ids)
         size = rows * positions * protocol.bytes_per_position(self.model.caps, wanted, wire)
         if size > self.limits.max_answer_bytes:
             text = f"the answer would have {size} bytes, of {self.limits.max_answer_bytes} allowed"
-            raise Denied(f"{text}; ask for fewer positions at a time", "answer_too_large", 413)
+            raise Refusal(f"{text}; ask for fewer positions at a time", None, "answer_too_large", 413)
 
 
 def _advance(session: Session, rows: list[int], drop: int, new: list[list[int]]) -> Scores:
@@ -210,16 +222,14 @@ def _advance(session: Session, rows: list[int], drop: int, new: list[list[int]])
 
 
 def _guarded(work: Callable[[], T]) -> T:
-    """What the model says; whatever goes wrong there becomes an answer, and texts stay out of the log."""
+    """What the model says. Raises Refusal for whatever goes wrong in it; texts stay out of the log."""
     try:
         return work()
-    except RequestError:
-        raise
     except Exception as error:
-        if out_of_memory(error):
-            raise Denied("the server is out of memory; send fewer or shorter texts", "out_of_memory", 503) from error
-        log.error("the model failed with %s", type(error).__name__)
-        raise Denied(f"the model failed with {type(error).__name__}; see the server", "failed", 500) from error
+        refusal = refusal_of(error)
+        if refusal.status >= 500:
+            log.error("the model failed with %s", type(error).__name__)
+        raise refusal from error
 
 
 def _prompts(told: Begin) -> list[list[int]]:
