@@ -130,7 +130,7 @@ def export(
     opened, fed = _opened(folder)
     client = _own(fed, client)
     if fed.model.weights and fed.model.readout.params and not merge:  # a format without a head has no merged model
-        raise RequestError("adapter.kind full trains all weights, which are a whole model, no adapter; add --merge")
+        raise RequestError("adapter.kind full trains weights of the model itself and has no adapter; add --merge")
     params = _params(opened, fed, client)
     own = opened.adapter / FILE
     beside = {FILE: read_json(own)} if client is None and not merge and own.is_file() else None

@@ -6,6 +6,7 @@ with log softmax(z_L + alpha (z_T - z_B)), see `proxy/decode.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from fedpeft.core.errors import RequestError
 from fedpeft.maths.logits import combine, curve_terms, losses, offsets
+from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Top, told
 from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo, Full, Labels, Scores
 from fedpeft.proxy.recorded import Recorded
-from fedpeft.proxy.trio import Trio
+from fedpeft.proxy.trio import Prompts, Trio
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 BEYOND = (3.0, 4.0)  # looked at where the end of the grid is best
-BATCH_TOKENS = 2048  # padded tokens that the large model reads at once
+BATCH_SCORES = 2**25  # numbers that each model gives at once, padding included: 128 MiB
 
 Normalise = Literal["sum", "tokens", "bytes", "prior"]
 
@@ -93,8 +95,14 @@ class AlphaCurve:
         return None
 
 
-def score(trio: Trio, sequences: Sequence[Sequence[int]], starts: Sequence[int], alpha: float | None = None,
-          n_top: int = 0) -> list[Scored]:  # fmt: skip
+def score(
+    trio: Trio,
+    sequences: Prompts,
+    starts: Sequence[int],
+    alpha: float | None = None,
+    n_top: int = 0,
+    tuned_prompts: Prompts | None = None,
+) -> list[Scored]:
     """Log-probabilities of each text's tokens from a place on, under what a trio decodes with.
 
     Args:
@@ -102,26 +110,35 @@ def score(trio: Trio, sequences: Sequence[Sequence[int]], starts: Sequence[int],
         starts: where the scored part of each begins; at least 1, as nothing stands before the first token.
         alpha: needed where all three models are there.
         n_top: how many of the likeliest tokens are told at each place.
+        tuned_prompts: what the tuned model reads in place of what stands before the scored parts.
 
     Raises:
         RequestError: no alpha, or a start outside a text.
         CannotDo: a large model that does not give all scores, or not of several positions where a text has them.
     """
-    if trio.steered and (alpha is None or not torch.isfinite(torch.tensor(alpha))):
-        raise RequestError(f"alpha is {alpha}; give a finite number such as that of the alpha curve")
+    _known(trio, alpha)
     found: list[Scored | None] = [None] * len(sequences)
-    for heard in _heard(trio, sequences, starts):
+    for heard in _heard(trio, sequences, starts, tuned_prompts):
         scores = heard.large if heard.change is None else combine(heard.large, heard.change, float(alpha or 0))
         words = told(scores, heard.targets.tolist(), [n_top] * len(scores))
         found[heard.text] = Scored(tuple(lp for lp, _ in words), tuple(top for _, top in words))
     return [own for own in found if own is not None]
 
 
-def alpha_curve(trio: Trio, sequences: Sequence[Sequence[int]], starts: Sequence[int],
-                grid: Sequence[float] = GRID) -> AlphaCurve:  # fmt: skip
+def alpha_curve(
+    trio: Trio,
+    sequences: Prompts,
+    starts: Sequence[int],
+    grid: Sequence[float] = GRID,
+    tuned_prompts: Prompts | None = None,
+) -> AlphaCurve:
     """The mean loss of the texts' tokens from a place on, for every alpha of a grid, in one pass of each model.
 
-    Where the greatest alpha of the grid is best, and 2, the curve goes on to 3 and 4.
+    Where 2, the end of the usual grid, is best, the curve goes on to 3 and 4.
+
+    Args:
+        grid: alphas; 0, the large model alone, is always among them.
+        tuned_prompts: see `score`.
 
     Raises:
         RequestError: a trio without all three models, no text, or a start outside a text.
@@ -137,7 +154,7 @@ def alpha_curve(trio: Trio, sequences: Sequence[Sequence[int]], starts: Sequence
     totals = torch.zeros(len(every), dtype=torch.float64)
     alone = torch.zeros(2, dtype=torch.float64)
     tokens = 0
-    for heard in _heard(trio, sequences, starts):
+    for heard in _heard(trio, sequences, starts, tuned_prompts):
         assert heard.change is not None and heard.small is not None
         totals += curve_terms(heard.large, heard.change, heard.targets, every).cpu()
         alone += torch.stack([losses(own, heard.targets).double().sum() for own in heard.small]).cpu()
@@ -152,7 +169,7 @@ def alpha_curve(trio: Trio, sequences: Sequence[Sequence[int]], starts: Sequence
 def choose_continuation(
     trio: Trio,
     prompt: Sequence[int],
-    options: Sequence[Sequence[int]],
+    options: Prompts,
     alpha: float | None = None,
     normalise: Normalise = "sum",
     empty: Sequence[int] = (),
@@ -190,27 +207,39 @@ def choose_continuation(
     return Chosen(max(range(len(scores)), key=lambda i: (scores[i], -i)), tuple(scores))
 
 
-def _behind(trio: Trio, prompt: Sequence[int], options: Sequence[Sequence[int]], alpha: float | None) -> list[float]:
+def _behind(trio: Trio, prompt: Sequence[int], options: Prompts, alpha: float | None) -> list[float]:
     whole = [[*prompt, *option] for option in options]
     return [own.total for own in score(trio, whole, [len(prompt)] * len(options), alpha)]
 
 
 def _by_labels(trio: Trio, prompt: Sequence[int], labels: Sequence[int], alpha: float | None) -> list[float]:
-    if trio.steered and alpha is None:
-        raise RequestError("alpha is None; give a finite number such as that of the alpha curve")
+    if any(not 0 <= label < trio.vocab for label in labels):
+        raise RequestError(f"labels {list(labels)} are not all among {trio.vocab} tokens")
+    _known(trio, alpha)
     behind = [(len(prompt) - 1, len(prompt))]
-    total = torch.zeros(len(labels))
-    if trio.large is not None:
-        session = trio.large.open([list(prompt)], Labels(tuple(labels)))
-        total = session.first.values[0, 0].cpu()
+    large = None if trio.large is None else _labels_of_large(trio.large, prompt, labels)
+    small = [
+        speaker.scores([prompt], behind)[0][0, list(labels)].cpu() for speaker in (trio.tuned, trio.base) if speaker
+    ]
+    if large is None:
+        return list(small[0].tolist())
+    return list((combine(large, offsets(small[0], small[1]), float(alpha or 0)) if small else large).tolist())
+
+
+def _labels_of_large(large: BlackBoxLM, prompt: Sequence[int], labels: Sequence[int]) -> Tensor:
+    session = large.open([list(prompt)], Labels(tuple(labels)))
+    try:
+        first = session.first
+    finally:
         session.close()
-    if trio.tuned is not None:
-        own = trio.tuned.scores([prompt], behind)[0][0, list(labels)].cpu()
-        if trio.base is None:
-            return own.tolist()
-        base = trio.base.scores([prompt], behind)[0][0, list(labels)].cpu()
-        total = combine(total, offsets(own, base), float(alpha or 0))
-    return total.tolist()
+    assert first.ids is not None, "labels come with their ids"
+    by_id = dict(zip(first.ids[0, 0].tolist(), first.values[0, 0].tolist(), strict=True))
+    return torch.tensor([by_id[label] for label in labels])
+
+
+def _known(trio: Trio, alpha: float | None) -> None:
+    if trio.steered and (alpha is None or not math.isfinite(alpha)):
+        raise RequestError(f"alpha is {alpha}; give a finite number such as that of the alpha curve")
 
 
 @dataclass(frozen=True)
@@ -232,38 +261,49 @@ class _HeardText:
     small: tuple[Tensor, Tensor] | None
 
 
-def _heard(trio: Trio, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[_HeardText]:
-    if len(sequences) != len(starts):
+def _heard(
+    trio: Trio, sequences: Prompts, starts: Sequence[int], tuned_prompts: Prompts | None = None
+) -> Iterator[_HeardText]:
+    if len(sequences) != len(starts) or (tuned_prompts is not None and len(tuned_prompts) != len(sequences)):
         raise RequestError(f"{len(sequences)} texts came with {len(starts)} starts; give one for each")
     for own, start in zip(sequences, starts, strict=True):
         if not 1 <= start < len(own):
             raise RequestError(f"a text of {len(own)} tokens is scored from {start} on; use 1 to {len(own) - 1}")
         if max(own[start:]) >= trio.vocab:
             raise RequestError(f"token {max(own[start:])} does not exist; use 0 to {trio.vocab - 1}")
-    for texts in _batches(trio.large, sequences, starts):
-        own = [sequences[i] for i in texts]
-        spans = [(starts[i] - 1, len(sequences[i]) - 1) for i in texts]
-        large = None if trio.large is None else _large(trio, trio.large, own, [starts[i] for i in texts])
-        tuned = None if trio.tuned is None else trio.tuned.scores(own, spans)
-        base = None if trio.base is None else trio.base.scores(own, spans)
-        for k, text in enumerate(texts):
-            yield _one(trio, text, own[k][starts[text] :], *(z if z is None else z[k] for z in (large, tuned, base)))
+    for texts in _batches(trio, sequences, starts):
+        own_texts, own_starts = [sequences[i] for i in texts], [starts[i] for i in texts]
+        large = [None] * len(texts) if trio.large is None else _large(trio, trio.large, own_texts, own_starts)
+        tuned = _small(trio.tuned, own_texts, own_starts, tuned_prompts and [tuned_prompts[i] for i in texts])
+        base = _small(trio.base, own_texts, own_starts)
+        for text, own, start, *each in zip(texts, own_texts, own_starts, large, tuned, base, strict=True):
+            yield _one(trio, text, own[start:], *each)
+
+
+def _small(
+    speaker: Speaker | None, sequences: Prompts, starts: Sequence[int], prompts: Prompts | None = None
+) -> Sequence[Tensor | None]:
+    """(n, V) of each text, read behind its own beginning or behind another prompt."""
+    if speaker is None:
+        return [None] * len(sequences)
+    if prompts is not None:
+        sequences = [[*own, *text[start:]] for own, text, start in zip(prompts, sequences, starts, strict=True)]
+        starts = list(map(len, prompts))
+    return speaker.scores(sequences, [(start - 1, len(own) - 1) for own, start in zip(sequences, starts, strict=True)])
 
 
 def _one(
     trio: Trio, text: int, answer: Sequence[int], large: Tensor | None, tuned: Tensor | None, base: Tensor | None
 ) -> _HeardText:
-    device = (tuned if tuned is not None else large).device  # type: ignore[union-attr]
-    targets = torch.tensor(list(answer), device=device)
+    alone = large if tuned is None else tuned[:, : trio.vocab]
+    assert alone is not None, "a trio has one model at least"
+    targets = torch.tensor(list(answer), device=alone.device)
     if large is None or tuned is None or base is None:
-        alone = large if tuned is None else tuned[:, : trio.vocab]
-        assert alone is not None, "a trio has one model at least"
         return _HeardText(text, targets, alone, None, None)
-    small = tuned[:, : trio.vocab], base[:, : trio.vocab]
-    return _HeardText(text, targets, large, offsets(tuned, base, trio.vocab), small)
+    return _HeardText(text, targets, large, offsets(tuned, base, trio.vocab), (alone, base[:, : trio.vocab]))
 
 
-def _large(trio: Trio, large: BlackBoxLM, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+def _large(trio: Trio, large: BlackBoxLM, sequences: Prompts, starts: Sequence[int]) -> list[Tensor]:
     """(n, V_eff) of each text; shorter ones are padded behind, where nothing is read."""
     if isinstance(large, Recorded):
         known = [large.find(own, start) for own, start in zip(sequences, starts, strict=True)]
@@ -283,31 +323,30 @@ def _large(trio: Trio, large: BlackBoxLM, sequences: Sequence[Sequence[int]], st
     return [own[: len(rest) + 1] for own, rest in zip(scores, rests, strict=True)]
 
 
-def _batches(large: BlackBoxLM | None, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
-    """Texts that go through together: answers of like length, within what the large model takes.
+def _batches(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> list[list[int]]:
+    """Texts that go through together: answers of like length, within what memory and the large model take.
 
     Raises:
         CannotDo: it cannot score these texts.
         RequestError: a text is longer than it reads.
     """
     answers = [len(own) - start for own, start in zip(sequences, starts, strict=True)]
-    if large is None:
-        return [list(range(len(sequences)))]
-    caps = large.caps
-    _scorable(large, max(answers))
+    budget = max(1, BATCH_SCORES // trio.vocab)
+    most_rows = most_tokens = budget
+    if trio.large is not None and sequences:
+        caps = trio.large.caps
+        _scorable(trio.large, max(answers))
+        most_rows, most_tokens = caps.max_batch, caps.max_context
+        if (longest := max(map(len, sequences))) > most_tokens:
+            raise RequestError(f"a text has {longest} tokens and {caps.identity} reads {most_tokens}; shorten it")
     batches: list[list[int]] = []
     for i in sorted(range(len(sequences)), key=lambda i: (answers[i], len(sequences[i]))):
-        if len(sequences[i]) > caps.max_context:
-            raise RequestError(
-                f"a text has {len(sequences[i])} tokens and {caps.identity} reads {caps.max_context}; shorten it"
-            )
-        if batches:
-            rows = [*batches[-1], i]
-            width = max(starts[k] for k in rows) + answers[i]
-            if len(rows) <= caps.max_batch and width <= caps.max_context and width * len(rows) <= BATCH_TOKENS:
-                batches[-1].append(i)
-                continue
-        batches.append([i])
+        rows = [*batches[-1], i] if batches else [i]
+        width = max(starts[k] for k in rows) + answers[i]
+        if batches and len(rows) <= most_rows and width <= most_tokens and width * len(rows) <= budget:
+            batches[-1] = rows
+        else:
+            batches.append([i])
     return batches
 
 
