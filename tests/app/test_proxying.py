@@ -325,19 +325,19 @@ def test_prompts(ran: app.Run) -> None:
 
     assert said(artefact.prompt("it was")) == "it was" and said(artefact.prompt(instruction="a film ?")) == "a film ?"
     talk = [{"role": "system", "content": "once"}, {"role": "user", "content": "a time ?"}]
-    assert said(artefact.prompt(messages=talk)) == "oncea time ?", "this tokenizer has no line break"
+    assert said(artefact.prompt(talk)) == "oncea time ?", "this tokenizer has no line break"
     template = "{context}|{instruction}"
     prompting = dataclasses.replace(artefact.prompting, template=template)
     wide = dataclasses.replace(artefact, template=template, prompting=prompting)
     more = [talk[0], {"role": "user", "content": "a"}, {"role": "assistant", "content": "good"}, talk[1]]
-    assert said(wide.prompt(messages=more)) == "onceuser: aassistant: good|a time ?"
-    for wrong in ({}, {"text": ""}, {"text": "a", "instruction": "b"}, {"messages": []}):
+    assert said(wide.prompt(more)) == "onceuser: aassistant: good|a time ?"
+    for said, instruction in ((None, None), ("", None), ("a", "b"), ([], None), (None, "")):
         with pytest.raises(RequestError, match="give one prompt"):
-            artefact.prompt(**wrong)  # type: ignore[arg-type]
+            artefact.prompt(said, instruction=instruction)
     with pytest.raises(RequestError, match="the last message is by 'system'"):
-        artefact.prompt(messages=talk[:1])
+        artefact.prompt(talk[:1])
     with pytest.raises(RequestError, match="message 1 needs a role and a content"):
-        artefact.prompt(messages=[{"role": "user"}])
+        artefact.prompt([{"role": "user"}])
 
 
 def test_another_large_model_needs_an_alpha(ran: app.Run, models: Path) -> None:
@@ -394,3 +394,37 @@ def test_another_small_model_or_tokenizer_is_refused(ran: app.Run, models: Path,
         open_artefact(folder)
     with pytest.raises(RequestError, match="is no folder"):
         open_artefact(tmp_path / "nowhere")
+
+
+# --- what people see --------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_curve_and_all_models(ran: app.Run, distilled: app.Run) -> None:
+    page = (ran.folder / "report.html").read_text()
+    for text in (
+        "The large model",
+        "against alpha",
+        "large model, steered",
+        "small model, untrained",
+        "no public texts",
+    ):
+        assert text in page
+    assert "6 public texts were shown to it" in (distilled.folder / "report.html").read_text()
+
+
+def test_check_tells_of_the_large_model(models: Path) -> None:
+    found = app.check(config(models, proxy__public=str(models / "said_public.jsonl")))["proxy"]
+    fed = build(load_config(config(models)))
+    assert "proxy-gpt2" in found["large"] and found["scores"] == "of all tokens" and found["max_context"] == 64
+    tokens = int((fed.whole("test").lengths - fed.whole("test").starts).sum())  # type: ignore[operator]
+    assert found["kept_test_bytes"] == tokens * found["vocab"] * 4
+    assert "kept_public_bytes" in found and "proxy" not in app.check(config(models, proxy__large=None))
+
+
+def test_studies_have_the_steered_models_score(models: Path, tmp_path: Path) -> None:
+    base = config(models, run__rounds=1)
+    entries = [{"label": "FedPT", "name": "fedpt"}, {"label": "Central", "name": "centralized", "lr": 2e-2}]
+    found = app.compare({"base": base, "methods": entries, "seeds": [0]}, out=tmp_path / "study")
+    assert not found.failures
+    for row in found.table:
+        assert row["of"] == "proxy" and row["mean"] == row["proxy"] and row["large"] > 0 and row["base"] > 0

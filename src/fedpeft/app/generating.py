@@ -57,7 +57,7 @@ def as_said(fed: Federation, trio: Trio, table: Table, settings: Settings, specu
 
 
 def speak(fed: Federation, params: Params, further: Mapping[str, Voice] | None = None) -> Spoken | None:
-    """What the model, the untrained base and others say for at most `task.generate_rows` test rows; None: there is none.
+    """What the model, the untrained base and others say for at most `task.generate_rows` test rows; None: no such rows.
 
     The rows are a sample, the same in every run of the task. Of a plain text the first half is given, and the rest of
     it stands beside what is said.

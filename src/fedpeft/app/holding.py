@@ -30,7 +30,7 @@ from fedpeft.maths.logits import combine, offsets
 from fedpeft.models.readouts import Item
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo
-from fedpeft.proxy.recorded import Recorded, check_scorable
+from fedpeft.proxy.recorded import MOST_BYTES, Recorded, check_scorable
 from fedpeft.proxy.scoring import GRID, AlphaCurve, alpha_curve, score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
@@ -149,6 +149,15 @@ class Holding:
         tokenizer = self.fed.base.tokenizer
         return Trio(self.large, Speaker(model, params), Speaker(model), tokenizer, self.vocab, ends, candidates)
 
+    @property
+    def kept_bytes(self) -> dict[str, int]:
+        """What the large model's scores take on disk at most, by the texts that they are of."""
+        if not self.scorable:
+            return {}
+        splits = [split for split in ("validation", "test") if len(self.fed.whole(split))]
+        found = {split: min(self._remembered(split).size_bytes, MOST_BYTES) for split in splits}
+        return found if self.public is None else {**found, "public": min(self._public.size_bytes, MOST_BYTES)}
+
     # --- inside ---
 
     def _said_well(self, params: Params, alpha: float) -> float:
@@ -227,7 +236,7 @@ def hold(fed: Federation) -> Holding | None:
             ["proxy.alpha: auto is chosen on texts that the server has; give task.validation, or a number (--alpha)."]
         )
     Speaker(fed.model, fed.initial)  # an adapter that cannot speak token by token is refused before anything is trained
-    large = open_backend(proxy.large, token=key_of(proxy.token_env))
+    large = open_backend(proxy.large, token=key_of(proxy.token_env), top_k=proxy.top_k)
     vocab = check_tokenizers(fed.base.tokenizer, large, (prompting.end,), lm.vocabulary)
     public = None
     if proxy.public is not None and getattr(fed.method, "distil", False):
@@ -237,13 +246,13 @@ def hold(fed: Federation) -> Holding | None:
     return found
 
 
-def key_of(variable: str | None) -> str | None:
+def key_of(variable: str | None, named: str = "proxy.token_env") -> str | None:
     """The large model's key. Raises RequestError where the variable that should hold it is not set."""
     if variable is None:
         return None
     key = os.environ.get(variable)
     if not key:
-        raise RequestError(f"proxy.token_env names the variable {variable}, which is not set; set it to the key")
+        raise RequestError(f"{named} names the variable {variable}, which is not set; set it to the key")
     return key
 
 

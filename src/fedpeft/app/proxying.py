@@ -134,13 +134,13 @@ class Artefact:
 
     def prompt(
         self,
-        text: str | None = None,
+        said: str | Sequence[Mapping[str, str]] | None = None,
+        /,
         *,
         instruction: str | None = None,
         context: str = "",
-        messages: Sequence[Mapping[str, str]] | None = None,
     ) -> list[int]:
-        """Token ids of one of: a text as it is, an instruction in the template, a conversation.
+        """Token ids of a text as it is, of a conversation (messages with role and content), or of an instruction.
 
         A conversation is put into the tokenizer's chat template where the adapter was trained with that; else its last
         message is the instruction of the template, and what was said before the context, "role: text" a line (before
@@ -148,17 +148,16 @@ class Artefact:
         tokenizer's chat template is used if there is one.
 
         Raises:
-            RequestError: none or several of them, an empty one, or a conversation that does not end with the user.
+            RequestError: none or both of them, an empty one, or a conversation that does not end with the user.
         """
-        given = [one for one in (text, instruction, messages) if one is not None]
-        if len(given) != 1 or not given[0]:
+        if (said is None) == (instruction is None) or not (said or instruction):
             raise RequestError("give one prompt, not empty: a text, an instruction (with a context), or messages")
-        if text is not None:
-            ids = self._ids(text, True)
-        elif messages is not None:
-            ids = self._of_messages(messages)
-        else:
+        if said is None:
             ids = self._of_instruction(str(instruction), context)
+        elif isinstance(said, str):
+            ids = self._ids(said, True)
+        else:
+            ids = self._of_messages(said)
         if not ids:
             raise RequestError("the prompt gives no token; write something")
         return ids
@@ -237,10 +236,11 @@ def open_artefact(
     spec = facts.get("large") if large is None else None if large == NO_LARGE else large
     if spec is None and alpha is not None:
         raise RequestError(f"alpha is {alpha}, and there is no large model to steer; name one with --large")
-    opened = None if spec is None else open_backend(spec, token=token)
+    top_k = int(facts.get("top_k", 20))
+    opened = None if spec is None else open_backend(spec, token=token, top_k=top_k)
     vocab = check_tokenizers(tokenizer, opened, ends, lm.vocabulary)
     base = None if opened is None else Speaker(small)
-    candidates = None if opened is None or opened.caps.full else int(facts.get("top_k", 20))
+    candidates = None if opened is None or opened.caps.full else top_k
     trio = Trio(opened, Speaker(small, params), base, tokenizer, vocab, ends, candidates)
     prompting = Prompting(
         tokenizer, int(facts["end"]), int(facts["max_length"]), facts["template"], plain=facts["plain"]

@@ -17,8 +17,10 @@ from fedpeft.runs.history import (
     EMULATOR,
     GLOBAL,
     LABEL_PRIOR,
+    LARGE,
     LEVELS,
     PERSONALIZED,
+    PROXY,
     Group,
     History,
     Score,
@@ -97,6 +99,10 @@ def cards(run: History) -> str:
     after = {who: f" of round {at}" for who, at in run.taken.items()}
     shown = [("first", score_text(values.get(GLOBAL)), f"{score}, global model{after.get(GLOBAL, '')}")]
     shown += [("", score_text(values[bar]), f"{score}, {told}") for bar, told in BARS.items() if bar in values]
+    if PROXY in values:
+        shown.append(("", score_text(values[PROXY]), f"{score}, the large model, steered by it"))
+    if LARGE in values:
+        shown.append(("", score_text(values[LARGE]), f"{score}, the large model alone"))
     if EMULATOR in values:
         shown.append(("", score_text(values[EMULATOR]), f"{score}, with the blocks that clients have"))
     if PERSONALIZED in values:
