@@ -150,10 +150,18 @@ def test_distillation_changes_what_is_sent_and_serves_the_aggregate(distilled: a
     assert first["metrics"]["validation"]["global"] == other["metrics"]["validation"]["global"], "round 1 is the same"
     assert small.sha(distilled.folder) != small.sha(ran.folder)
     assert len(list((distilled.folder / SCORES).iterdir())) == 3
-    for name in ("model_sha256",):
-        assert (
-            distilled.manifest[name] == load_base(str(load_config(distilled.folder / "config.yaml").model.name)).sha256
-        )
+    config = load_config(distilled.folder / "config.yaml")
+    assert distilled.manifest["model_sha256"] == tree.sha256(load_base(config.model.name).module.state_dict())
+    held = hold(build(config))
+    assert held is not None and held.large.caps.identity == distilled.manifest["large_identity"]
+
+
+def test_an_adapter_travels_and_nothing_else(distilled: app.Run) -> None:
+    size = 4 * distilled.manifest["trainable_parameters"]
+    lines = RunFolder.open(distilled.folder).exchanges()
+    assert len(lines) == 4 and all(
+        size < line[way] < size + 4000 for line in lines for way in ("bytes_down", "bytes_up")
+    )
 
 
 def test_resume_inside_a_distilling_run_gives_equal_bits(distilled: app.Run, models: Path, tmp_path: Path) -> None:
@@ -397,6 +405,38 @@ def test_another_small_model_or_tokenizer_is_refused(ran: app.Run, models: Path,
 
 
 # --- what people see --------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_its_own_large_model_alone(models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(models / "proxy-gpt2", tmp_path / "large")
+    done = app.run(config(models, run__rounds=1, proxy__large=str(tmp_path / "large")), out=tmp_path / "run")
+    shutil.rmtree(tmp_path / "large")
+    shutil.copytree(models / "proxy-llama", tmp_path / "large")
+    load_base.__globals__["_load"].cache_clear()
+    with pytest.raises(RequestError, match=r"the large model of .* was .*large@.* when the run began, and is .*large@"):
+        app.resume(done.folder, {"run.rounds": 2})
+
+
+def test_a_run_may_start_from_another_ones_adapter(ran: app.Run, models: Path) -> None:
+    """B stays the model as it was before any tuning, so the first curve is that of the adapter."""
+    fed = build(load_config(config(models, run__init_from=str(ran.folder))))
+    held = hold(fed)
+    assert (
+        held is not None
+        and tree.sha256(fed.initial) == json.loads((ran.folder / "adapter" / FILE).read_text())["params_sha256"]
+    )
+    assert held.curve(fed.initial).best == ran.manifest["proxy"]["alpha"]
+
+
+def test_pooled_and_local_training_can_steer_too(models: Path, tmp_path: Path) -> None:
+    """Proxy-tuning without a federation, and every client for itself."""
+    for name in ("centralized", "local"):
+        values = config(models, run__rounds=1)
+        values["method"] = {"name": name, "lr": 2e-2} | ({"cohort": 2} if name == "local" else {})
+        done = app.run(values, out=tmp_path / name)
+        assert {"proxy", "large", "global", "base"} <= done.metrics["final"]["test"].keys()
 
 
 def test_the_page_shows_the_curve_and_all_models(ran: app.Run, distilled: app.Run) -> None:

@@ -213,6 +213,9 @@ class Journal:
         """The adapter's folder, the final hash, and the totals."""
         checkpoint = self.folder.load_checkpoint(self.fed.method.state)
         assert checkpoint is not None, "a finished run has a checkpoint"
+        told = self.folder.manifest().get("proxy", {}).get("curve") or {}
+        if told.get("advice"):
+            self.say(f"warning: {told['advice']}")
         final = self.fed.method.result(checkpoint.state)
         self._export(checkpoint.best if checkpoint.best is not None else final)
         self.folder.update_manifest(

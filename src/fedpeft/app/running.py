@@ -103,7 +103,7 @@ def run(
             held = hold(fed)
         with RunFolder.create(Path(out) if out is not None else default_folder(wanted)) as folder:
             named = {} if label is None else {"label": label}
-            folder.update_manifest(**named, **_identity(fed), **OPEN, rounds_done=0, started=now())
+            folder.update_manifest(**named, **_identity(fed, held), **OPEN, rounds_done=0, started=now())
             folder.save_partition(json.loads(fed.partition.to_json()))
             folder.save_config(resolved(fed.config))  # last: a folder with a configuration is a run
             if begun is not None:
@@ -135,7 +135,8 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
         opened.lock()
         with computing(config), _logging_to(opened.log):
             fed = build(config, opened.partition() or None)
-            identity = _identity(fed)
+            held = hold(fed)
+            identity = _identity(fed, held)
             _check_same(manifest, identity, opened.path)
             log.info("resumed")
             saved = opened.load_checkpoint(fed.method.state)
@@ -147,7 +148,7 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
             opened.save_config(resolved(fed.config))
             opened.update_manifest(**identity, **OPEN, resumed=now())
             notes = _replanned(before, config) if saved is not None and saved.number else ()
-            return _go(opened, fed, progress, hold(fed), notes)
+            return _go(opened, fed, progress, held, notes)
 
 
 def _replanned(before: RunConfig, config: RunConfig) -> tuple[str, ...]:
@@ -177,12 +178,17 @@ def _check_same(manifest: Mapping[str, Any], identity: Mapping[str, Any], folder
                 f"the {what} of {folder} has changed since the run began (sha256 {manifest[key][:12]}, now "
                 f"{identity[key][:12]}); restore it, or start a new run"
             )
+    if (before := manifest.get("large_identity")) != (now := identity.get("large_identity")):
+        raise RequestError(
+            f"the large model of {folder} was {before} when the run began, and is {now} now; restore it, or start a "
+            "new run"
+        )
     for key in ("versions", "machine"):
         if key in manifest and manifest[key] != identity[key]:
             log.warning("the %s changed since the run began, from %s to %s", key, manifest[key], identity[key])
 
 
-def _identity(fed: Federation) -> dict[str, Any]:
+def _identity(fed: Federation, held: Holding | None) -> dict[str, Any]:
     return {
         **describe_environment(),
         "seed": fed.config.run.seed,
@@ -194,6 +200,7 @@ def _identity(fed: Federation) -> dict[str, Any]:
         "initial_sha256": tree.sha256(fed.initial),
         "partition_sha256": fed.partition.sha256,
         "trainable_parameters": tree.count(fed.initial),
+        **({} if held is None else {"large_identity": held.large.caps.identity}),
     }
 
 

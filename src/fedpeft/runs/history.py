@@ -19,7 +19,7 @@ EMULATOR = "emulator"  # the global model without the blocks that clients do not
 PROXY, LARGE = "proxy", "large"  # the large model steered by the small ones, and alone
 OF_BEST = (GLOBAL, EMULATOR, PROXY, LARGE)  # whose results are those of the best-validated parameters
 BARS = {MAJORITY: "always the majority label", BASE: "the untrained base"}  # what a global model must beat
-LEVELS = {MAJORITY: "majority", BASE: "untrained"}  # the same in short
+LEVELS = {MAJORITY: "majority", BASE: "untrained", LARGE: "large alone"}  # the same in short
 
 
 def decisive(scores: Collection[str]) -> str:
