@@ -13,6 +13,7 @@ from fedpeft.app.facts import peak_memory_bytes
 from fedpeft.app.federation import Federation
 from fedpeft.app.generating import speak, with_texts
 from fedpeft.app.ledger import Ledger
+from fedpeft.app.proxy_costs import compare_costs
 from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
@@ -203,7 +204,9 @@ class Journal:
         assert checkpoint is not None, "a finished run has a checkpoint"
         final = self.fed.method.result(checkpoint.state)
         self._export(checkpoint.best if checkpoint.best is not None else final)
+        costs = compare_costs(self.fed, self.folder.exchanges())
         self.folder.update_manifest(
+            **({} if costs is None else {"proxy_costs": costs}),
             status="finished",
             stopped=self.ledger.stopped,
             params_sha256=tree.sha256(final),
@@ -301,6 +304,7 @@ def exchange_lines(done: Done) -> Iterator[dict[str, Any]]:
             "steps": receipt.meter.steps,
             "examples": receipt.meter.examples,
             "tokens": receipt.meter.trained_tokens + receipt.meter.forward_tokens,
+            "pairs": receipt.meter.trained_pairs + receipt.meter.forward_pairs,
             "seconds": receipt.seconds,
             "simulated_seconds": receipt.simulated_seconds,
             "lost": receipt.lost,
