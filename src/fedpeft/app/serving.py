@@ -1,0 +1,87 @@
+"""`fedpeft serve RUN_DIR`: a run's artefact behind the endpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.core.errors import RequestError
+
+GRACE_S = 10.0  # in which answers may come to their end when the server is stopped
+SPARE = 32  # connections beside those of requests: the page, health, metrics
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a run is served; the defaults are those of the command.
+
+    Attributes:
+        large: the large model, by the specification that `--large` takes; None: the tuned small one alone.
+        alpha: how far the small models steer; None: as the run chose it.
+        speculate: tokens that are drafted ahead; 0: none.
+        key_env: the environment variable that holds the clients' key; None: no key, and this machine alone.
+        token_env: the environment variable that holds the token of the large model's server.
+    """
+
+    large: str | None = None
+    alpha: float | None = None
+    speculate: int = 0
+    max_batch: int = 8
+    max_queue: int = 64
+    max_tokens_limit: int = 1024
+    timeout_s: float = 300.0
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key_env: str | None = None
+    token_env: str | None = None
+
+
+def secret(name: str | None, option: str) -> str | None:
+    """What an environment variable holds. Raises RequestError where it holds nothing."""
+    if name is None:
+        return None
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise RequestError(f"{option} names {name}, which is not set or empty; set it to a secret first")
+    return value
+
+
+def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None] = lambda name, url: None) -> int:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        folder: a run, or what a run wrote as its artefact.
+        begun: told the model's name and the URL before the first request.
+
+    Returns:
+        the number of the signal that ended it.
+
+    Raises:
+        RequestError: a host without a key, an address that is taken, or what `open_artefact` refuses.
+    """
+    from fedpeft.app.proxying import open_artefact
+    from fedpeft.proxy.desk import Options
+    from fedpeft.proxy.engine import Engine
+    from fedpeft.proxy.guard import check_host
+    from fedpeft.proxy.listening import address, bind, listen
+    from fedpeft.proxy.serving import make_app
+
+    key = secret(serving.key_env, "--api-key-env")
+    check_host(serving.host, key)
+    if serving.speculate < 0:
+        raise RequestError(f"--speculate {serving.speculate} drafts nothing; use 0 for none, or 4")
+    options = Options(key, serving.max_tokens_limit, serving.timeout_s)
+    with bind(serving.host, serving.port) as sock:
+        artefact = open_artefact(
+            Path(folder), serving.large, alpha=serving.alpha, token=secret(serving.token_env, "--token-env")
+        )
+        engine = Engine(serving.max_batch, serving.max_queue, serving.speculate)
+        try:
+            app = make_app(artefact, engine, options)
+            begun(artefact.name, address(sock))
+            connections = serving.max_batch + serving.max_queue + SPARE
+            return listen(app, sock, engine.stop, engine.close, GRACE_S, connections)
+        finally:
+            engine.close()

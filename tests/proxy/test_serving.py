@@ -1,0 +1,454 @@
+"""The endpoint over loopback, with a scripted decoder: OpenAI's client, streams, refusals, limits, an orderly life."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from fedpeft.core.errors import RequestError
+from fedpeft.proxy.blackbox import BackendError
+from fedpeft.proxy.desk import Options
+from fedpeft.proxy.guard import check_host
+from proxy.served import TOKENIZER, Artefact, Script, fake_trio, serving, until
+
+TEXT = "naïve 日本語 🎉 fin"
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def shared(script: Script) -> Iterator[tuple[str, Any]]:
+    with serving(script) as served:
+        yield served
+
+
+@pytest.fixture
+def url(shared: tuple[str, Any], script: Script) -> str:
+    script.says, script.fail, script.pause_s = lambda prompt: f"you said {prompt}", lambda step: None, 0.0
+    script.gate.set()
+    script.opened.clear()
+    script.dropped.clear()
+    return shared[0]
+
+
+CLIENTS: list[openai.OpenAI] = []
+
+
+def client(url: str, key: str = "none") -> openai.OpenAI:
+    CLIENTS.append(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=20))
+    return CLIENTS[-1]
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
+
+
+def post(url: str, body: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    kind = {"content-type": "application/json"}
+    return httpx.post(url + path, content=content, headers=kind | headers, timeout=20)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+def test_models_are_the_steered_one_and_its_parts(url):
+    listed = {model.id: model for model in client(url).models.list()}
+    assert list(listed) == ["toy", "toy:large", "toy:small"]
+    assert listed["toy"].alpha == 0.75 and listed["toy"].large == "large" and not hasattr(listed["toy:small"], "alpha")
+    assert listed["toy"].max_context == 64 and listed["toy"].max_tokens == 64
+    assert client(url).models.retrieve("toy:large").kind == "large"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'x'; there are toy, toy:large, toy:small"):
+        client(url).models.retrieve("x")
+
+
+def test_a_completion(url, script):
+    found = client(url).completions.create(
+        model="toy", prompt="hi", max_tokens=40, temperature=0.5, seed=7, top_p=0.9, presence_penalty=1,
+        frequency_penalty=-1, logit_bias={"5": 3}, stop=["zz"],
+        extra_body={"alpha": 1.5, "top_k": 9, "min_p": 0.1, "repetition_penalty": 1.3, "beta": 0.2},
+    )  # fmt: skip
+    (choice,) = found.choices
+    assert (choice.text, choice.finish_reason, choice.index, choice.logprobs) == ("you said hi", "stop", 0, None)
+    assert found.object == "text_completion" and found.model == "toy" and found.id.startswith("cmpl-")
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (2, 11, 13)
+    assert found.fedpeft == {"alpha": 1.5, "exact": False, "mass": 0.875, "least_mass": 0.75}
+    ((trio, prompts, (settings,)),) = script.opened
+    assert trio.steered and prompts == [TOKENIZER("hi")["input_ids"]]
+    given = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "seed", "top_p", "alpha", "top_k")}
+    assert given == {"max_tokens": 40, "temperature": 0.5, "seed": 7, "top_p": 0.9, "alpha": 1.5, "top_k": 9}
+    assert (settings.presence_penalty, settings.frequency_penalty, settings.repetition_penalty) == (1, -1, 1.3)
+    assert (settings.min_p, settings.beta, settings.logit_bias, settings.stop) == (0.1, 0.2, {5: 3.0}, ("zz",))
+
+
+def test_what_is_not_asked_for_has_the_api_s_defaults(url, script):
+    for _ in range(2):
+        assert client(url).completions.create(model="toy", prompt="hi").choices[0].text == "you said hi"
+    first, second = (settings for _, _, (settings,) in script.opened)
+    assert (first.max_tokens, first.temperature, first.alpha, first.logprobs) == (16, 1.0, 0.75, 0)
+    assert first.seed != second.seed, "unseeded answers must differ"
+
+
+def test_several_prompts_and_several_answers(url, script):
+    found = client(url).completions.create(model="toy", prompt=["a", "b"], n=2, max_tokens=20, seed=5)
+    texts = [(choice.index, choice.text) for choice in found.choices]
+    assert texts == [(0, "you said a"), (1, "you said a"), (2, "you said b"), (3, "you said b")]
+    assert found.usage.prompt_tokens == 2 and found.usage.completion_tokens == 40
+    assert [s.seed for _, _, settings in script.opened for s in settings] == [5, 6, 5, 6]
+
+
+def test_token_ids_as_prompts(url):
+    ids = TOKENIZER(["a", "bc"])["input_ids"]
+    assert client(url).completions.create(model="toy", prompt=ids[0]).choices[0].text == "you said a"
+    found = client(url).completions.create(model="toy", prompt=ids)
+    assert [choice.text for choice in found.choices] == ["you said a", "you said bc"]
+
+
+def test_a_chat(url, script):
+    found = client(url).chat.completions.create(model="toy", messages=[{"role": "user", "content": "hi"}])
+    (choice,) = found.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "you said hi", "stop")
+    assert found.object == "chat.completion" and found.id.startswith("chatcmpl-")
+    assert script.opened[0][2][0].max_tokens == 62, "a chat takes what there is room for"
+
+
+@pytest.mark.parametrize("name", ["toy:large", "toy:small"])
+def test_the_parts_answer_by_themselves(url, script, name):
+    assert client(url).completions.create(model=name, prompt="x").choices[0].text == "you said x"
+    ((trio, _, (settings,)),) = script.opened
+    assert (trio.large is None) == (name == "toy:small") and not trio.steered and settings.alpha is None
+    with pytest.raises(openai.BadRequestError, match="has no alpha; leave it out, or ask toy"):
+        client(url).completions.create(model=name, prompt="x", extra_body={"alpha": 1})
+
+
+def test_log_probabilities_of_completions(url):
+    found = client(url).completions.create(model="toy", prompt="é", logprobs=1, max_tokens=20)
+    logprobs = found.choices[0].logprobs
+    assert found.choices[0].text == "you said é"
+    assert logprobs.tokens == [*"you said ", "bytes:\\xc3", "bytes:\\xa9"]
+    assert logprobs.token_logprobs == [-0.5] * 11 and logprobs.top_logprobs[0] == {"y": -0.5}
+    assert logprobs.text_offset == [*range(9), 9, 19]
+    assert client(url).completions.create(model="toy", prompt="a", logprobs=0).choices[0].logprobs.top_logprobs is None
+
+
+def test_log_probabilities_of_chats(url):
+    found = client(url).chat.completions.create(
+        model="toy", messages=[{"role": "user", "content": "é"}], logprobs=True, top_logprobs=2
+    )
+    content = found.choices[0].logprobs.content
+    assert bytes(byte for each in content for byte in each.bytes).decode() == "you said é"
+    assert [each.logprob for each in content[0].top_logprobs] == [-0.5, -1.5] and content[0].top_logprobs[
+        0
+    ].token == "y"
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_streamed_completions_say_the_same_as_whole_ones(url, script, logprobs):
+    script.says = lambda prompt: f"{TEXT} {prompt}"
+    ask: dict[str, Any] = {"model": "toy", "prompt": ["a", "b"], "max_tokens": 50, "logprobs": logprobs}
+    whole = client(url).completions.create(**ask)
+    texts, tokens, offsets, finishes = ["", ""], [[], []], [[], []], [None, None]
+    for chunk in client(url).completions.create(**ask, stream=True):
+        (choice,) = chunk.choices
+        assert "\ufffd" not in choice.text
+        texts[choice.index] += choice.text
+        finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+        if logprobs is not None:
+            tokens[choice.index] += choice.logprobs.tokens
+            offsets[choice.index] += choice.logprobs.text_offset
+    assert texts == [choice.text for choice in whole.choices] == [f"{TEXT} a", f"{TEXT} b"]
+    assert finishes == [choice.finish_reason for choice in whole.choices] == ["stop", "stop"]
+    if logprobs is not None:
+        assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+        assert offsets == [choice.logprobs.text_offset for choice in whole.choices]
+
+
+def test_streamed_chats_say_the_same_as_whole_ones(url, script):
+    script.says = lambda prompt: TEXT
+    ask: dict[str, Any] = {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "logprobs": True}
+    whole = client(url).chat.completions.create(**ask)
+    chunks = list(client(url).chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].usage is None
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content == TEXT
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    told = [each.bytes for c in chunks[:-1] if c.choices[0].logprobs for each in c.choices[0].logprobs.content]
+    assert told == [each.bytes for each in whole.choices[0].logprobs.content]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert chunks[-1].fedpeft == whole.fedpeft and len({c.id for c in chunks}) == 1
+
+
+def test_the_wire_of_a_stream(url, script):
+    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "x", "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = response.read().decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events[:-2])
+
+
+def test_tokens_are_sent_when_they_are_said_not_at_the_end(url, script):
+    seen = threading.Event()
+    script.fail = lambda step: None if step == 1 or seen.wait(10) else AssertionError("the first token was not sent")
+    said = ""
+    for chunk in client(url).completions.create(model="toy", prompt="x", stream=True):
+        said += chunk.choices[0].text
+        seen.set()
+    assert said == "you said x"
+
+
+def test_a_client_that_leaves_frees_its_rows(shared, url, script):
+    engine = shared[1]
+    script.says, script.pause_s = lambda prompt: "x" * 60, 0.01
+    for stream in (True, False):
+        script.dropped.clear()
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as raw:
+            body = json.dumps({"prompt": ["a", "b"], "max_tokens": 60, "stream": stream}).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: engine.running == 2)
+        until(lambda: engine.running == 0)
+        assert sorted(script.dropped) == [0, 1], "the rows were decoded to their end"
+
+
+def test_a_backend_that_dies_in_a_stream_is_told_and_the_server_lives(url, script):
+    script.fail = lambda step: BackendError("the large model at x does not answer; look there") if step == 4 else None
+    said = ""
+    with pytest.raises(openai.APIError, match="the large model at x does not answer; look there") as told:
+        for chunk in client(url).completions.create(model="toy", prompt="x", stream=True):
+            said += chunk.choices[0].text
+    assert said == "you" and told.value.code == "backend_error"
+    with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "x", "stream": True}) as response:
+        events = response.read().decode().split("\n\n")
+    error = json.loads(events[-3].removeprefix("data: "))["error"]
+    assert error["type"] == "server_error" and events[-2] == "data: [DONE]"
+    with pytest.raises(openai.InternalServerError, match="does not answer") as told:
+        client(url).completions.create(model="toy", prompt="x")
+    assert told.value.status_code == 502
+    script.fail = lambda step: None
+    assert client(url).completions.create(model="toy", prompt="x").choices[0].text == "you said x"
+
+
+def test_an_error_before_the_first_token_is_a_status_in_streams_too(url, script):
+    script.fail = lambda step: BackendError("gone") if step == 1 else None
+    with pytest.raises(openai.InternalServerError, match="gone"):
+        client(url).completions.create(model="toy", prompt="x", stream=True)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code", "status"),
+    [
+        (b"{", None, "invalid_json", 400),
+        (b'{"prompt": "x", "alpha": NaN}', None, "invalid_json", 400),
+        (b'{"prompt": "x", "alpha": 1e999}', "alpha", "invalid_value", 400),
+        ({"prompt": "x", "nonsense": 1}, "nonsense", "unsupported_parameter", 400),
+        ({"prompt": "x" * 65}, "prompt", "context_length_exceeded", 400),
+        ({"prompt": "x" * 60, "max_tokens": 5}, "max_tokens", "context_length_exceeded", 400),
+        ({"prompt": ""}, "prompt", "invalid_value", 400),
+        ({"prompt": "x", "model": "gpt"}, "model", "model_not_found", 404),
+    ],
+)
+def test_refusals_have_the_four_fields(url, script, body, param, code, status):
+    response = post(url, body)
+    error = response.json()["error"]
+    assert response.status_code == status and error.keys() == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert script.opened == []
+
+
+def test_paths_and_methods_that_are_not_served(url):
+    assert httpx.get(f"{url}/v1/embeddings").json()["error"]["code"] == "not_found"
+    wrong = httpx.get(f"{url}/v1/completions")
+    assert wrong.status_code == 405 and wrong.json()["error"]["code"] == "wrong_method"
+    for path in ("/docs", "/openapi.json"):
+        assert httpx.get(url + path).status_code == 404, "its pages would load scripts from elsewhere"
+
+
+def test_foreign_pages_cannot_ask(url):
+    plain = httpx.post(f"{url}/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert plain.status_code == 415 and plain.json()["error"]["code"] == "unsupported_media_type"
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80", ""):
+        assert httpx.get(f"{url}/v1/models", headers={"host": host}).status_code == 403
+    for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
+        assert httpx.get(f"{url}/v1/models", headers={"host": host}).status_code == 200
+    assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers={"origin": "http://x"}).headers
+
+
+def test_a_key_opens_what_costs_and_nothing_else_does():
+    with serving(Script(), Options(key="s3cret")) as (url, _):
+        for key in ("wrong", "s3cre", "s3cret2"):
+            with pytest.raises(openai.AuthenticationError, match="the key is missing or wrong") as told:
+                client(url, key).completions.create(model="toy", prompt="x")
+            assert told.value.code == "invalid_api_key"
+        assert client(url, "s3cret").completions.create(model="toy", prompt="x").choices[0].text == "you said x"
+        basic = base64.b64encode(b"x:s3cret").decode()
+        for path, headers, status in (
+            ("/v1/models", {}, 401), ("/metrics", {}, 401), ("/v1/models", {"authorization": f"Basic {basic}"}, 401),
+            ("/v1/models", {"authorization": "Bearer sécret".encode()}, 401), ("/v1/nothing", {}, 401),
+            ("/metrics", {"authorization": "bearer s3cret"}, 200), ("/health", {}, 200), ("/", {}, 200),
+        ):  # fmt: skip
+            assert httpx.get(url + path, headers=headers).status_code == status, (path, headers)
+        assert httpx.get(f"{url}/health", headers={"host": "box.example"}).status_code == 200, "a key: any host"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
+def test_other_hosts_need_a_key(host):
+    with pytest.raises(RequestError, match="--api-key-env"):
+        check_host(host, None)
+    check_host(host, "key")
+    check_host("127.0.0.1", None)
+
+
+def test_limits_of_size_and_time(caplog):
+    script = Script(says=lambda prompt: "x" * 60)
+    with serving(script, Options(max_tokens=10, timeout_s=0.4, max_body_bytes=500)) as (url, engine):
+        assert post(url, {"prompt": "x", "max_tokens": 11}).json()["error"]["param"] == "max_tokens"
+        large = post(url, {"prompt": "x" * 500})
+        assert large.status_code == 413 and large.json()["error"]["code"] == "body_too_large"
+        pieces = httpx.post(
+            f"{url}/v1/completions",
+            content=(b"x" * 100 for _ in range(9)),
+            headers={"content-type": "application/json"},
+        )
+        assert pieces.status_code == 413, "a body without a length is counted as it comes"
+        script.pause_s = 0.1
+        slow = post(url, {"prompt": "x", "max_tokens": 10})
+        assert slow.status_code == 504 and slow.json()["error"]["code"] == "timeout"
+        with pytest.raises(openai.APIError, match=r"the answer took longer than 0\.4 s; ask for fewer tokens"):
+            list(client(url).completions.create(model="toy", prompt="x", max_tokens=10, stream=True))
+        until(lambda: engine.running == 0)
+        assert script.dropped == [0, 0]
+
+
+def test_a_full_queue_says_when_to_come_back():
+    script = Script()
+    script.gate.clear()
+    with serving(script, max_batch=1, max_queue=2) as (url, engine), concurrent.futures.ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(post, url, {"prompt": "0"})]
+        until(lambda: engine.running == 1)
+        asked += [pool.submit(post, url, {"prompt": str(i)}) for i in (1, 2)]
+        until(lambda: engine.waiting == 2)
+        refused = post(url, {"prompt": "x"})
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "queue_full" and refused.json()["error"]["type"] == "rate_limit_error"
+        assert httpx.get(f"{url}/health").json() == {"status": "ok", "waiting": 2, "running": 1}
+        script.gate.set()
+        assert [future.result(10).json()["choices"][0]["text"] for future in asked] == [
+            f"you said {i}" for i in range(3)
+        ]
+
+
+def test_fifty_requests_at_once_are_all_answered_within_the_batch(url):
+    script = Script(says=lambda prompt: f"{TEXT} {prompt}")
+    with serving(script, max_batch=8, max_queue=64) as (url, engine):
+
+        def ask(i: int) -> str:
+            if i % 2:
+                return post(url, {"prompt": f"{i}", "max_tokens": 50}).json()["choices"][0]["text"]
+            stream = client(url).completions.create(model="toy", prompt=f"{i}", max_tokens=50, stream=True)
+            return "".join(chunk.choices[0].text for chunk in stream)
+
+        with concurrent.futures.ThreadPoolExecutor(50) as pool:
+            assert list(pool.map(ask, range(50))) == [f"{TEXT} {i}" for i in range(50)]
+        assert script.most <= 8 and script.now == 0 and engine.waiting == 0
+
+
+# --- what is kept, told and counted ---------------------------------------------------------------------------------
+
+
+def test_prompts_are_not_logged(url, script, caplog, capfd):
+    with caplog.at_level(logging.DEBUG):
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        post(url, {"prompt": "xyzzy secret"})
+        post(url, {"prompt": "xyzzy secret", "temperature": "xyzzy"})
+        script.fail = lambda step: ValueError("xyzzy")
+        assert post(url, {"prompt": "xyzzy secret"}).json()["error"]["message"].startswith("the server failed with Val")
+    mine = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpcore", "openai"))]
+    assert any("ValueError" in line for line in mine)
+    assert not any("xyzzy" in line for line in mine) and "xyzzy" not in "".join(capfd.readouterr())
+
+
+SAMPLE = re.compile(r'[a-zA-Z_:][\w:]*(\{\w+="(?:[^"\\\n]|\\.)*"(,\w+="(?:[^"\\\n]|\\.)*")*\})? (\S+)')
+
+
+def test_metrics_are_text_that_prometheus_reads():
+    with serving(Script()) as (url, _):
+        client(url).completions.create(model="toy", prompt="hi")
+        list(client(url).completions.create(model="toy", prompt="hi", stream=True))
+        post(url, {"prompt": 3})
+        httpx.get(url + '/no"such')
+        response = httpx.get(f"{url}/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines, types, values = response.text.splitlines(), {}, {}
+    for line in lines:
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            types[name] = kind
+        elif not line.startswith("# HELP "):
+            assert SAMPLE.fullmatch(line), line
+            name, _, value = line.rpartition(" ")
+            values[name] = float(value)
+            assert (
+                re.sub(r"_(bucket|sum|count)$", "", name.partition("{")[0]) in types or name.partition("{")[0] in types
+            )
+    assert values['fedpeft_tokens_total{kind="said"}'] == 22 and values['fedpeft_tokens_total{kind="prompt"}'] == 4
+    assert values['fedpeft_requests_total{how="finished",route="completions"}'] == 2
+    assert values['fedpeft_requests_total{how="refused",route="completions"}'] == 1
+    assert values['fedpeft_http_responses_total{method="GET",path="other",status="404"}'] == 1
+    assert values["fedpeft_first_token_seconds_count"] == 1 == values['fedpeft_first_token_seconds_bucket{le="+Inf"}']
+    assert values["fedpeft_rows_running"] == 0 and types["fedpeft_request_seconds"] == "histogram"
+
+
+def test_files_of_the_page_load_nothing_from_elsewhere(url):
+    for path in ("/", "/page.css", "/page.js"):
+        response = httpx.get(url + path)
+        assert response.status_code == 200 and "default-src 'none'" in response.headers["content-security-policy"]
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert not re.findall(r"https?://|innerHTML|insertAdjacent|document\.write|eval\(", response.text)
+
+
+def test_a_server_that_stops_says_so():
+    script = Script()
+    script.gate.clear()
+    with serving(script) as (url, engine), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(lambda: post(url, {"prompt": "x", "stream": True}))
+        until(lambda: engine.running == 1)
+        engine.stop()
+        assert post(url, {"prompt": "y"}).json()["error"]["code"] == "stopping"
+        assert httpx.get(f"{url}/health").status_code == 503
+        threading.Timer(0.2, script.gate.set).start()
+        engine.close()
+        time.sleep(0)
+        assert '"code": "stopping"' in stream.result(10).text
+
+
+def test_without_a_large_model_the_tuned_one_answers_alone():
+    from dataclasses import replace
+
+    trio = replace(fake_trio(), large=None, base=None)
+    with serving(Script(), artefact=Artefact(trio)) as (url, _):
+        (model,) = client(url).models.list()
+        assert (model.id, model.kind, model.large) == ("toy", "small", None)
+        assert client(url).completions.create(model="toy", prompt="x").choices[0].text == "you said x"
