@@ -56,6 +56,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.rounds
 	$(BIN)/python -m benchmarks.difficulty
 	$(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.decoding --small demo-small --large demo-large
 	$(BIN)/python -m benchmarks.shares
 	$(BIN)/python -m benchmarks.merged
 	$(BIN)/python -m benchmarks.gap --threads 1

@@ -22,6 +22,7 @@ RUNS = {
     "rounds": f"{TINY} --repeats 2",
     "difficulty": f"{TINY} --repeats 2",
     "quantize": f"{TINY} --repeats 2",
+    "decoding": "--tokens 6 --prompt 4 --repeats 2 --speculate 2",
     "merged": "--model tiny --length 8 --batch 2 --repeats 2",
     "gap": "--tasks code --seeds 0 --rows 3 --rounds 1 --steps 1",
     "shares": f"{TINY} --rounds 2 --methods fedavg fibecfed fedalt",
@@ -188,3 +189,10 @@ def test_a_merged_model_is_the_base_in_size_and_the_adapter_in_what_it_says(tmp_
         "merged",
         "adapter",
     }
+
+
+def test_decoding_is_timed_beside_its_models_and_drafts_say_the_same(tmp_path):
+    result = measured("decoding", tmp_path)
+    assert result["ms_per_token"].keys() >= {"large", "tuned small", "base small", "proxy", "with drafts"}
+    assert result["share_of_rate"].keys() == {"proxy", "proxy, small models apart"}
+    assert result["drafts"]["same_tokens"] and 1 <= result["drafts"]["tokens_per_call"] <= 3
