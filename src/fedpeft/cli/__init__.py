@@ -23,6 +23,7 @@ from fedpeft.cli.profile import profile
 from fedpeft.cli.report import report
 from fedpeft.cli.resume import resume
 from fedpeft.cli.run import run
+from fedpeft.cli.serve import serve
 
 
 class Verbs(TyperGroup):
@@ -49,7 +50,7 @@ app = typer.Typer(
     help="Federated parameter-efficient fine-tuning of language models.",
     epilog="Exit codes: 0 done; 2 the request is wrong or cannot be met; 1 the run failed; 130 interrupted.",
 )
-for _verb in (demo, run, resume, compare, evaluate, predict, report, export, check, profile, plan):
+for _verb in (demo, run, resume, compare, evaluate, predict, report, export, check, profile, plan, serve):
     app.command(_verb.__name__)(_verb)
 app.command("list")(list_things)
 
