@@ -61,8 +61,8 @@ def write_rows(path: Path, values: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def write_model(folder: Path) -> Path:
-    """A random BERT of two blocks of width 32 with a WordPiece for the words above, in Hugging Face format."""
+def write_model(folder: Path, blocks: int = 2) -> Path:
+    """A random BERT of so many blocks of width 32 with a WordPiece for the words above, in Hugging Face format."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
     from transformers.utils import logging
 
@@ -73,8 +73,8 @@ def write_model(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     shape = BertConfig(
-        vocab_size=5 + len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32, initializer_range=0.2,
+        vocab_size=5 + len(words), hidden_size=32, num_hidden_layers=blocks, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32, initializer_range=0.2,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -106,11 +106,11 @@ def byte_tokenizer(frame: str = "gpt2") -> Any:
     )  # fmt: skip
 
 
-def save(family: str, tokenizer: Any, folder: Path, vocabulary: int, positions: int = 32) -> Path:
-    """A random language model of two blocks with a tokenizer, in Hugging Face format."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+def save(family: str, tokenizer: Any, folder: Path, vocabulary: int, positions: int = 32, blocks: int = 2) -> Path:
+    """A random language model of so many blocks with a tokenizer, in Hugging Face format."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": blocks, "num_attention_heads": 2, "intermediate_size": 64}
     if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 64}
+        sizes = {"n_embd": 32, "n_layer": blocks, "n_head": 2, "n_inner": 64}
     where = "n_positions" if family == "gpt2" else "max_position_embeddings"
     config = transformers.AutoConfig.for_model(
         family, vocab_size=vocabulary, initializer_range=0.2, **{where: positions}, **sizes

@@ -16,8 +16,9 @@ import tiny_lm
 from fedpeft.core.errors import DataError
 from fedpeft.core.examples import Examples
 from fedpeft.data.answers import ALPACA, ALPACA_CONTEXT, Prompting, cut_answers
-from fedpeft.data.instructions import listed, references_of
+from fedpeft.data.instructions import listed, read_public, references_of
 from fedpeft.data.partition import PartitionSpec, partition
+from fedpeft.data.sources import from_files
 from fedpeft.data.tasks import Task, TaskSpec, load_task, read_texts
 from fedpeft.data.templates import template_problems
 
@@ -211,3 +212,46 @@ def test_tokens_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     prompting(template="{instruction}:").examples(task.train)
     prompting().examples(replace(task.train, responses=("no", "no")))
     assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_public_texts_may_lack_a_response(tmp_path: Path) -> None:
+    """Rows with a response are those of training; the others end with their prompt, and a row may say null."""
+    tokenizer = tiny_lm.byte_tokenizer()
+    own = Prompting(tokenizer, 0, 40, "{instruction} {context}")
+    said = [{"instruction": "a film", "response": " good"}, {"instruction": "a time", "context": "once"}]
+    said[1] |= {"response": None}  # type: ignore[dict-item]
+    task = _task(tmp_path, [{**said[0], "context": "it was"}] * 2)
+    table = read_public(task, from_files(str(_rows(tmp_path / "public.jsonl", said))))
+    found = own.public(table)
+    whole = own.examples(table.take([0]))
+    assert (
+        found.tokens[0].tolist() == whole.tokens[0].tolist() and found.starts is not None and whole.starts is not None
+    )
+    assert found.starts.tolist() == [whole.starts[0], len(found.tokens[1])]
+    assert tokenizer.decode(found.tokens[1]) == "a time once"
+    bare = read_public(task, from_files(str(_rows(tmp_path / "bare.jsonl", [{"instruction": "a film"}]))))
+    assert own.public(bare).starts == [len(own.public(bare).tokens[0])]
+    with pytest.raises(DataError, match="no public text"):
+        own.public(table.take([]))
+    with pytest.raises(DataError, match="no column 'instruction'"):
+        read_public(task, from_files(str(_rows(tmp_path / "other.jsonl", [{"text": "a film"}]))))
+
+
+def test_public_plain_texts_are_those_of_training(tmp_path: Path) -> None:
+    own = Prompting(tiny_lm.byte_tokenizer(), 0, 40, plain=True)
+    file = _rows(tmp_path / "plain.jsonl", [{"text": "it was a film"}, {"text": "once upon a time"}])
+    task = load_task(TaskSpec(train=str(file), format="generate"))
+    found = own.public(read_public(task, from_files(str(file))))
+    assert found.starts is not None and found.starts.tolist() == [1, 1]
+    assert [list(t) for t in found.tokens] == [list(t) for t in own.examples(task.train).tokens]
+    with pytest.raises(DataError, match="no column 'text'"):
+        read_public(task, from_files(str(_rows(tmp_path / "other.jsonl", [{"words": "a film"}]))))
+
+
+def _rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _task(folder: Path, rows: list[dict[str, str]]) -> Any:
+    return load_task(TaskSpec(train=str(_rows(folder / "train.jsonl", rows)), format="generate"))

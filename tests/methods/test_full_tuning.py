@@ -110,7 +110,7 @@ def test_a_run_learns_counts_its_costs_and_leaves_what_can_be_used(place: Path, 
 
 
 def test_it_exports_as_a_whole_model_alone(finished: app.Run, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"adapter\.kind full trains all weights, .* add --merge"):
+    with pytest.raises(RequestError, match=r"adapter\.kind full trains weights of the model itself .* add --merge"):
         app.export(finished.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     folder = app.export(finished.folder, tmp_path / "out", merge=True)

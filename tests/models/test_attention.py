@@ -148,6 +148,8 @@ def small(family: str) -> Any:
     own: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
     if family == "gpt2":
         own = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60}
+    elif family == "opt":
+        own |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
     elif is_decoder(family):
         own |= {"num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}
         own |= {"head_dim": 16} if family in ("gemma", "qwen3", "mistral") else {}

@@ -13,7 +13,7 @@ from fedpeft.core.fit import SGD, Fit
 from fedpeft.models.families import FAMILIES, Slot, choose, is_decoder, linear_size, slots
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_every_linear_layer_of_the_blocks_has_a_name(family: str) -> None:
     base = tiny.base(family).module
     found = slots(base, family)
@@ -35,7 +35,7 @@ def test_sizes_follow_the_family() -> None:
 
 
 def test_decoders_are_known() -> None:
-    decoders = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma"}
+    decoders = {"gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma"}
     assert {family for family in FAMILIES if is_decoder(family)} == decoders
     assert not is_decoder("distilbert")
     assert tiny.model("gpt2").pooling == "last" and tiny.model("roberta").pooling == "mean"

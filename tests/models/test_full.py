@@ -279,7 +279,7 @@ def test_our_own_folder_comes_back_and_says_what_it_is(tmp_path: Path) -> None:
     folder = export_adapter(model, params, tmp_path / "own", labels=list("abc"), card={})
     assert tree.sha256(import_adapter(folder, model)) == tree.sha256(params)
     card = (folder / "README.md").read_text()
-    assert "All weights of a model, fine-tuned" in card and "--merge" in card and "PeftModel" not in card
+    assert "The weights of a model that were fine-tuned" in card and "--merge" in card and "PeftModel" not in card
     with pytest.raises(ModelError, match=r"holds an adapter of kind 'full', this model's is 'head'"):
         import_adapter(folder, tiny.model("bert", HeadOnly(), "float32"))
 

@@ -26,7 +26,7 @@ from fedpeft.models.readouts import Item
 from fedpeft.models.readouts.generate import GenerateReadout
 from fedpeft.runs.metrics import metrics_of
 
-FAMILIES = ("gpt2", "llama")
+FAMILIES = ("gpt2", "llama", "opt")
 END = 2
 
 

@@ -67,7 +67,7 @@ def test_features_go_together(features: tuple[str, ...]) -> None:
         assert_close(together(model, fits), alone(tiny.model("bert", KINDS["lora"]), fits), 1e-9)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_every_family_trains_as_a_cohort(family: str) -> None:
     model = tiny.model(family, Lora(rank=4, targets=tiny.everything(family)))
     fits = cohort(model, OPTIMIZERS["adamw"], tiny.place(), ("clip", "dropout", "factors", "mask", "ranks"))

@@ -18,6 +18,7 @@ from fedpeft.models.lm_head import lm_head_of, load_lm_head
 from fedpeft.models.load import load_base
 
 FAMILIES = [("bert", True), ("bert", False), ("roberta", True), ("electra", True), ("gpt2", True), ("llama", False)]
+FAMILIES += [("opt", True), ("opt", False)]
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ MODELS = {
     "camembert": {},
     "electra": {"embedding_size": 16},
     "gpt2": {},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24},
     "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "head_dim": 8},
     "mistral": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},

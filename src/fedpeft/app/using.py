@@ -128,7 +128,7 @@ def export(
     opened, fed = _opened(folder)
     client = _own(fed, client)
     if fed.model.weights and fed.model.readout.params and not merge:  # a format without a head has no merged model
-        raise RequestError("adapter.kind full trains all weights, which are a whole model, no adapter; add --merge")
+        raise RequestError("adapter.kind full trains weights of the model itself and has no adapter; add --merge")
     params = _params(opened, fed, client)
     card = _global_card(opened, fed) if client is None else _own_card(opened, fed, client)
     write = export_merged if merge else export_adapter

@@ -13,6 +13,8 @@ from fedpeft.core.errors import RequestError
 
 MODELS = {
     "demo": "a small BERT-style encoder that comes with the package",
+    "demo-small": "a causal model of 86 thousand parameters that comes with the package",
+    "demo-large": "its larger sister, 743 thousand parameters, with the same tokenizer",
     "minilm": "MiniLM-L6, 22 million parameters",
     "PATH": "a folder in Hugging Face format with safetensors weights",
     "HUB_ID": "a model of the Hugging Face hub with safetensors weights",

@@ -32,7 +32,8 @@ class ModelSection(Section):
     """The frozen base model."""
 
     name: Annotated[str, Field(min_length=1)] = "demo"
-    """`demo` (in the package), `minilm`, a folder in Hugging Face format (safetensors only), or a hub id."""
+    """`demo`, `demo-small` or `demo-large` (in the package), `minilm`, a folder in Hugging Face format (safetensors
+    only), or a hub id."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the base; adapters train in float32."""

@@ -116,6 +116,30 @@ class Prompting:
                 _, found[i] = self._shrunk(table.texts[i], contexts[i], self.max_length - room)
         return [np.asarray(ids, np.int32) for ids in found]
 
+    def public(self, table: Table) -> Examples:
+        """As `examples`, of rows of which some have no response: these end with their prompt.
+
+        Raises:
+            DataError: there is no row.
+        """
+        if not len(table):
+            raise DataError("there is no public text; give rows, or leave proxy.public out")
+        if self.plain:
+            return self.examples(table)
+        responses = table.responses or ()
+        answered = [i for i, response in enumerate(responses) if response.strip()]
+        others = [i for i in range(len(table)) if i not in set(answered)]
+        parts = self.examples(table.take(answered)) if answered else None
+        asked = self.prompts(table.take(others), 1)
+        tokens: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(table)
+        starts = np.zeros(len(table), np.int64)
+        for i, prompt in zip(others, asked, strict=True):
+            tokens[i], starts[i] = prompt, len(prompt)
+        if parts is not None and parts.starts is not None:
+            for place, i in enumerate(answered):
+                tokens[i], starts[i] = parts.tokens[place], parts.starts[place]
+        return Examples(tuple(tokens), np.zeros(len(table), np.int64), starts=starts)
+
     @property
     def facts(self) -> dict[str, str]:
         """What a model card tells: the template (of plain text the text alone), and the token behind an answer."""

@@ -81,6 +81,30 @@ def read_prompts(task: Task, source: Source) -> Table:
     return replace(table, responses=("",) * len(table))
 
 
+def read_public(task: Task, source: Source) -> Table:
+    """Rows that the server may show a large model: as `read_prompts`, with the responses that there are.
+
+    Returns:
+        a table whose responses are empty texts where a row has none; of plain texts one without responses.
+
+    Raises:
+        DataError: the column of the texts is not there, or a text is none.
+    """
+    from fedpeft.data.tasks import read_column
+
+    if task.response is None:
+        if task.text not in source.columns:
+            raise DataError(
+                f"{source.where} has no column {task.text!r} (task.text); it has: {', '.join(source.columns)}"
+            )
+        return _table(source, np.zeros(len(source.rows), dtype=np.int64), task.text, None, None)
+    table = read_prompts(task, source)
+    if task.response not in source.columns:
+        return table
+    rows = [{task.response: "" if row.get(task.response) is None else row[task.response]} for row in source.rows]
+    return replace(table, responses=read_column(Source(source.where, rows, source.parts), task.response))
+
+
 def choices_of(table: Table, column: str) -> list[list[str]]:
     """The answers that each row offers; empty where it offers none."""
     return [listed(value) for value in table.columns.get(column, (None,) * len(table))]

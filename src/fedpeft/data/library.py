@@ -30,7 +30,7 @@ class LibraryFile:
     Attributes:
         name: its path in the library, with slashes.
         split: train, validation or test; it depends on the name alone, so that it is the same in every version.
-        prose: its docstrings and blocks of full-line comments, in order of line.
+        prose: docstrings and blocks of full-line comments, in order of line.
         code: all other lines that are not blank.
     """
 

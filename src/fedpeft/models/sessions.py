@@ -166,7 +166,7 @@ class SpeakerSession:
         from transformers import DynamicCache
 
         self._model, self._stack, self._whose = model, stack, whose
-        self._cache: Any = DynamicCache(config=model.base.module.config)
+        self._cache = cast(Any, DynamicCache(config=model.base.module.config))
         self.lengths = list(map(len, prompts))
         self._prompts = list(self.lengths)
         longest = max(self.lengths)

@@ -32,6 +32,11 @@ def details(config: Mapping[str, Any], family: str, hidden: int, head_size: int)
         positions = size(config, "n_positions", "max_position_embeddings", default=1024)
         more = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden, "pre_norm": True}
         return found | more | {"biased": plain, "positions": positions}
+    if kind == "opt":  # built like GPT-2, its matrices apart, and two positions more than texts have
+        before = bool(config.get("do_layer_norm_before", True))
+        places = size(config, "max_position_embeddings", default=2048) + 2
+        more = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden * before, "pre_norm": before}
+        return found | more | {"biased": plain, "positions": places}
     embedding = size(config, "embedding_size", default=hidden) if kind == "electra" else hidden
     return found | {
         "biased": plain,

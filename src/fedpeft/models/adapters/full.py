@@ -48,7 +48,7 @@ class FullAdapter:
         packed = [path for path, weight in own.items() if not weight.is_floating_point()]
         if packed:
             raise ModelError(
-                f"adapter.kind full trains all weights, and this base is quantised ({packed[0]} is "
+                f"adapter.kind full trains the base's weights, and this base is quantised ({packed[0]} is "
                 f"{own[packed[0]].dtype}); set model.quantize to none, or use adapter.kind lora"
             )
         self.spec = spec
