@@ -56,6 +56,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.rounds
 	$(BIN)/python -m benchmarks.difficulty
 	$(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.shares
 	$(BIN)/python -m benchmarks.merged
 

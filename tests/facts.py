@@ -44,7 +44,7 @@ from fedpeft.proxy.decode import Settings, Trio, decode
 TOYS = Path(__file__).parent / "toys"
 ATTRIBUTES, NAMES, VALUES, ENTITIES, CLIENTS = 4, 24, 12, 240, 4
 WORDS = (
-    *"<pad> <bos> <eos> the of is 's Q: A: ? . has as well hmm let me think maybe sure i do not know".split(),
+    *["<pad>", "<bos>", "<eos>", "the", "of", "is", "'s", "Q:", "A:", "?", ".", "has", "as", "well", "hmm", "let", "me", "think", "maybe", "sure", "i", "do", "not", "know"],
     *(f"at{a}" for a in range(ATTRIBUTES)),
     *(f"f{i}" for i in range(NAMES)),
     *(f"l{i}" for i in range(NAMES)),

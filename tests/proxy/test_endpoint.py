@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import black_boxes
+import trios
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.decode import decode
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
-from proxy import trios
 from proxy.parrot import speaking
 from proxy.served import TOKENIZER, Artefact, serving, until
 
