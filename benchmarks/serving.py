@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks import record, timing
@@ -38,6 +39,7 @@ class Random:
     trio: Any
     name: str = "random"
     alpha: float = 0.5
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def prompt(self, said: Sequence[Any]) -> list[int]:
         """Not asked for here."""

@@ -108,7 +108,7 @@ PROMPTS = ["once", "a much longer prompt", "?"]
 def alone(trio: Trio, prompt: str, **settings: Any) -> str:
     """What the decoding loop says without an endpoint."""
     ids = TOKENIZER(prompt)["input_ids"]
-    (found,) = decode(trio, [ids], [Settings(alpha=0.75, max_tokens=12, **settings)])
+    (found,) = decode(trio, [ids], [Settings(alpha=0.75, beta=0.03, max_tokens=12, **settings)])
     return found.text
 
 

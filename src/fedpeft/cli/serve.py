@@ -28,7 +28,14 @@ def serve(
         float | None,
         typer.Option(help="How far the small models steer; else as the run chose it.", show_default=False),
     ] = None,
-    speculate: Annotated[int, typer.Option(metavar="N", help="Tokens that the small model drafts ahead; 0: none.")] = 0,
+    speculate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens that the small model drafts ahead; 0: none; else as the run was configured.",
+            show_default=False,
+        ),
+    ] = None,
     max_batch: Annotated[int, typer.Option(metavar="ROWS", help="Answers that are decoded at once.")] = 8,
     max_queue: Annotated[int, typer.Option(metavar="ROWS", help="Answers that may wait; more are turned away.")] = 64,
     max_tokens_limit: Annotated[int, typer.Option(metavar="N", help="Most tokens of one answer.")] = 1024,

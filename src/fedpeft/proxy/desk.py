@@ -33,8 +33,13 @@ class Artefact(Protocol):
         ...
 
     @property
-    def alpha(self) -> float:
-        """How far the small models steer."""
+    def alpha(self) -> float | None:
+        """How far the small models steer; None: there is nothing to steer."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Fields of `Settings` that the steered model has unless others are asked for, such as `beta`."""
         ...
 
     def prompt(self, said: Sequence[Mapping[str, str]], /) -> list[int]:
