@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from benchmarks import record, timing
@@ -39,7 +38,11 @@ class Random:
     trio: Any
     name: str = "random"
     alpha: float = 0.5
-    settings: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """No defaults of its own."""
+        return {}
 
     def prompt(self, said: Sequence[Any]) -> list[int]:
         """Not asked for here."""
