@@ -37,7 +37,7 @@ ROOMS = {
     "models": Room("core maths", LIGHT + "tokenizers", "transformers peft bitsandbytes huggingface_hub"),
     "data": Room("core", LIGHT + "tokenizers", "datasets pyarrow huggingface_hub"),
     "engines": Room("core", LIGHT, "flwr"),
-    "proxy": Room("core maths models", LIGHT, "transformers fastapi uvicorn scipy rouge_score"),
+    "proxy": Room("core maths models", LIGHT, "transformers fastapi starlette uvicorn httpx scipy rouge_score"),
     "runs": Room("core planner", LIGHT + "yaml psutil", "matplotlib tensorboard torch mlflow wandb rouge_score"),
     "config": Room(None, None, None),
     "app": Room(None, None, None),  # and every other module beside it

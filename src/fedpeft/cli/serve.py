@@ -20,7 +20,7 @@ def serve(
         typer.Option(
             metavar="SPEC",
             help="The large model that is steered: a folder, a hub id, http://, vllm+http:// or llamacpp+http://; "
-            "without it the tuned small model answers alone.",
+            "else that of the run. none: the tuned small model answers alone.",
             show_default=False,
         ),
     ] = None,
@@ -36,7 +36,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(metavar="ROWS", help="Answers that are decoded at once.")] = 8,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="ROWS",
+            help="Answers that are decoded at once (8); with --logits, rows of a session (64).",
+            show_default=False,
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option(metavar="ROWS", help="Answers that may wait; more are turned away.")] = 64,
     max_tokens_limit: Annotated[int, typer.Option(metavar="N", help="Most tokens of one answer.")] = 1024,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Most time of one request, queue included.")] = 300,
@@ -56,18 +63,68 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    logits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Serve this model's exact scores for proxy-tuning elsewhere, in place of a run: a shipped model, a "
+            "folder or a hub name.",
+            show_default=False,
+        ),
+    ] = None,
+    max_sessions: Annotated[int, typer.Option(help="With --logits: sessions at a time.", min=1)] = 16,
+    max_kept: Annotated[
+        int, typer.Option(metavar="TOKENS", help="With --logits: tokens in the caches of all sessions.", min=1)
+    ] = 1 << 18,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", help="With --logits: of a request.", min=1)] = 16 << 20,
+    max_answer: Annotated[int, typer.Option(metavar="BYTES", help="With --logits: of an answer's scores.", min=1)] = 256
+    << 20,
+    idle: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --logits: until an unused session is closed.")
+    ] = 300,
+    turn: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --logits: until a request has had its turn.")
+    ] = 60,
+    wire: Annotated[
+        str, typer.Option(help="With --logits: float32, exact, of which a client may ask for less; or float16.")
+    ] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="With --logits: what the model computes in, float32 or bfloat16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="With --logits: auto, cpu, cuda, ..")] = "auto",
 ) -> None:
-    """Serve a run: an OpenAI-compatible endpoint, and a chat page at /."""
-    if folder is None:
-        raise RequestError("say what to serve: fedpeft serve RUN_DIR")
+    """Serve a run: an OpenAI-compatible endpoint, and a chat page at /. Or a model's exact scores (--logits)."""
+    if (folder is None) == (logits is None):
+        raise RequestError("say what to serve: fedpeft serve RUN_DIR, or fedpeft serve --logits MODEL")
     import signal
 
+    if logits is not None:
+        from fedpeft.app.logits import MAX_BATCH, LogitServing, serve_logits
+        from fedpeft.proxy.logit_sessions import limits_of
+
+        limits = limits_of(wire, max_sessions, max_kept, max_body, max_answer, idle, turn)
+        rows = MAX_BATCH if max_batch is None else max_batch
+        lending = LogitServing(logits, limits, rows, dtype, device, host, port, api_key_env)
+        if serve_logits(lending, _lending) == signal.SIGINT:
+            raise KeyboardInterrupt
+        return
+    assert folder is not None
     from fedpeft.app.serving import Serving
     from fedpeft.app.serving import serve as serve_run
     from fedpeft.cli.folders import run_folder
 
     serving = Serving(
-        large, alpha, speculate, max_batch, max_queue, max_tokens_limit, timeout, host, port, api_key_env, token_env
+        large,
+        alpha,
+        speculate,
+        8 if max_batch is None else max_batch,
+        max_queue,
+        max_tokens_limit,
+        timeout,
+        host,
+        port,
+        api_key_env,
+        token_env,
     )
 
     def begun(name: str, url: str) -> None:
@@ -75,3 +132,7 @@ def serve(
 
     if serve_run(run_folder(folder), serving, begun) == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+def _lending(name: str, url: str) -> None:
+    typer.echo(f"serving the scores of {name} at {url}; stop with Ctrl+C")

@@ -1,4 +1,4 @@
-"""What every request to the endpoint passes first: host, key, kind and size of the body, and headers of the answer."""
+"""What every request to a server of ours passes first: host, key, kind and size of the body; headers of the answer."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ class Guard:
         key: what `Authorization: Bearer KEY` must say for paths under `/v1` and for `/metrics`; None: nothing, and then
             the header `Host` must name this machine, so that no foreign page can speak to it under another name.
         observe: told method, path and status of every answer.
+        kind: the content type that a body must have; none that a web page may send to another site unasked.
     """
 
-    def __init__(self, app: App, key: str | None, observe: Callable[[str, str, int], None]) -> None:
-        self.app, self.observe = app, observe
+    def __init__(
+        self, app: App, key: str | None, observe: Callable[[str, str, int], None], kind: str = "application/json"
+    ) -> None:
+        self.app, self.observe, self.kind = app, observe, kind
         self.key = key.encode() if key else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -92,8 +95,8 @@ class Guard:
                 raise Refusal(message, None, "invalid_api_key", 401)
         if scope["method"] == "POST":
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if kind != b"application/json":
-                message = "the body must be JSON; send the header Content-Type: application/json"
+            if kind != self.kind.encode():
+                message = f"the body must be of another kind; send the header Content-Type: {self.kind}"
                 raise Refusal(message, None, "unsupported_media_type", 415)
 
 
@@ -115,8 +118,8 @@ async def answer(send: Send, body: dict[str, Any], status: int = 200, more: Iter
     await send({"type": "http.response.body", "body": content})
 
 
-async def read_body(scope: Message, receive: Receive, most_bytes: int) -> bytes:
-    """The whole body; a larger one, or one that does not come, is given up early.
+async def read_body(scope: Message, receive: Receive, most_bytes: int, within_s: float = BODY_S) -> bytes:
+    """The whole body; a larger one, or one that does not come within some seconds, is given up early.
 
     Raises:
         Refusal: with status 413 or 408.
@@ -127,7 +130,7 @@ async def read_body(scope: Message, receive: Receive, most_bytes: int) -> bytes:
         raise too_large
     found = bytearray()
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(within_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -138,5 +141,5 @@ async def read_body(scope: Message, receive: Receive, most_bytes: int) -> bytes:
                 if not message.get("more_body", False):
                     return bytes(found)
     except TimeoutError:
-        late = f"the body did not come within {BODY_S:g} s; send it again"
+        late = f"the body did not come within {within_s:g} s; send it again"
         raise Refusal(late, None, "body_timeout", 408) from None

@@ -18,6 +18,7 @@ from fedpeft.runs import report_sections as sections
 from fedpeft.runs.files import write_file
 from fedpeft.runs.history import Group, group, read_history
 from fedpeft.runs.report_choices import choices
+from fedpeft.runs.report_proxy import proxy
 from fedpeft.runs.report_samples import samples
 from fedpeft.runs.units import count_text
 
@@ -53,7 +54,7 @@ def render(groups: Sequence[Group], title: str | None = None) -> str:
         parts.append(clients.partition_picture(members[0].runs[0], suffix))
         parts.append(clients.client_scores(members, suffix) if not alone else clients.client_table(alone))
     if alone:
-        parts.append(samples(alone))
+        parts += [proxy(alone), samples(alone)]
     parts.append(sections.cost(groups))
     parts.append(sections.losses(groups))
     parts += [choices(g) for g in groups]
