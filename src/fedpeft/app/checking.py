@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.app.federation import FLAT_COPIES, Federation, batching, build, computing
+from fedpeft.app.holding import Holding, hold
 from fedpeft.app.rehearsal import rehearse
 from fedpeft.config import load_config
 from fedpeft.config.load import Source, naming_defaults
@@ -34,6 +35,7 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
     with computing(wanted), naming_defaults(wanted):
         fed = build(wanted)
         fed.start()  # the method's own look at model and devices
+        held = hold(fed)
     sizes = [len(fed.data[c]["train"]) for c in fed.clients]
     shares = [_top_share(fed.data[c]["train"].labels) for c in fed.clients]
     train = fed.whole("train")
@@ -64,7 +66,21 @@ def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[st
             "device": str(fed.base.device),
         },
         "estimate": _estimate(fed),
+        **({} if held is None else {"proxy": _proxy(held)}),
         **({"warnings": fed.warnings} if fed.warnings else {}),
+    }
+
+
+def _proxy(held: Holding) -> dict[str, Any]:
+    """What is known of the large model, and what a run will ask of it."""
+    caps = held.large.caps
+    return {
+        "large": caps.identity,
+        "vocab": held.vocab,
+        "scores": "of all tokens" if caps.full else f"of the {caps.top_k} likeliest tokens",
+        "several_positions_a_call": caps.block,
+        "max_context": caps.max_context,
+        **{f"kept_{name}_bytes": size for name, size in held.kept_bytes.items()},
     }
 
 

@@ -115,6 +115,20 @@ class Federation:
     @property
     def warnings(self) -> list[str]:
         """What of the request has no effect."""
+        return [*self._rank_warnings(), *self._proxy_warnings()]
+
+    def _proxy_warnings(self) -> list[str]:
+        name, proxy = self.config.method.name, self.config.proxy
+        found = []
+        if proxy.public is not None and not hasattr(self.method, "distil"):
+            found.append(f"proxy.public has no effect: {name} does not distil")
+        elif proxy.public is not None and not getattr(self.method, "distil", False):
+            found.append("proxy.public has no effect: method.distil is false")
+        if self.format.of == "labels" and hasattr(self.method, "distil"):
+            found.append(f"{name} tunes a classifier here: large models are steered in task.format generate alone")
+        return found
+
+    def _rank_warnings(self) -> list[str]:
         ranked = sorted({device.name for device in self.resources.values() if device.rank})
         if not ranked:
             return []

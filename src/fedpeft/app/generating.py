@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,10 +15,14 @@ from fedpeft.core.tree import Params
 from fedpeft.data.instructions import references_of
 from fedpeft.data.tasks import Table
 from fedpeft.models.generation import generate
+from fedpeft.proxy.decode import decode
+from fedpeft.proxy.settings import Settings
+from fedpeft.proxy.trio import Trio
 from fedpeft.runs.history import BASE, GLOBAL
 from fedpeft.runs.texts import exact_match, rouge_available, rouge_l
 
 log = logging.getLogger("fedpeft")
+Voice: TypeAlias = Callable[[Table], list[str]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,23 @@ def say(fed: Federation, params: Params, table: Table) -> list[str]:
     return [prompting.decode(ids).strip() for ids in found]
 
 
-def speak(fed: Federation, params: Params) -> Spoken | None:
-    """What the model and the untrained base say for at most `task.generate_rows` test rows; None: there are none.
+def as_said(fed: Federation, trio: Trio, table: Table, settings: Settings, speculate: int = 0) -> list[str]:
+    """What combined models say for each row."""
+    prompting = fed.format.prompting
+    assert prompting is not None, "only the format generate predicts texts"
+    prompts = [own.tolist() for own in prompting.prompts(table, settings.max_tokens)]
+    found = decode(trio, prompts, [settings] * len(prompts), speculate)
+    return [prompting.decode(own.tokens).strip() for own in found]
+
+
+def speak(fed: Federation, params: Params, further: Mapping[str, Voice] | None = None) -> Spoken | None:
+    """What the model, the untrained base and others say for at most `task.generate_rows` test rows; None: no such rows.
 
     The rows are a sample, the same in every run of the task. Of a plain text the first half is given, and the rest of
     it stands beside what is said.
+
+    Args:
+        further: who else speaks, and how.
     """
     task, section, prompting = fed.task, fed.config.task, fed.format.prompting
     if prompting is None or task.test is None or not section.generate_rows:
@@ -59,6 +75,7 @@ def speak(fed: Federation, params: Params) -> Spoken | None:
     else:
         references = references_of(table, section.references)
     said = {who: say(fed, own, table) for who, own in ((GLOBAL, params), (BASE, {}))}
+    said |= {who: voice(table) for who, voice in (further or {}).items()}
     contexts = table.pairs or ("",) * len(table)
     samples = [
         {"instruction": text, "context": context, "references": right, **{who: texts[i] for who, texts in said.items()}}
@@ -66,10 +83,11 @@ def speak(fed: Federation, params: Params) -> Spoken | None:
     ]
     if task.response is None:
         return Spoken({}, samples)
-    return Spoken({who: _metrics(texts, references, section.match) for who, texts in said.items()}, samples)
+    return Spoken({who: rate(texts, references, section.match) for who, texts in said.items()}, samples)
 
 
-def _metrics(said: list[str], references: list[list[str]], match: str) -> dict[str, float]:
+def rate(said: list[str], references: list[list[str]], match: str) -> dict[str, float]:
+    """Exact match, and ROUGE-L where it is installed."""
     hits = [exact_match(text, own, match) for text, own in zip(said, references, strict=True)]
     found = {"exact_match": sum(hits) / len(hits)}
     if rouge_available():
@@ -89,4 +107,5 @@ def _halves(table: Table) -> tuple[Table, list[list[str]]]:
 
 def with_texts(metrics: Mapping[str, Mapping[str, float]], spoken: Spoken) -> dict[str, dict[str, float]]:
     """The scores with those of what was said."""
-    return {who: {**values, **spoken.metrics.get(who, {})} for who, values in metrics.items()}
+    every = dict.fromkeys((*metrics, *spoken.metrics))
+    return {who: {**metrics.get(who, {}), **spoken.metrics.get(who, {})} for who in every}

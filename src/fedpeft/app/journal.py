@@ -12,7 +12,10 @@ from typing import Any
 from fedpeft.app.facts import peak_memory_bytes
 from fedpeft.app.federation import Federation
 from fedpeft.app.generating import speak, with_texts
+from fedpeft.app.holding import Holding, curve_facts, proxy_facts, voices
 from fedpeft.app.ledger import Ledger
+from fedpeft.app.proxy_costs import compare_costs
+from fedpeft.app.proxying import artefact_files
 from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
@@ -20,7 +23,7 @@ from fedpeft.core.federate import Done
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.models.load import Base
 from fedpeft.progress import Listener, Progress
-from fedpeft.runs.history import GLOBAL, PERSONALIZED
+from fedpeft.runs.history import PERSONALIZED, decisive
 from fedpeft.runs.stopping import Limits
 from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.trackers import Tracker
@@ -59,6 +62,7 @@ class Journal:
     ledger: Ledger
     tell: Listener
     trackers: list[Tracker]
+    held: Holding | None = None  # what the server alone holds
     watch: Watch = field(init=False)
     set_up_seconds: float = field(default=0.0, init=False)  # as far as this process made the set-up
 
@@ -107,9 +111,14 @@ class Journal:
         line = ledger.line(done.round, getattr(done.state, "loss", None), self.watch.seconds())
         if metrics:
             line["metrics"] = metrics
+        if self.held is not None and scored is not None and self.held.scorable:
+            line["alpha_curve"] = curve_facts(self.held.curve(params))
         self.folder.append_metrics(line)
         scores = "; ".join(
-            f"{split} {who} {v[self.fed.metric]:.4f}" for split, by in metrics.items() for who, v in by.items()
+            f"{split} {who} {v[self.fed.metric]:.4f}"
+            for split, by in metrics.items()
+            for who, v in by.items()
+            if self.fed.metric in v
         )
         log.info(
             "round %d of %d: %d answered, %d lost; %s",
@@ -156,6 +165,9 @@ class Journal:
         )
         if scored is not None:
             self.ledger.evaluation_bytes += scored.bytes_down + scored.bytes_up
+            if self.held is not None and self.held.scorable:
+                choose = self.held.best_alpha if split == "validation" else self.held.chosen
+                scored.metrics.update(self.held.scores(params, choose(params), split))
         return scored
 
     def _last_scores(self, params: tree.Params, scored: Scored | None, done: Done) -> dict[str, Any]:
@@ -173,12 +185,13 @@ class Journal:
             earlier = self._evaluate(ledger.best, "test", done, personal=False)
             if earlier is not None:
                 best["test"] = earlier.metrics
-        if spoken := speak(self.fed, params if ledger.best is None else ledger.best):
+        chosen = params if ledger.best is None else ledger.best
+        if spoken := speak(self.fed, chosen, voices(self.held, chosen)):
             self.folder.save_samples(spoken.samples)
             if best.get("test") is found.get("test"):  # the best parameters are the final ones
                 final["test"] = found["test"] = with_texts(found["test"], spoken)
             best["test"] = with_texts(best["test"], spoken)
-        self.folder.update_manifest(metrics={"final": final, "best": best})
+        self.folder.update_manifest(metrics={"final": final, "best": best}, **proxy_facts(self.held, chosen))
         self._save_clients(tested or scored)
         return found
 
@@ -201,9 +214,15 @@ class Journal:
         """The adapter's folder, the final hash, and the totals."""
         checkpoint = self.folder.load_checkpoint(self.fed.method.state)
         assert checkpoint is not None, "a finished run has a checkpoint"
+        told = self.folder.manifest().get("proxy", {}).get("curve") or {}
+        if told.get("advice"):
+            self.say(f"warning: {told['advice']}")
         final = self.fed.method.result(checkpoint.state)
         self._export(checkpoint.best if checkpoint.best is not None else final)
+        public = None if self.held is None else self.held.public
+        costs = compare_costs(self.fed, self.folder.exchanges(), public)
         self.folder.update_manifest(
+            **({} if costs is None else {"proxy_costs": costs}),
             status="finished",
             stopped=self.ledger.stopped,
             params_sha256=tree.sha256(final),
@@ -219,7 +238,8 @@ class Journal:
         summary = self.folder.manifest().get("metrics", {}).get("best", {})
         card = global_facts(self.fed, summary, summary.get("round"))
         try:
-            write(model, best, self.folder.adapter, labels=self.fed.classes, card=card, replace=True)
+            beside = artefact_files(self.fed, best, self.held, summary.get("round"))
+            write(model, best, self.folder.adapter, labels=self.fed.classes, card=card, replace=True, beside=beside)
         except ModelError as error:  # a family that PEFT or transformers has no classifier for: the run is right
             self.say(f"there is no folder adapter/: {error}")
 
@@ -278,7 +298,7 @@ def global_facts(fed: Federation, summary: Mapping[str, Any], rounds: int | None
     }
     facts = card_facts(fed, rounds, scores)
     if validation := summary.get("validation"):
-        facts["selected_by"] = f"{PERSONALIZED if PERSONALIZED in validation else GLOBAL} validation {fed.metric}"
+        facts["selected_by"] = f"{decisive(validation)} validation {fed.metric}"
     return facts
 
 
@@ -301,6 +321,7 @@ def exchange_lines(done: Done) -> Iterator[dict[str, Any]]:
             "steps": receipt.meter.steps,
             "examples": receipt.meter.examples,
             "tokens": receipt.meter.trained_tokens + receipt.meter.forward_tokens,
+            "pairs": receipt.meter.trained_pairs + receipt.meter.forward_pairs,
             "seconds": receipt.seconds,
             "simulated_seconds": receipt.simulated_seconds,
             "lost": receipt.lost,

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedpeft.app.facts import describe_environment
 from fedpeft.app.federation import Federation, build, computing
+from fedpeft.app.holding import Holding, hold
 from fedpeft.app.journal import Journal, log, now
 from fedpeft.app.ledger import Ledger
 from fedpeft.config import RunConfig, default_folder, load_config, resolved
@@ -99,16 +100,17 @@ def run(
         with naming_defaults(wanted):
             fed = build(wanted)
             fed.start()  # a method that finds something wrong with model or devices says so before there is a folder
+            held = hold(fed)
         with RunFolder.create(Path(out) if out is not None else default_folder(wanted)) as folder:
             named = {} if label is None else {"label": label}
-            folder.update_manifest(**named, **_identity(fed), **OPEN, rounds_done=0, started=now())
+            folder.update_manifest(**named, **_identity(fed, held), **OPEN, rounds_done=0, started=now())
             folder.save_partition(json.loads(fed.partition.to_json()))
             folder.save_config(resolved(fed.config))  # last: a folder with a configuration is a run
             if begun is not None:
                 begun(folder.path)
             with _logging_to(folder.log):
                 log.info("run of %s on %s, seed %d", wanted.method.name, wanted.task.name, wanted.run.seed)
-                return _go(folder, fed, progress)
+                return _go(folder, fed, progress, held)
 
 
 def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, progress: Listener | None = None) -> Run:
@@ -133,7 +135,8 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
         opened.lock()
         with computing(config), _logging_to(opened.log):
             fed = build(config, opened.partition() or None)
-            identity = _identity(fed)
+            held = hold(fed)
+            identity = _identity(fed, held)
             _check_same(manifest, identity, opened.path)
             log.info("resumed")
             saved = opened.load_checkpoint(fed.method.state)
@@ -145,7 +148,7 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
             opened.save_config(resolved(fed.config))
             opened.update_manifest(**identity, **OPEN, resumed=now())
             notes = _replanned(before, config) if saved is not None and saved.number else ()
-            return _go(opened, fed, progress, notes)
+            return _go(opened, fed, progress, held, notes)
 
 
 def _replanned(before: RunConfig, config: RunConfig) -> tuple[str, ...]:
@@ -175,12 +178,17 @@ def _check_same(manifest: Mapping[str, Any], identity: Mapping[str, Any], folder
                 f"the {what} of {folder} has changed since the run began (sha256 {manifest[key][:12]}, now "
                 f"{identity[key][:12]}); restore it, or start a new run"
             )
+    if (before := manifest.get("large_identity")) != (now := identity.get("large_identity")):
+        raise RequestError(
+            f"the large model of {folder} was {before} when the run began, and is {now} now; restore it, or start a "
+            "new run"
+        )
     for key in ("versions", "machine"):
         if key in manifest and manifest[key] != identity[key]:
             log.warning("the %s changed since the run began, from %s to %s", key, manifest[key], identity[key])
 
 
-def _identity(fed: Federation) -> dict[str, Any]:
+def _identity(fed: Federation, held: Holding | None) -> dict[str, Any]:
     return {
         **describe_environment(),
         "seed": fed.config.run.seed,
@@ -192,13 +200,16 @@ def _identity(fed: Federation) -> dict[str, Any]:
         "initial_sha256": tree.sha256(fed.initial),
         "partition_sha256": fed.partition.sha256,
         "trainable_parameters": tree.count(fed.initial),
+        **({} if held is None else {"large_identity": held.large.caps.identity}),
     }
 
 
-def _go(folder: RunFolder, fed: Federation, progress: Listener | None, notes: Sequence[str] = ()) -> Run:
+def _go(
+    folder: RunFolder, fed: Federation, progress: Listener | None, held: Holding | None, notes: Sequence[str] = ()
+) -> Run:
     """The rest of a run, whatever was done of it before; the manifest says how it ended."""
     try:
-        _train(folder, fed, progress or (lambda _: None), (*fed.warnings, *notes))
+        _train(folder, fed, progress or (lambda _: None), held, (*fed.warnings, *notes))
     except BaseException as error:
         _record_end(folder, error)
         raise
@@ -236,12 +247,14 @@ def _report(folder: RunFolder) -> None:
         log.error("the report was not written; try again: fedpeft report %s", folder.path, exc_info=True)
 
 
-def _train(folder: RunFolder, fed: Federation, tell: Listener, warnings: Sequence[str]) -> None:
+def _train(folder: RunFolder, fed: Federation, tell: Listener, held: Holding | None, warnings: Sequence[str]) -> None:
     saved = folder.load_checkpoint(fed.method.state)
     folder.truncate_after(saved.round if saved else -1, saved.number if saved else 0)
     start = saved.start if saved else fed.start()
     ledger = Ledger.of(saved.progress if saved else {}, saved.best if saved else None)
-    journal = Journal(folder, fed, ledger, tell, _trackers(folder, fed, saved))
+    if held is not None:
+        held.folder = folder.path
+    journal = Journal(folder, fed, ledger, tell, _trackers(folder, fed, saved), held)
     try:
         for warning in warnings:
             journal.say(f"warning: {warning}")
@@ -271,6 +284,7 @@ def _exchanges(journal: Journal, start: Start) -> None:
         resources=fed.resources,
         start=start,
         quorum=run.quorum,
+        held=journal.held,
     )
     try:
         for done in loop:

@@ -14,7 +14,7 @@ from fedpeft.core.evaluate import Question
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.memories import Memories
 from fedpeft.core.tree import Params
-from fedpeft.runs.history import BASE, EMULATOR, GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED
+from fedpeft.runs.history import BASE, EMULATOR, GLOBAL, LABEL_PRIOR, MAJORITY, PERSONALIZED, decisive
 from fedpeft.runs.metrics import Score, label_prior, majority, metrics_of, pool
 
 log = logging.getLogger("fedpeft")
@@ -30,8 +30,8 @@ class Scored:
     bytes_up: int = 0
 
     def selected(self, metric: str) -> float:
-        """The score that selects: the personal models' where a method makes them, else the global model's."""
-        return self.metrics.get(PERSONALIZED, self.metrics[GLOBAL])[metric]
+        """The score that selects (`decisive`)."""
+        return self.metrics[decisive(self.metrics)][metric]
 
 
 def score_global(fed: Federation, params: Params, split: str) -> dict[ClientId, Score]:

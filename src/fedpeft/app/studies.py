@@ -18,7 +18,19 @@ from fedpeft.core.errors import RequestError
 from fedpeft.core.metrics import better, lower, rank
 from fedpeft.progress import Listener, Progress
 from fedpeft.runs.files import plain, write_file
-from fedpeft.runs.history import BARS, EMULATOR, GLOBAL, LABEL_PRIOR, PERSONALIZED, History, read_history, spread
+from fedpeft.runs.history import (
+    BARS,
+    GLOBAL,
+    LABEL_PRIOR,
+    LARGE,
+    OF_BEST,
+    PERSONALIZED,
+    PROXY,
+    History,
+    decisive,
+    read_history,
+    spread,
+)
 from fedpeft.runs.report import write_report
 from fedpeft.runs.store import RunFolder
 
@@ -179,7 +191,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _validated(found: Run) -> float | None:
     """The best validation score; None where there is none."""
     best = found.metrics.get("best", {}).get("validation", {})
-    score = best.get(PERSONALIZED, best.get(GLOBAL, {})).get(found.manifest["metric"])
+    score = best.get(decisive(best), {}).get(found.manifest["metric"])
     return None if score is None else float(score)
 
 
@@ -199,9 +211,9 @@ def tested(found: Run) -> dict[str, float]:
     split = "test" if "test" in metrics.get("best", {}) else "validation"
     final = metrics.get("final", {}).get(split, {})
     scores = metrics.get("best", {}).get(split, {}) | {
-        who: values for who, values in final.items() if who not in (GLOBAL, EMULATOR)
+        who: values for who, values in final.items() if who not in OF_BEST
     }
-    return {who: float(values[metric]) for who, values in scores.items()}
+    return {who: float(values[metric]) for who, values in scores.items() if metric in values}
 
 
 def tabulate(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> list[dict[str, Any]]:
@@ -218,7 +230,7 @@ def tabulate(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> list[dict[
 def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any]:
     cell = pairs[0][0]
     scores = [tested(found) for _, found in pairs]
-    mean, std = spread([score.get(PERSONALIZED, score[GLOBAL]) for score in scores])
+    mean, std = spread([score[decisive(score)] for score in scores])
     personal = any(PERSONALIZED in score for score in scores)
     row: dict[str, Any] = {
         "label": cell.label,
@@ -228,9 +240,9 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
         "seeds": len(pairs),
         "bytes": _mean(found.manifest["bytes_down"] + found.manifest["bytes_up"] for _, found in pairs),
         "simulated_seconds": _mean(found.manifest["simulated_seconds"] for _, found in pairs),
-        "of": "personal" if personal else "global",
+        "of": "personal" if personal else decisive(scores[0]),
         "global": _mean(score[GLOBAL] for score in scores),
-        **{bar: _mean(score[bar] for score in scores) for bar in BARS if all(bar in score for score in scores)},
+        **{who: _mean(s[who] for s in scores) for who in (PROXY, LARGE, *BARS) if all(who in s for s in scores)},
     }
     if personal and all(LABEL_PRIOR in score for score in scores):  # the bar for models that know whose
         row["label_prior"] = _mean(score[LABEL_PRIOR] for score in scores)

@@ -13,6 +13,7 @@ import torch
 from fedpeft.app.federation import Federation, build, computing, task_spec
 from fedpeft.app.generating import say
 from fedpeft.app.journal import card_facts, global_facts
+from fedpeft.app.proxying import FILE
 from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
 from fedpeft.config import load_config
@@ -23,6 +24,7 @@ from fedpeft.core.tree import Params
 from fedpeft.core.turn import initial_memory
 from fedpeft.data.tasks import Table, load_task, read_texts
 from fedpeft.models.export import export_adapter, export_merged
+from fedpeft.models.peft_folder import read_json
 from fedpeft.runs.files import make_folder, write_file
 from fedpeft.runs.history import GLOBAL, PERSONALIZED
 from fedpeft.runs.metrics import metrics_of
@@ -130,9 +132,11 @@ def export(
     if fed.model.weights and fed.model.readout.params and not merge:  # a format without a head has no merged model
         raise RequestError("adapter.kind full trains weights of the model itself and has no adapter; add --merge")
     params = _params(opened, fed, client)
+    own = opened.adapter / FILE
+    beside = {FILE: read_json(own)} if client is None and not merge and own.is_file() else None
     card = _global_card(opened, fed) if client is None else _own_card(opened, fed, client)
     write = export_merged if merge else export_adapter
-    return write(fed.model, params, Path(to), labels=fed.classes, card=card, replace=replace)
+    return write(fed.model, params, Path(to), labels=fed.classes, card=card, replace=replace, beside=beside)
 
 
 def _global_card(opened: RunFolder, fed: Federation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fedpeft.cli.demo import demo
 from fedpeft.cli.evaluate import evaluate
 from fedpeft.cli.exits import exit_codes
 from fedpeft.cli.export import export
+from fedpeft.cli.generate import generate
 from fedpeft.cli.listing import list_things
 from fedpeft.cli.plan import plan
 from fedpeft.cli.predict import predict
@@ -50,7 +51,7 @@ app = typer.Typer(
     help="Federated parameter-efficient fine-tuning of language models.",
     epilog="Exit codes: 0 done; 2 the request is wrong or cannot be met; 1 the run failed; 130 interrupted.",
 )
-for _verb in (demo, run, resume, compare, evaluate, predict, report, export, check, profile, plan, serve):
+for _verb in (demo, run, resume, compare, evaluate, predict, report, export, check, profile, plan, generate, serve):
     app.command(_verb.__name__)(_verb)
 app.command("list")(list_things)
 

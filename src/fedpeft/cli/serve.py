@@ -20,7 +20,7 @@ def serve(
         typer.Option(
             metavar="SPEC",
             help="The large model that is steered: a folder, a hub id, http://, vllm+http:// or llamacpp+http://; "
-            "without it the tuned small model answers alone.",
+            "else that of the run. none: the tuned small model answers alone.",
             show_default=False,
         ),
     ] = None,

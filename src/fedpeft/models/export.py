@@ -51,6 +51,7 @@ def export_adapter(
     labels: Sequence[str],
     card: Mapping[str, Any],
     replace: bool = True,
+    beside: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter with its head, so that `peft.PeftModel.from_pretrained` loads it where PEFT has its kind.
 
@@ -61,6 +62,7 @@ def export_adapter(
         labels: names of the classes, in the order of the head's rows.
         card: facts for the model card; see `card.model_card`.
         replace: whether an earlier export of other parameters, or in another form, may go; the same may always.
+        beside: further files by name, plain data to be written as JSON.
 
     Raises:
         ModelError: params that only a merged model holds; the message names `--merge`.
@@ -75,7 +77,7 @@ def export_adapter(
         if layout.config is not None:
             _write_json(draft / CONFIG, layout.config)
         prompt = len(params[TOKENS]) if TOKENS in params else 0
-        _finish(model, draft, _card_form(model, params, layout.form), names, card, prompt)
+        _finish(model, draft, _card_form(model, params, layout.form), names, card, prompt, beside)
     return Path(folder)
 
 
@@ -87,6 +89,7 @@ def export_merged(
     labels: Sequence[str],
     card: Mapping[str, Any],
     replace: bool = True,
+    beside: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write base, adapter and head as one model that plain transformers loads; gives the folder.
 
@@ -98,7 +101,7 @@ def export_merged(
     note = _note(model, params, "head" if alone else "merged", names)
     with _new_folder(Path(folder), note, replace) as draft:
         merged.save_pretrained(draft)
-        _finish(model, draft, "merged" if model.lm is None else "speaking_merged", names, card)
+        _finish(model, draft, "merged" if model.lm is None else "speaking_merged", names, card, beside=beside)
     return Path(folder)
 
 
@@ -129,13 +132,21 @@ def _card_form(model: HFModel, params: Params, form: str) -> str:
 
 
 def _finish(
-    model: HFModel, draft: Path, form: str, labels: Sequence[str], card: Mapping[str, Any], prompt: int = 0
+    model: HFModel,
+    draft: Path,
+    form: str,
+    labels: Sequence[str],
+    card: Mapping[str, Any],
+    prompt: int = 0,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Tokenizer and card, which both forms have; `prompt` is the number of tokens that peft puts before the text."""
     if model.base.tokenizer is not None:
         model.base.tokenizer.save_pretrained(draft)
     text = model_card(form, model.base.source, labels, model.pooling, model.base.tokenizer, card, prompt)
     (draft / CARD).write_text(text, encoding="utf-8")
+    for file, value in (beside or {}).items():
+        _write_json(draft / file, value)
 
 
 def _write_json(path: Path, value: Any) -> None:

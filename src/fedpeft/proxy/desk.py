@@ -33,8 +33,8 @@ class Artefact(Protocol):
         ...
 
     @property
-    def alpha(self) -> float:
-        """How far the small models steer."""
+    def alpha(self) -> float | None:
+        """How far the small models steer; None: there is nothing to steer."""
         ...
 
     def prompt(self, said: Sequence[Mapping[str, str]], /) -> list[int]:

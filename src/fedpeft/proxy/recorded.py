@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,8 @@ class Recorded:
         """The file's rows, asked for and written where there is none yet; it is read as it is needed."""
         assert self.folder is not None, "there is a place to keep them"
         n = self.candidates or self.vocab
-        kind, shape = np.dtype(np.float16 if self.bits == 16 else np.float32), (self._places[-1], n)
+        kind: Any = np.float16 if self.bits == 16 else np.float32
+        shape = (self._places[-1], n)
         path = self.folder / f"{self.key[:32]}.scores"
         ids_path = path.with_suffix(".ids") if self.candidates else None
         paths = [path] if ids_path is None else [path, ids_path]
@@ -133,7 +135,7 @@ class Recorded:
         values = np.memmap(path, dtype=kind, mode="r", shape=shape)
         return values, None if ids_path is None else np.memmap(ids_path, dtype=np.int32, mode="r", shape=shape)
 
-    def _write(self, path: Path, ids_path: Path | None, kind: np.dtype[np.floating], shape: tuple[int, int]) -> None:
+    def _write(self, path: Path, ids_path: Path | None, kind: Any, shape: tuple[int, int]) -> None:
         """Drafts that take their names when they are complete, so that a kill leaves no half of one."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         drafts = {own: own.with_name(f"{own.name}.tmp") for own in (path, ids_path) if own is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -16,8 +16,15 @@ from fedpeft.runs.store import RunFolder
 GLOBAL, PERSONALIZED, MAJORITY, LABEL_PRIOR = "global", "personalized", "majority", "label_prior"
 BASE = "base"  # the model without its adapter, where text is predicted
 EMULATOR = "emulator"  # the global model without the blocks that clients do not have
+PROXY, LARGE = "proxy", "large"  # the large model steered by the small ones, and alone
+OF_BEST = (GLOBAL, EMULATOR, PROXY, LARGE)  # whose results are those of the best-validated parameters
 BARS = {MAJORITY: "always the majority label", BASE: "the untrained base"}  # what a global model must beat
-LEVELS = {MAJORITY: "majority", BASE: "untrained"}  # the same in short
+LEVELS = {MAJORITY: "majority", BASE: "untrained", LARGE: "large alone"}  # the same in short
+
+
+def decisive(scores: Collection[str]) -> str:
+    """Whose score selects of those that are there: what the run makes, at last the global model's."""
+    return next((who for who in (PERSONALIZED, PROXY) if who in scores), GLOBAL)
 
 
 @dataclass(frozen=True)
@@ -107,14 +114,14 @@ class History:
     def final(self) -> tuple[str, Mapping[str, float]]:
         """The result: ("test", or "validation" where there are no test rows, and scores by who predicts).
 
-        The global score is that of the best-validated parameters, the others are those of the final ones: memories of
-        earlier rounds are gone.
+        The scores of the global model and the proxy are those of the best-validated parameters, those of personal
+        models of the final ones: memories of earlier rounds are gone.
         """
         metrics = self.manifest.get("metrics") or {}
         for split in ("test", "validation"):
             best, final = (self._values(_at(metrics, choice, split)) for choice in ("best", "final"))
             if best or final:
-                return split, {**final, **best, **{who: final[who] for who in final if who not in (GLOBAL, EMULATOR)}}
+                return split, {**final, **best, **{who: final[who] for who in final if who not in OF_BEST}}
         last = self.rounds[-1] if self.rounds else {}
         if values := self._values(_at(last, "metrics", "test")):
             return "test", values

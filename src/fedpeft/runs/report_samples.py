@@ -6,26 +6,27 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from fedpeft.runs.history import BASE, GLOBAL, History
+from fedpeft.runs.history import BASE, GLOBAL, LARGE, PROXY, History
 from fedpeft.runs.report_sections import section, table
 
 SHOWN = 8  # before the rest is folded away
 LONGEST = 600  # characters of a text that are shown
-HEAD = ("given", "reference", "said", "the untrained base")
+WHO = {GLOBAL: "said", BASE: "the untrained base", PROXY: "the steered large model", LARGE: "the large model alone"}
 
 
 def samples(run: History) -> str:
     """Prompts, a reference, and what the model and the untrained base said; empty text where nothing was generated."""
+    who = [one for one in WHO if one in (GLOBAL, BASE) or any(one in sample for sample in run.samples)]
     rows = [
-        [_cell(_given(one)), _cell(_reference(one)), _cell(one.get(GLOBAL)), _cell(one.get(BASE))]
-        for one in run.samples
+        [_cell(_given(one)), _cell(_reference(one)), *(_cell(one.get(name)) for name in who)] for one in run.samples
     ]
-    words = ",".join(HEAD)
+    head = ["given", "reference", *(WHO[name] for name in who)]
+    words = ",".join(head)
     if not rows:
         return ""
-    inner = table(HEAD, rows[:SHOWN], words=words)
+    inner = table(head, rows[:SHOWN], words=words)
     if len(rows) > SHOWN:
-        more = table(HEAD, rows[SHOWN:], words=words)
+        more = table(head, rows[SHOWN:], words=words)
         inner += f"<details><summary>{len(rows) - SHOWN} more</summary>{more}</details>"
     note = "Test rows, answered word by word by the best-validated parameters, always with the likeliest next one."
     return section("What it says", note, f'<div class="samples">{inner}</div>')

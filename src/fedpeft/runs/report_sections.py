@@ -17,8 +17,10 @@ from fedpeft.runs.history import (
     EMULATOR,
     GLOBAL,
     LABEL_PRIOR,
+    LARGE,
     LEVELS,
     PERSONALIZED,
+    PROXY,
     Group,
     History,
     Score,
@@ -26,7 +28,7 @@ from fedpeft.runs.history import (
 )
 from fedpeft.runs.units import bytes_text, bytes_unit, score_text, seconds_text, seconds_unit
 
-NAMES = {GLOBAL: "global model", PERSONALIZED: "personalised models"}
+NAMES = {GLOBAL: "global model", PERSONALIZED: "personalised models", PROXY: "large model, steered by the global one"}
 
 
 def section(title: str, note: str, inner: str) -> str:
@@ -97,6 +99,10 @@ def cards(run: History) -> str:
     after = {who: f" of round {at}" for who, at in run.taken.items()}
     shown = [("first", score_text(values.get(GLOBAL)), f"{score}, global model{after.get(GLOBAL, '')}")]
     shown += [("", score_text(values[bar]), f"{score}, {told}") for bar, told in BARS.items() if bar in values]
+    if PROXY in values:
+        shown.append(("", score_text(values[PROXY]), f"{score}, the large model, steered by it"))
+    if LARGE in values:
+        shown.append(("", score_text(values[LARGE]), f"{score}, the large model alone"))
     if EMULATOR in values:
         shown.append(("", score_text(values[EMULATOR]), f"{score}, with the blocks that clients have"))
     if PERSONALIZED in values:
@@ -149,7 +155,7 @@ def results_table(groups: Sequence[Group]) -> str:
 
 def _rank(g: Group) -> float:
     """A key that puts the best first, by what a method makes: personalised models, else the global one."""
-    score = spread(g.final(PERSONALIZED) or g.final(GLOBAL))[0]
+    score = spread(g.final(PERSONALIZED) or g.final(PROXY) or g.final(GLOBAL))[0]
     return math.inf if score is None else rank(g.runs[0].metric, score)
 
 
@@ -176,13 +182,13 @@ def score_charts(groups: Sequence[Group], suffix: str) -> str:
     own = _level(groups, LABEL_PRIOR, "own majority")
     rows = []
     if len(groups) == 1:
-        series = [(groups[0], who) for who in (GLOBAL, PERSONALIZED)]
-        labels = {GLOBAL: "global", PERSONALIZED: "personalised"}
+        series = [(groups[0], who) for who in (GLOBAL, PERSONALIZED, PROXY)]
+        labels = {GLOBAL: "global", PERSONALIZED: "personalised", PROXY: "large, steered"}
         both = level + own if groups[0].final(PERSONALIZED) else level
         rows.append(_charts([(labels[who], g, who, i) for i, (g, who) in enumerate(series)], metric, both))
     else:
-        for who in (GLOBAL, PERSONALIZED):
-            bars = level if who == GLOBAL else level + own
+        for who in (GLOBAL, PERSONALIZED, PROXY):
+            bars = level + own if who == PERSONALIZED else level
             drawn = _charts([(g.label, g, who, i) for i, g in enumerate(groups)], f"{metric}, {NAMES[who]}", bars)
             rows.append(f"<h3>{escape(NAMES[who].capitalize())}</h3>{drawn}" if drawn else "")
     losses = _loss_chart(groups)
