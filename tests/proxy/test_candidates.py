@@ -100,7 +100,7 @@ def test_labels(fakes):
         backend(fakes, "vllm").open(text, Labels(tuple(range(129))))
     with pytest.raises(CannotDo, match="logprob_token_ids"):
         backend(fakes, "vllm", "nolabels").open(text, Labels(labels))
-    with pytest.raises(CannotDo, match="labels.*likeliest"):
+    with pytest.raises(CannotDo, match=r"labels.*likeliest"):
         backend(fakes, "llamacpp").open(text, Labels(labels))
 
 
