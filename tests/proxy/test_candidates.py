@@ -17,6 +17,8 @@ from fedpeft.proxy.candidates import gathered
 from fedpeft.proxy.connection import Connection, Refused
 from fedpeft.proxy.decode import decode
 from fedpeft.proxy.llamacpp import LlamaCpp
+from fedpeft.proxy.recorded import ask
+from fedpeft.proxy.scoring import alpha_curve, score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.tokenizers import check_tokenizers
 from fedpeft.proxy.trio import Trio
@@ -123,7 +125,7 @@ def test_what_they_cannot_do(fakes, kind):
     with pytest.raises(RequestError, match=f"{CONTEXT} tokens"):
         made.open([[1] * CONTEXT], TopK(5))
     session = made.open([[1]], TopK(5))
-    with pytest.raises(CannotDo, match="scoring of given texts"):
+    with pytest.raises(CannotDo, match="scores of several positions"):
         session.scores([[1, 2]])
     with pytest.raises(CannotDo, match="speculate to 0"):
         session.rollback(1)
@@ -170,6 +172,29 @@ def test_vllm_tells_which_models_it_has_and_how_many_candidates(fakes):
         open_backend(f"vllm+{fakes['vllm']}?model=none", token=KEY)
     with pytest.raises(Refused, match="greater than max allowed: 20; see --max-logprobs"):
         Vllm(Connection(fakes["vllm"], KEY), 30).open([[1]], TopK(25))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_needs_more_is_refused_before_the_first_token(fakes, kind):
+    small = trios.model("gpt2", 1)
+    tuned, base = trios.Speaker(small, trios.adapter(small, 3)), trios.Speaker(small)
+
+    def trio(**more: Any) -> Trio:
+        return Trio(backend(fakes, kind), tuned, base, None, trios.VOCABULARY, frozenset({2}), **more)
+
+    texts, starts = [[5, 6, 7, 8], [9, 10, 11]], [2, 1]
+    asked = len(seen(fakes, kind))
+    for refused in (
+        lambda: trio(candidates=4),
+        lambda: decode(trio(), texts, [Settings(max_tokens=2, alpha=1.0)] * 2, 3),  # speculation
+        lambda: score(trio(), texts, starts, 1.0),  # perplexity, continuations of several tokens
+        lambda: alpha_curve(trio(), texts, starts),
+        lambda: list(ask(trio().large, texts, starts, trios.VOCABULARY)),  # distillation
+    ):
+        with pytest.raises(CannotDo) as caught:
+            refused()
+        assert caught.value.remedy
+    assert not [body for body in seen(fakes, kind)[asked:] if "prompt" in body]
 
 
 def test_golden_candidates():
