@@ -56,8 +56,12 @@ bench: setup
 	$(BIN)/python -m benchmarks.rounds
 	$(BIN)/python -m benchmarks.difficulty
 	$(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.decoding --small demo-small --large demo-large
+	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.shares
 	$(BIN)/python -m benchmarks.merged
+	$(BIN)/python -m benchmarks.gap --threads 1
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

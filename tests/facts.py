@@ -1,10 +1,10 @@
-"""A world of facts that a large model knows and will not say, and a small one that learns how questions are answered.
+"""A world of facts that a large model knows and will not say, and a small one that learns how to answer.
 
-Entities have a first and a last name and four attributes. Documents state facts, or ask for one and mostly evade it. The
-private task answers every question. A small model has no room for the facts, so that what it learns from the private
-entities is the manner of answering, and decoding with the large model's scores brings the fact.
+Entities have a first and a last name and four attributes. Documents state facts, or ask for one and mostly evade it.
+The private task answers every question. A small model has no room for the facts, so that what it learns from the
+private entities is the manner of answering, and decoding with the large model's scores brings the fact.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=src:tests python tests/facts.py     # writes the models of world 0, tests/toys/*.safetensors
+    OMP_NUM_THREADS=1 PYTHONPATH=src:tests python tests/facts.py     # writes the models of world 0, in tests/toys
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from fedpeft.proxy.decode import Settings, Trio, decode
 
 TOYS = Path(__file__).parent / "toys"
 ATTRIBUTES, NAMES, VALUES, ENTITIES, CLIENTS = 4, 24, 12, 240, 4
+COMMON = "<pad> <bos> <eos> the of is 's Q: A: ? . has as well hmm let me think maybe sure i do not know"
 WORDS = (
-    *"<pad> <bos> <eos> the of is 's Q: A: ? . has as well hmm let me think maybe sure i do not know".split(),
+    *COMMON.split(),
     *(f"at{a}" for a in range(ATTRIBUTES)),
     *(f"f{i}" for i in range(NAMES)),
     *(f"l{i}" for i in range(NAMES)),

@@ -22,7 +22,10 @@ RUNS = {
     "rounds": f"{TINY} --repeats 2",
     "difficulty": f"{TINY} --repeats 2",
     "quantize": f"{TINY} --repeats 2",
+    "decoding": "--tokens 6 --prompt 4 --repeats 2 --speculate 2",
+    "serving": "--width 16 --blocks 1 --tokens 6 --requests 5 --rows 2 --repeats 2",
     "merged": "--model tiny --length 8 --batch 2 --repeats 2",
+    "gap": "--tasks code --seeds 0 --rows 3 --rounds 1 --steps 1",
     "shares": f"{TINY} --rounds 2 --methods fedavg fibecfed fedalt",
 }
 
@@ -98,6 +101,17 @@ def test_a_round_of_half_the_layers_sends_half_the_bytes(tmp_path):
     assert shares["ptuning_v2"] == 1.0 and all(0.4 < share < 0.65 for label, share in shares.items() if "fedp" in label)
 
 
+@pytest.mark.slow
+def test_alpha_nothing_is_the_large_model_and_the_gap_is_counted_from_it(tmp_path, capsys):
+    (cell,) = measured("gap", tmp_path)["cells"]
+    test = cell["test"]
+    assert test["proxy"][0] == test["base_large"] < test["base_small"] - 0.1 and cell["gap_closed"][0] == 0
+    gap = test["base_large"] - test["tuned_large"]
+    assert cell["gap_closed"][4] == pytest.approx((test["base_large"] - test["proxy"][4]) / gap)
+    assert test["tokens"] == 3 * 127 and cell["rows"] == {"clients": 12, "test": 3}
+    assert "gap closed" in capsys.readouterr().out
+
+
 def test_records_are_appended_not_replaced(tmp_path):
     module = importlib.import_module("benchmarks.imports")
     for _ in range(2):
@@ -151,6 +165,13 @@ def test_difficulty_is_the_same_by_hooks_and_one_by_one(tmp_path):
     assert result["ratio"]["difficulty"]["median"] > 0 and -1 <= result["rank_correlation"]["median"] <= 1
 
 
+def test_the_endpoint_says_what_the_plain_loop_says(tmp_path):
+    result = measured("serving", tmp_path)
+    for name in ("ratio", "ratio_of_processor_time"):
+        assert result[name].keys() == {"whole", "stream"} and result[name]["stream"]["min"] > 0
+    assert result["at_once"]["tokens_per_s"]["requests"] > 0 and result["at_once"]["grown_bytes"] < 100e6
+
+
 def test_quantised_bases_are_smaller_and_checkpointing_changes_nothing(tmp_path):
     result = measured("quantize", tmp_path)
     held = result["bytes"]
@@ -176,3 +197,10 @@ def test_a_merged_model_is_the_base_in_size_and_the_adapter_in_what_it_says(tmp_
         "merged",
         "adapter",
     }
+
+
+def test_decoding_is_timed_beside_its_models_and_drafts_say_the_same(tmp_path):
+    result = measured("decoding", tmp_path)
+    assert result["ms_per_token"].keys() >= {"large", "tuned small", "base small", "proxy", "with drafts"}
+    assert result["share_of_rate"].keys() == {"proxy", "proxy, small models apart"}
+    assert result["drafts"]["same_tokens"] and 1 <= result["drafts"]["tokens_per_call"] <= 3

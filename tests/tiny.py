@@ -39,7 +39,12 @@ def config(family: str) -> Any:
         own = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2}
         own |= {"intermediate_size": 48}
     elif family == "opt":
-        own = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+        own = {
+            "hidden_size": WIDTH,
+            "word_embed_proj_dim": WIDTH,
+            "num_hidden_layers": BLOCKS,
+            "num_attention_heads": 4,
+        }
         own |= {"ffn_dim": 48, "dropout": 0.0, "pad_token_id": 1, "eos_token_id": 2, "activation_function": "gelu"}
     elif family == "distilbert":
         own = {"dim": WIDTH, "n_layers": BLOCKS, "n_heads": 4, "hidden_dim": 48}

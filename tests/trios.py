@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -82,3 +83,15 @@ def plain_logits(full: Any, ids: list[int]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = full(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     return logits
+
+
+def byte_tokenizer(words: Sequence[str] = ()) -> Any:
+    """Byte-level, so that a character may be several tokens; `<end>` is 0, byte b is 1 + its place, then words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet, *words])}
+    inner = Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")

@@ -120,9 +120,7 @@ def pretrain(
 ) -> OPTForCausalLM:
     """Train from the start, or go on from the checkpoint; the same weights either way."""
     model = start_model(size, recipe).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=size.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
     done, seconds = 0, 0.0
     if checkpoint.exists():
         kept: dict[str, Any] = torch.load(checkpoint, weights_only=True)

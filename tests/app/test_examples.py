@@ -46,9 +46,12 @@ def test_every_study_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     base = study.get("base", {})
     if isinstance(base, str):
         base = yaml.safe_load((path.parent / base).read_text())
-    if all(task.get("format") != "generate" for task in study.get("tasks", ())):
+    if all(task.get("format") != "generate" for task in (base.get("task", {}), *study.get("tasks", ()))):
         base["model"] = {"name": "demo"}  # a minute for all studies; what they compare is the same
     base["run"] = {**base.get("run", {}), "rounds": 1, "evaluate_every": 1}
+    for key, file in base.get("task", {}).items():
+        if key in ("train", "validation", "test") and (path.parent / file).is_file():
+            base["task"][key] = str(path.parent / file)
     if "devices" in base["run"]:
         base["run"]["devices"] = str(path.parent / base["run"]["devices"])
     base["method"] = {**{k: v for k, v in base.get("method", {}).items() if k != "name"}, "cohort": 2}

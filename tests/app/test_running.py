@@ -102,7 +102,7 @@ def test_one_line_per_exchange_and_client_with_the_lengths_of_the_codec(
     lines = RunFolder.open(tmp_path / "run").exchanges()
     keys = {
         "number", "round", "exchange", "attempt", "client", "bytes_down", "bytes_up", "steps", "examples", "tokens",
-        "seconds", "simulated_seconds", "lost",
+        "pairs", "seconds", "simulated_seconds", "lost",
     }  # fmt: skip
     assert all(line.keys() == keys for line in lines)
     assert [line["bytes_up"] for line in lines] == answers

@@ -48,7 +48,7 @@ def test_the_small_model_makes_the_large_one_say_what_it_knows(seed: int) -> Non
     assert facts.exact(large_alone(of, direct), of, questions) >= proxy - 0.02
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), *WORLDS[1:]])
+@pytest.mark.parametrize("seed", WORLDS)
 def test_serving_the_aggregate_before_distillation_costs_nothing(seed: int) -> None:
     """alpha is that of the validation questions, for each of the two."""
     of, questions = facts.world(seed), facts.every(facts.world(seed).test)

@@ -1,4 +1,4 @@
-"""The embedded pair: one tokenizer, and a large model that is better than the small one on text that neither has seen."""
+"""The embedded pair: one tokenizer, and a large model that is better than the small one on text new to both."""
 
 from __future__ import annotations
 

@@ -179,7 +179,8 @@ def test_examples_of_the_specification() -> None:
 
     def llama(layers: int, hidden: int, inner: int, heads: int, kv: int) -> Model:
         config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden,
-                  "num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": inner, "vocab_size": 32000}  # fmt: skip
+                  "num_attention_heads": heads, "num_key_value_heads": kv,
+                  "intermediate_size": inner, "vocab_size": 32000}  # fmt: skip
         return Model(shape_of(config, lm_head=True), {}, "bfloat16", "bfloat16")
 
     one, seven, thirteen = (

@@ -14,6 +14,7 @@ from fedpeft.app.federation import Federation
 from fedpeft.app.generating import speak, with_texts
 from fedpeft.app.holding import Holding, curve_facts, proxy_facts, voices
 from fedpeft.app.ledger import Ledger
+from fedpeft.app.proxy_costs import compare_costs
 from fedpeft.app.proxying import artefact_files
 from fedpeft.app.scoring import Scored, evaluate
 from fedpeft.core import tree
@@ -218,7 +219,10 @@ class Journal:
             self.say(f"warning: {told['advice']}")
         final = self.fed.method.result(checkpoint.state)
         self._export(checkpoint.best if checkpoint.best is not None else final)
+        public = None if self.held is None else self.held.public
+        costs = compare_costs(self.fed, self.folder.exchanges(), public)
         self.folder.update_manifest(
+            **({} if costs is None else {"proxy_costs": costs}),
             status="finished",
             stopped=self.ledger.stopped,
             params_sha256=tree.sha256(final),
@@ -317,6 +321,7 @@ def exchange_lines(done: Done) -> Iterator[dict[str, Any]]:
             "steps": receipt.meter.steps,
             "examples": receipt.meter.examples,
             "tokens": receipt.meter.trained_tokens + receipt.meter.forward_tokens,
+            "pairs": receipt.meter.trained_pairs + receipt.meter.forward_pairs,
             "seconds": receipt.seconds,
             "simulated_seconds": receipt.simulated_seconds,
             "lost": receipt.lost,

@@ -30,12 +30,21 @@ def stock_blocks(module: Any) -> None:
 def _block_class() -> Any:
     from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-    class Block(OPTDecoderLayer):
-        def forward(self, hidden_states: Tensor, use_cache: bool | None = False, **kwargs: Any) -> Tensor:
+    class Block(OPTDecoderLayer):  # type: ignore[no-untyped-call]
+        def forward(
+            self,
+            hidden_states: Tensor,
+            attention_mask: Tensor | None = None,
+            past_key_values: Any = None,
+            use_cache: bool | None = False,
+            position_ids: Any = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            given = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
             before = self.do_layer_norm_before  # all sizes but 350m
 
             x = self.self_attn_layer_norm(hidden_states) if before else hidden_states
-            x, _ = self.self_attn(hidden_states=x, **kwargs)
+            x, _ = self.self_attn(hidden_states=x, **given, **kwargs)
             x = hidden_states + F.dropout(x, self.dropout, self.training)
             x = x if before else self.self_attn_layer_norm(x)
 

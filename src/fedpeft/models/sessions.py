@@ -1,7 +1,7 @@
 """A small language model that speaks: raw scores of next tokens, with its adapter on or off, and a key/value cache.
 
 Several speakers may share one base, whose weights exist once: T of proxy-tuning is a speaker with an adapter, B one
-without. An adapter acts during a pass and never between passes, so speakers may take turns in any order.
+without. What acts is made once and put in place for each pass alone, so speakers may take turns in any order.
 
 Prompts that differ in length are padded on the left, and positions count real tokens only: without explicit positions
 a model with learned ones gives other scores.
@@ -10,6 +10,8 @@ a model with learned ones gives other scores.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch.func import functional_call
 from fedpeft.core.errors import ModelError, RequestError
 from fedpeft.core.train import Stack, stack_params
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Rows
+from fedpeft.models.adapters import Acting, Rows
 from fedpeft.models.hf import HFModel
 from fedpeft.models.lm_head import LmHead
 from fedpeft.models.parts import cut
@@ -49,14 +51,13 @@ class Speaker:
         self.params: Params = params or {}
         model.check_params(self.params)
         self.stack = stack_params([self.params], model.device)
-        with model.acting(model.base, self.stack, Rows(None, 0)):
-            acting = model.base.acting
-            if acting.virtual is not None:
-                raise ModelError(
-                    f"an adapter of kind {model.spec.kind!r} puts tokens into the text and has no cache; use lora, "
-                    "prefix or bottleneck"
-                )
-            self.mixes = not (acting.prefixes or acting.weights)
+        self.bound = _bound(model, self.stack, Rows(None, 0))
+        if self.bound.virtual is not None:
+            raise ModelError(
+                f"an adapter of kind {model.spec.kind!r} puts tokens into the text and has no cache; use lora, "
+                "prefix or bottleneck"
+            )
+        self.mixes = not (self.bound.prefixes or self.bound.weights)
 
     @property
     def vocab(self) -> int:
@@ -132,7 +133,7 @@ class Speaker:
     def _whole(self, ids: Tensor, spans: Sequence[Span]) -> list[Tensor]:
         """(positions, V) of each row; padding on the right is behind all that is read."""
         model = self.model
-        with torch.no_grad(), model.acting(model.base, self.stack, Rows(None, 0)):
+        with torch.no_grad(), _in_place(model, self.bound):
             states = _states(model, {"input_ids": ids, "use_cache": False})
             return [self.lm.logits(own[first:end]).float() for own, (first, end) in zip(states, spans, strict=True)]
 
@@ -166,6 +167,7 @@ class SpeakerSession:
         from transformers import DynamicCache
 
         self._model, self._stack, self._whose = model, stack, whose
+        self._bound = _bound(model, stack, whose)
         self._cache = cast(Any, DynamicCache(config=model.base.module.config))
         self.lengths = list(map(len, prompts))
         self._prompts = list(self.lengths)
@@ -226,6 +228,7 @@ class SpeakerSession:
         self._prompts = [self._prompts[row] for row in rows]
         if self._whose.client is not None:
             self._whose = Rows(self._whose.client[index])
+            self._bound = _bound(self._model, self._stack, self._whose)
         if self._mask is not None:
             self._mask = self._mask[index]
 
@@ -244,9 +247,26 @@ class SpeakerSession:
         }
         if self._mask is not None:
             inputs["attention_mask"] = self._mask.to(torch.int64)
-        with torch.no_grad(), model.acting(model.base, self._stack, self._whose):
+        with torch.no_grad(), _in_place(model, self._bound):
             states = _states(model, inputs)[:, -last:]
             return cast(LmHead, model.lm).logits(states).float()
+
+
+def _bound(model: HFModel, stack: Stack, whose: Rows) -> Acting:
+    """What acts in a pass of these rows."""
+    with torch.no_grad(), model.acting(model.base, stack, whose):
+        own = model.base.acting
+        return replace(own, outputs=dict(own.outputs), prefixes=dict(own.prefixes), weights=dict(own.weights))
+
+
+@contextmanager
+def _in_place(model: HFModel, bound: Acting) -> Iterator[None]:
+    """It acts as long as the context lasts; the hooks read what acts at the moment."""
+    before, model.base.acting = model.base.acting, bound
+    try:
+        yield
+    finally:
+        model.base.acting = before
 
 
 def _padded_right(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:

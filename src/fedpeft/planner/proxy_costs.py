@@ -163,9 +163,10 @@ def bill_of_proxy(small: Model, large: Model, work: Work, adapter_bytes: int) ->
     """Costs of tuning the small model and steering the large one, whose clients never see it.
 
     Args:
-        large: as it is at the server; its ranks are not used.
+        large: at the server, with its full weights; its ranks are not used.
         adapter_bytes: counted.
     """
+    large = replace(large, base=large.compute)
     answered = large.answer(work.prompt, work.answer)
     answered += small.answer(work.prompt, work.answer, adapted=True) + small.answer(work.prompt, work.answer)
     read = work.prompt + work.answer - 1
@@ -182,8 +183,9 @@ def bill_of_proxy(small: Model, large: Model, work: Work, adapter_bytes: int) ->
 
 
 def bill_of_direct(large: Model, work: Work, adapter_bytes: int) -> Bill:
-    """Costs of the same federation over the large model, whose adapter is merged for use."""
+    """Costs of the same federation over the large model, whose adapter is merged into its full weights for use."""
     read = work.prompt + work.answer - 1
+    served = replace(large, base=large.compute)
     return Bill(
         large.weight_bytes,
         adapter_bytes,
@@ -191,7 +193,7 @@ def bill_of_direct(large: Model, work: Work, adapter_bytes: int) -> Bill:
         large.train(work.trained),
         0,
         large.answer(work.prompt, work.answer) / work.answer,
-        large.weight_bytes + large.cache_bytes(read),
+        served.weight_bytes + served.cache_bytes(read),
     )
 
 

@@ -35,8 +35,8 @@ class Choice:
         self.bias = _bias(settings, vocab) if settings.logit_bias or settings.bans else None
         self.counted = bool(settings.presence_penalty or settings.frequency_penalty)
         self.repeated = settings.repetition_penalty != 1
-        remembers = self.counted or self.repeated
-        self.counts = torch.zeros(vocab) if remembers else None
+        self.remembers = self.counted or self.repeated
+        self.counts = torch.zeros(vocab) if self.remembers else None
         self.prompted = torch.zeros(vocab, dtype=torch.bool)
         if self.repeated:
             self.prompted[[token for token in prompt if token < vocab]] = True

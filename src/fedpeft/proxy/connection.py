@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class Refused(BackendError):
 
 
 class Connection:
-    """Requests to one server; several threads may share it.
+    """Requests to one server, over connections that stay open until `close()`; several threads may share it.
 
     Args:
         url: `http://HOST:PORT` or `https://..`, perhaps with a path before that of the protocol.
@@ -59,6 +60,7 @@ class Connection:
             trust_env=not is_loopback(urlsplit(self.url).hostname or ""),
             limits=httpx.Limits(max_connections=64),
         )
+        self.close = weakref.finalize(self, self._client.close)  # at the latest when nobody has it any more
 
     def get_json(self, path: str) -> Any:
         """The JSON of an answer. Raises BackendError."""
@@ -93,10 +95,6 @@ class Connection:
             except httpx.HTTPError as error:
                 raise self._silent(error) from error
         raise AssertionError("unreachable")
-
-    def close(self) -> None:
-        """Close the connection; may be called twice."""
-        self._client.close()
 
     def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], max_bytes: int) -> bytes:
         found = bytearray()

@@ -18,7 +18,7 @@ LAST_S = 5  # beyond the grace, in which streams that were ended must have said 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises RequestError: the address is taken, or is not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY where this is said
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))

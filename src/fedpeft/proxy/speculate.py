@@ -21,7 +21,9 @@ from fedpeft.models.sessions import SpeakerSession
 from fedpeft.proxy.answers import Answer, Emitted, told
 from fedpeft.proxy.blackbox import CannotDo, Scores, Session
 from fedpeft.proxy.choosing import adjust, probabilities
-from fedpeft.proxy.trio import Heard, Trio, combined, hear
+from fedpeft.proxy.trio import Trio, combined, hear
+
+SURE = 0.4  # probability below which a greedy draft ends: most such drafts would be rejected
 
 
 @dataclass
@@ -80,15 +82,17 @@ class Speculation:
         """The tokens of one round, at least one; none where the row is done."""
         if self._answer.finish is not None:
             return []
-        if not self._begun:
-            self._begun = True
-            heard = hear(self._trio, self._large.first, [self._tuned.first, self._base.first])
-            scores = combined(heard, [self._answer.settings], 0)
-            return [self._take(scores, self._draw(scores)[0], heard)]
-        return self._check(*self._draft())
+        if self._begun:
+            return self._check(*self._draft())
+        self._begun = True
+        place = self._places(self._large.first, self._base.first, self._tuned.first, 0)
+        return self._take([self._draw(adjust(place.scores, [self._answer.choice]))[0]], place)
 
     def _draft(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
-        """Drafted tokens, what each was drawn from, and the tuned model's logits behind all tokens but the last."""
+        """Drafted tokens, what each was drawn from, and the tuned model's logits as far as it has read.
+
+        A greedy draft ends where the tuned model is not sure; its logits serve the target there.
+        """
         answer = self._answer
         tokens: list[int] = []
         drawn_from: list[Tensor] = []
@@ -96,7 +100,10 @@ class Speculation:
         last = answer.last
         while len(tokens) < min(self._drafts, answer.left - 1) and last not in self._trio.ends:
             small.append(self._tuned.logits([[last]]))
-            last, shares = self._draw(small[-1][:, 0, : self._trio.vocab])
+            adjusted = adjust(small[-1][:, 0, : self._trio.vocab], [answer.choice])
+            if not answer.settings.temperature and float(adjusted.softmax(dim=-1).max()) < SURE:
+                break
+            last, shares = self._draw(adjusted)
             tokens.append(last)
             drawn_from.append(shares)
             answer.choice.note(last)
@@ -108,50 +115,58 @@ class Speculation:
         """Accept drafts from the first on; then one token of the target's own."""
         read = [self._answer.last, *drafts]
         large, base = self._large.scores([read]), self._base.logits([read])
+        places = self._places(large, base, torch.cat(small, dim=1), 0) if small else None
+        tokens = [] if places is None else self._settled(places.scores, drafts, drawn_from)
+        accepted = sum(token == draft for token, draft in zip(tokens, drafts, strict=False))
+        if accepted == len(drafts) and read[-1] not in self._trio.ends:
+            if places is None or len(small) == len(drafts):  # behind the last draft it is asked only here
+                small.append(self._tuned.logits([read[-1:]]))
+                places = _Places.joined(places, self._places(large, base, small[-1], len(drafts)))
+            tokens.append(self._own(places.scores[len(drafts) :], tokens))
+        assert places is not None, "a draft is checked where the tuned model has spoken"
         self._tally.calls += 1
         self._tally.drafted += len(drafts)
-        emitted: list[Emitted] = []
-        accepted = 0
-        for position in range(len(read)):
-            if position == len(drafts):  # what the tuned model says behind the last draft is wanted only here
-                small.append(self._tuned.logits([read[-1:]]))
-            heard = hear(self._trio, _at(large, position), [small[position], base[:, position : position + 1]])
-            scores = combined(heard, [self._answer.settings], 0)
-            if position == len(drafts):
-                emitted.append(self._take(scores, self._draw(scores)[0], heard))
-                break
-            token = self._settle(scores, drafts[position], drawn_from[position])
-            emitted.append(self._take(scores, token, heard))
-            if token != drafts[position]:
-                break
-            accepted += 1
-            if self._answer.finish is not None:
-                break
         self._tally.accepted += accepted
+        emitted = self._take(tokens, places)
         if self._answer.finish is None:
-            self._go_back(len(drafts), accepted)
+            self._large.rollback(len(drafts) - accepted)
+            self._base.rollback(len(drafts) - accepted)
+            self._tuned.rollback(len(small) - 1 - accepted)
         return emitted
 
-    def _go_back(self, drafts: int, accepted: int) -> None:
-        """The caches hold all tokens but the last again."""
-        if accepted < drafts:
-            self._large.rollback(drafts - accepted)
-            self._base.rollback(drafts - accepted)
-            self._tuned.rollback(drafts - accepted - 1)
+    def _places(self, large: Scores, base: Tensor, tuned: Tensor, first: int) -> _Places:
+        """What the models say together at as many places as the tuned one was asked at, from one on.
 
-    def _draw(self, scores: Tensor) -> tuple[int, Tensor]:
-        """A token of one row's scores (1, V), and the (V,) probabilities that it was drawn from."""
+        Args:
+            large, base: at all places.
+            tuned: (1, places, V) logits.
+        """
+        own = slice(first, first + tuned.shape[1])
+        ids = None if large.ids is None else large.ids[:, own]
+        part = Scores(large.values[:, own], ids, large.mass[:, own], large.exact)
+        heard = hear(self._trio, part, [tuned, base[:, own]])
+        scores = combined(heard.turned, [self._answer.settings] * tuned.shape[1], 0)
+        return _Places(scores, heard.mass[0].tolist(), heard.exact)
+
+    def _settled(self, scores: Tensor, drafts: list[int], drawn_from: list[Tensor]) -> list[int]:
+        """Accepted drafts, and a token of the target's in the place of the first that is not."""
         choice = self._answer.choice
-        adjusted = adjust(scores, [choice])
-        if not choice.settings.temperature:
-            return int(adjusted.argmax(dim=-1)), torch.empty(0)
-        shares = probabilities(adjusted.cpu(), [choice])[0]
-        return draw(shares, choice.rng.random()), shares
+        alike = None if choice.remembers else adjust(scores, [choice] * len(scores))
+        tokens: list[int] = []
+        for place, (draft, shares) in enumerate(zip(drafts, drawn_from, strict=True)):
+            own = slice(place, place + 1)
+            adjusted = adjust(scores[own], [choice]) if alike is None else alike[own]
+            tokens.append(self._settle(adjusted, draft, shares))
+            choice.note(tokens[-1])
+            if tokens[-1] != draft:
+                break
+        for token in tokens:
+            choice.note(token, -1)
+        return tokens
 
-    def _settle(self, scores: Tensor, draft: int, drawn_from: Tensor) -> int:
+    def _settle(self, adjusted: Tensor, draft: int, drawn_from: Tensor) -> int:
         """The draft where it is accepted, else another token."""
         choice = self._answer.choice
-        adjusted = adjust(scores, [choice])
         if not choice.settings.temperature:
             return int(adjusted.argmax(dim=-1))
         shares = probabilities(adjusted.cpu(), [choice])[0]
@@ -159,10 +174,35 @@ class Speculation:
             return draft
         return draw(residual(shares, drawn_from), choice.rng.random())
 
-    def _take(self, scores: Tensor, token: int, heard: Heard) -> Emitted:
-        self._answer.heard(float(heard.mass[0, 0]), heard.exact)
-        ((logprob, top),) = told(scores, [token], [self._answer.settings.logprobs])
-        return self._answer.take(token, logprob, top)
+    def _own(self, scores: Tensor, before: list[int]) -> int:
+        """A token of the target behind accepted ones."""
+        choice = self._answer.choice
+        for token in before:
+            choice.note(token)
+        token, _ = self._draw(adjust(scores, [choice]))
+        for earlier in before:
+            choice.note(earlier, -1)
+        return token
+
+    def _draw(self, adjusted: Tensor) -> tuple[int, Tensor]:
+        """A token of one row's scores (1, V), and the (V,) probabilities that it was drawn from."""
+        choice = self._answer.choice
+        if not choice.settings.temperature:
+            return int(adjusted.argmax(dim=-1)), torch.empty(0)
+        shares = probabilities(adjusted.cpu(), [choice])[0]
+        return draw(shares, choice.rng.random()), shares
+
+    def _take(self, tokens: list[int], places: _Places) -> list[Emitted]:
+        """Tokens up to where the answer ends."""
+        answer, n = self._answer, len(tokens)
+        emitted: list[Emitted] = []
+        words = told(places.scores[:n], tokens, [answer.settings.logprobs] * n)
+        for token, (logprob, top), mass in zip(tokens, words, places.masses, strict=False):
+            answer.heard(mass, places.exact)
+            emitted.append(answer.take(token, logprob, top))
+            if answer.finish is not None:
+                break
+        return emitted
 
     def close(self) -> None:
         """Close the row's sessions; may be called twice."""
@@ -170,8 +210,23 @@ class Speculation:
             session.close()
 
 
-def _at(scores: Scores, position: int) -> Scores:
-    """Those behind one token."""
-    own = slice(position, position + 1)
-    ids = None if scores.ids is None else scores.ids[:, own]
-    return Scores(scores.values[:, own], ids, scores.mass[:, own], scores.exact)
+@dataclass(frozen=True)
+class _Places:
+    """What the models say together at consecutive places.
+
+    Attributes:
+        scores: (places, V_eff) combined.
+        masses: probability that the large model's scores cover.
+    """
+
+    scores: Tensor
+    masses: list[float]
+    exact: bool
+
+    @classmethod
+    def joined(cls, before: _Places | None, last: _Places) -> _Places:
+        """Both, in order."""
+        if before is None:
+            return last
+        scores = torch.cat([before.scores, last.scores])
+        return cls(scores, before.masses + last.masses, before.exact and last.exact)

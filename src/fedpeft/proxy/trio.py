@@ -122,6 +122,12 @@ class Heard:
     mass: Tensor
     exact: bool
 
+    @property
+    def turned(self) -> Heard:
+        """The same with rows for positions."""
+        change = None if self.change is None else self.change.transpose(0, 1)
+        return Heard(self.large.transpose(0, 1), change, self.mass.transpose(0, 1), self.exact)
+
 
 class Voices:
     """Sessions of a trio's models over the same texts.

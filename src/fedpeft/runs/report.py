@@ -18,6 +18,7 @@ from fedpeft.runs import report_sections as sections
 from fedpeft.runs.files import write_file
 from fedpeft.runs.history import Group, group, read_history
 from fedpeft.runs.report_choices import choices
+from fedpeft.runs.report_costs import proxy_costs
 from fedpeft.runs.report_proxy import proxy
 from fedpeft.runs.report_samples import samples
 from fedpeft.runs.units import count_text
@@ -58,6 +59,7 @@ def render(groups: Sequence[Group], title: str | None = None) -> str:
     parts.append(sections.cost(groups))
     parts.append(sections.losses(groups))
     parts += [choices(g) for g in groups]
+    parts += [proxy_costs(g) for g in groups]
     parts.append(_configurations(groups))
     parts.append(_manifests(groups))
     style = resources.files("fedpeft.runs").joinpath("report.css").read_text(encoding="utf-8")
@@ -109,7 +111,7 @@ def _configurations(groups: Sequence[Group]) -> str:
 
 def _manifests(groups: Sequence[Group]) -> str:
     shown = []
-    hidden = {"metrics", "choices"}  # these have sections of their own
+    hidden = {"metrics", "choices", "proxy_costs"}  # these have sections of their own
     for g in groups:
         for run in g.runs:
             facts: dict[str, Any] = {key: value for key, value in run.manifest.items() if key not in hidden}
