@@ -58,6 +58,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.decoding --small demo-small --large demo-large
+	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.shares
 	$(BIN)/python -m benchmarks.merged
 	$(BIN)/python -m benchmarks.gap --threads 1

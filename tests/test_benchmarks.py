@@ -23,6 +23,7 @@ RUNS = {
     "difficulty": f"{TINY} --repeats 2",
     "quantize": f"{TINY} --repeats 2",
     "decoding": "--tokens 6 --prompt 4 --repeats 2 --speculate 2",
+    "serving": "--width 16 --blocks 1 --tokens 6 --requests 5 --rows 2 --repeats 2",
     "merged": "--model tiny --length 8 --batch 2 --repeats 2",
     "gap": "--tasks code --seeds 0 --rows 3 --rounds 1 --steps 1",
     "shares": f"{TINY} --rounds 2 --methods fedavg fibecfed fedalt",
@@ -162,6 +163,13 @@ def test_difficulty_is_the_same_by_hooks_and_one_by_one(tmp_path):
     result = measured("difficulty", tmp_path)
     assert result["largest_relative_difference"] < 1e-4
     assert result["ratio"]["difficulty"]["median"] > 0 and -1 <= result["rank_correlation"]["median"] <= 1
+
+
+def test_the_endpoint_says_what_the_plain_loop_says(tmp_path):
+    result = measured("serving", tmp_path)
+    for name in ("ratio", "ratio_of_processor_time"):
+        assert result[name].keys() == {"whole", "stream"} and result[name]["stream"]["min"] > 0
+    assert result["at_once"]["tokens_per_s"]["requests"] > 0 and result["at_once"]["grown_bytes"] < 100e6
 
 
 def test_quantised_bases_are_smaller_and_checkpointing_changes_nothing(tmp_path):

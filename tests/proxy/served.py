@@ -56,6 +56,9 @@ class Artefact:
     trio: Trio = field(default_factory=fake_trio)
     name: str = "toy"
     alpha: float = 0.75
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"alpha": 0.75, "beta": 0.03})
+
+    speculate: int = 0
 
     def prompt(self, said: Sequence[Mapping[str, str]]) -> list[int]:
         """Its token ids."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,58 +14,16 @@ import pytest
 import torch
 
 import black_boxes
+import trios
 from fedpeft.models.sessions import Speaker
-from fedpeft.proxy.blackbox import Caps, Scores, Want
 from fedpeft.proxy.decode import decode
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
-from proxy import trios
-from proxy.served import CAPS, TOKENIZER, Artefact, serving, until
+from proxy.parrot import speaking
+from proxy.served import TOKENIZER, Artefact, serving, until
 
 TEXT = "naïve 日本語 🎉 fin"
 PADDED = 260  # rows of the embedding matrices; 257 tokens are real
-LONG = replace(CAPS, max_context=400)
-
-
-@dataclass
-class Parrot:
-    """A black box that says one text, whatever it is asked, and then ends."""
-
-    text: str = TEXT
-    caps: Caps = LONG
-
-    def open(self, prompts: Sequence[Sequence[int]], want: Want) -> Said:
-        return Said([*TOKENIZER(self.text)["input_ids"], 0], len(prompts))
-
-
-class Said:
-    """Its texts."""
-
-    def __init__(self, tokens: list[int], rows: int) -> None:
-        self.tokens, self.rows, self.place = tokens, rows, 0
-        self.first = self._now()
-
-    def _now(self) -> Scores:
-        values = torch.full((self.rows, 1, 257), -20.0)
-        values[:, :, self.tokens[self.place]] = -0.01
-        return Scores(values, None, torch.ones(self.rows, 1), True)
-
-    def scores(self, new: Sequence[Sequence[int]]) -> Scores:
-        self.place += 1
-        return self._now()
-
-    def rollback(self, n: int) -> None:
-        self.place -= n
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self.rows = len(rows)
-
-    def close(self) -> None:
-        self.rows = 0
-
-
-def speaking(text: str) -> Artefact:
-    return Artefact(Trio(Parrot(text), None, None, TOKENIZER, 257, frozenset({0})))
 
 
 def trio() -> Trio:
@@ -150,7 +108,7 @@ PROMPTS = ["once", "a much longer prompt", "?"]
 def alone(trio: Trio, prompt: str, **settings: Any) -> str:
     """What the decoding loop says without an endpoint."""
     ids = TOKENIZER(prompt)["input_ids"]
-    (found,) = decode(trio, [ids], [Settings(alpha=0.75, max_tokens=12, **settings)])
+    (found,) = decode(trio, [ids], [Settings(alpha=0.75, beta=0.03, max_tokens=12, **settings)])
     return found.text
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import trios
 
+import trios
 from fedpeft.proxy.blackbox import CannotDo, Full
 from fedpeft.proxy.recorded import Recorded, ask
 from fedpeft.proxy.scoring import alpha_curve, score

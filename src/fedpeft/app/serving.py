@@ -18,17 +18,17 @@ class Serving:
     """How a run is served; the defaults are those of the command.
 
     Attributes:
-        large: the large model, by the specification that `--large` takes; None: that of the run, if it had one; "none": the tuned
-            small one alone.
+        large: the large model, by the specification that `--large` takes; None: that of the run, if it had one;
+            "none": the tuned small one alone.
         alpha: how far the small models steer; None: as the run chose it.
-        speculate: tokens that are drafted ahead; 0: none.
+        speculate: tokens that are drafted ahead; 0: none; None: as the run was configured, where the large model can.
         key_env: the environment variable that holds the clients' key; None: no key, and this machine alone.
         token_env: the environment variable that holds the token of the large model's server.
     """
 
     large: str | None = None
     alpha: float | None = None
-    speculate: int = 0
+    speculate: int | None = None
     max_batch: int = 8
     max_queue: int = 64
     max_tokens_limit: int = 1024
@@ -71,14 +71,15 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
 
     key = secret(serving.key_env, "--api-key-env")
     check_host(serving.host, key)
-    if serving.speculate < 0:
+    if serving.speculate is not None and serving.speculate < 0:
         raise RequestError(f"--speculate {serving.speculate} drafts nothing; use 0 for none, or 4")
     options = Options(key, serving.max_tokens_limit, serving.timeout_s)
     with bind(serving.host, serving.port) as sock:
         artefact = open_artefact(
             Path(folder), serving.large, alpha=serving.alpha, token=secret(serving.token_env, "--token-env")
         )
-        engine = Engine(serving.max_batch, serving.max_queue, serving.speculate)
+        drafts = artefact.speculate if serving.speculate is None else serving.speculate
+        engine = Engine(serving.max_batch, serving.max_queue, drafts)
         try:
             app = make_app(artefact, engine, options)
             begun(artefact.name, address(sock))

@@ -28,7 +28,14 @@ def serve(
         float | None,
         typer.Option(help="How far the small models steer; else as the run chose it.", show_default=False),
     ] = None,
-    speculate: Annotated[int, typer.Option(metavar="N", help="Tokens that the small model drafts ahead; 0: none.")] = 0,
+    speculate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens that the small model drafts ahead; 0: none; else as the run was configured.",
+            show_default=False,
+        ),
+    ] = None,
     max_batch: Annotated[
         int | None,
         typer.Option(

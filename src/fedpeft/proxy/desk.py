@@ -37,6 +37,11 @@ class Artefact(Protocol):
         """How far the small models steer; None: there is nothing to steer."""
         ...
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Fields of `Settings` that the steered model has unless others are asked for, such as `beta`."""
+        ...
+
     def prompt(self, said: Sequence[Mapping[str, str]], /) -> list[int]:
         """The token ids of a chat, the answer to follow. Raises RequestError."""
         ...

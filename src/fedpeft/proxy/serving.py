@@ -21,8 +21,7 @@ from fedpeft.proxy.refusal import Refusal
 from fedpeft.proxy.replies import Reply
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
+    from fastapi import Request, Response
 
 PAGE = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -41,8 +40,6 @@ def make_app(artefact: Artefact, engine: Engine, options: Options) -> App:
         from fastapi import FastAPI
     except ImportError as error:
         raise RequestError("serving needs FastAPI: pip install 'fedpeft[proxy]'") from error
-    from starlette.exceptions import HTTPException
-
     desk = Desk(artefact, engine, options)
 
     @contextlib.asynccontextmanager
@@ -59,12 +56,13 @@ def make_app(artefact: Artefact, engine: Engine, options: Options) -> App:
     app.add_route("/v1/models/{name:path}", _models(desk), methods=["GET"])
     app.add_route("/v1/completions", _reply(desk, "completions"), methods=["POST"])
     app.add_route("/v1/chat/completions", _reply(desk, "chat"), methods=["POST"])
-    app.add_exception_handler(HTTPException, _unknown)
+    for status in (404, 405):
+        app.add_exception_handler(status, _unknown)
     return Guard(app, options.key, desk.observe)
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:
-    from starlette.responses import Response
+    from fastapi import Response
 
     return Response(json.dumps(body, ensure_ascii=False), status, media_type="application/json")
 
@@ -73,7 +71,7 @@ def _file(name: str, kind: str) -> Any:
     content = resources.files("fedpeft.proxy").joinpath(name).read_bytes()
 
     async def page(request: Request) -> Response:
-        from starlette.responses import Response
+        from fastapi import Response
 
         return Response(content, headers={"content-type": kind})
 
@@ -91,7 +89,7 @@ def _health(desk: Desk) -> Any:
 
 def _metrics(desk: Desk) -> Any:
     async def metrics(request: Request) -> Response:
-        from starlette.responses import Response
+        from fastapi import Response
 
         return Response(desk.metrics(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
