@@ -33,6 +33,7 @@ from fedpeft.core.exchange import (
     Nothing,
     Perturbation,
     ServerEnv,
+    Teacher,
     TokenNorm,
     Update,
     Weights,
@@ -82,6 +83,7 @@ class NoModel:
 
     spec: AdapterSpec = HeadOnly()
     blocks = 24
+    sha256 = "none"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -107,6 +109,14 @@ class NoModel:
 
     def logits(self, params: tree.Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
         """Never called: the null client does not predict."""
+        raise NotImplementedError
+
+    def token_logits(self, params: tree.Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
+        """Never called: the null client does not predict."""
+        raise NotImplementedError
+
+    def distil(self, fit: Fit, teach: Teacher, temperature: float = 1.0, share: float = 1.0) -> Fitted:
+        """Never called: the null client does not train."""
         raise NotImplementedError
 
     def score(self, params: tree.Params, data: Data) -> dict[str, Tensor]:
