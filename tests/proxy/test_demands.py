@@ -8,32 +8,10 @@ import pytest
 
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.blackbox import CannotDo, Caps, Full, Labels, TopK
-from fedpeft.proxy.demands import PURPOSES, check_candidates, check_new, check_open, check_rows, require
+from fedpeft.proxy.demands import check_candidates, check_new, check_open, check_rows
 
 ALL = Caps("all", "f", 50, True, 50, True, 8, 4, True)
 FEW = replace(ALL, identity="few", full=False, top_k=20, block=False, fingerprint=None)
-BLOCK = {"speculation", "distillation", "scoring of given texts"}
-FULL = {"perplexity", "an alpha curve", "choices of several tokens"}
-
-
-@pytest.mark.parametrize("purpose", sorted(PURPOSES))
-def test_what_is_missing_is_named_with_a_remedy(purpose):
-    assert BLOCK | FULL | {"decoding", "beam search"} == PURPOSES.keys()
-    for caps, lacks in (
-        (ALL, {"beam search"}),
-        (FEW, PURPOSES.keys() - {"decoding"}),
-        (replace(FEW, block=True), FULL | {"beam search"}),
-        (replace(FEW, top_k=4), PURPOSES.keys()),
-        (replace(ALL, block=False), BLOCK | {"beam search"}),
-    ):
-        if purpose not in lacks:
-            require(caps, purpose)
-            continue
-        with pytest.raises(CannotDo, match=caps.identity) as caught:
-            require(caps, purpose)
-        error = caught.value
-        assert error.backend == caps.identity and error.missing and error.remedy
-        assert str(error) == f"{error.backend} cannot do {error.asked}: {error.missing}; {error.remedy}"
 
 
 def test_the_fewest_candidates():

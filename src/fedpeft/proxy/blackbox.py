@@ -24,7 +24,7 @@ class Caps:
     Attributes:
         identity: what the model is called wherever it is named; two models never share one.
         fingerprint: of its tokenizer (`proxy/tokenizers.py`); None where the server does not tell.
-        vocab: how many scores a full row has, padding of the embedding matrix included.
+        vocab: how many scores a full row has; 0 where the server does not tell.
         full: whether it gives the scores of all tokens.
         top_k: of how many likeliest tokens it gives the scores.
         block: whether one call scores several positions, and positions can be taken back.
@@ -74,7 +74,7 @@ class Scores:
         values: (rows, positions, n) float32.
         ids: (rows, positions, n) int64, whose they are; None: of all tokens, in order.
         mass: (rows, positions) float32, the probability that they cover together.
-        exact: whether they are those of the model's own float32 logits, to rounding.
+        exact: whether they are known to be those of the model's own float32 logits, to rounding.
     """
 
     values: Tensor

@@ -8,36 +8,6 @@ from fedpeft.core.errors import RequestError
 from fedpeft.proxy.blackbox import FEWEST_CANDIDATES, CannotDo, Caps, Full, Labels, TopK, Want
 
 _HTTP = "use a model in this process or our own logit server (http://HOST:PORT)"
-PURPOSES = {  # what has to be there, besides candidates: a flag of Caps, why, and what would work
-    "decoding": ("", "", ""),
-    "speculation": ("block", "it scores one position a call", f"set proxy.speculate to 0, or {_HTTP}"),
-    "distillation": ("block", "it scores one position a call", f"set method.distil to false, or {_HTTP}"),
-    "scoring of given texts": ("block", "it scores one position a call", _HTTP),
-    "perplexity": ("full", "it gives the scores of the likeliest tokens alone", f"use exact match, or {_HTTP}"),
-    "an alpha curve": (
-        "full",
-        "it gives the scores of the likeliest tokens alone",
-        f"set proxy.select to exact_match or rouge_l, or proxy.alpha to a number, or {_HTTP}",
-    ),
-    "choices of several tokens": ("full", "it gives the scores of the likeliest tokens alone", _HTTP),
-    "beam search": ("never", "beams would need a cache of their own each", "sample, or decode greedily"),
-}
-
-
-def require(caps: Caps, purpose: str) -> None:
-    """Refuse a purpose that a backend cannot serve.
-
-    Args:
-        purpose: one of `PURPOSES`.
-
-    Raises:
-        CannotDo: it cannot; the message has the remedy.
-    """
-    flag, missing, remedy = PURPOSES[purpose]
-    if flag and not getattr(caps, flag, False):
-        raise CannotDo(caps.identity, purpose, missing, remedy)
-    if not caps.full:
-        check_candidates(caps.identity, caps.top_k)
 
 
 def check_candidates(identity: str, k: int) -> None:
@@ -115,7 +85,7 @@ def check_new(caps: Caps, lengths: Sequence[int], new: Sequence[Sequence[int]]) 
             f"{len(lengths)} rows got {[len(own) for own in new]} tokens; give each as many, at least one"
         )
     if counts[0] > 1 and not caps.block:
-        require(caps, "scoring of given texts")
+        raise CannotDo(caps.identity, "scores of several positions", "it scores one position a call", _HTTP)
     check_length(caps, max(lengths) + counts[0])
     check_tokens(caps, new)
 
