@@ -62,8 +62,8 @@ def make_model(name: str, size: str, options: argparse.Namespace) -> HFModel:
         num_attention_heads=4, max_position_embeddings=POSITIONS,
     )  # fmt: skip
     with torch.random.fork_rng():
-        whole = LlamaForCausalLM(config).eval()
-    base = freeze(whole.base_model, None, f"random-{size}", resolve_device(options.device))
+        whole: Any = LlamaForCausalLM(config)
+    base = freeze(whole.eval().base_model, None, f"random-{size}", resolve_device(options.device))
     return HFModel(base, spec, 0, readout=GenerateReadout(lm_head_of(whole, base)))
 
 
@@ -141,7 +141,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ways[SPECULATIVE] = partial(together, trio, prompts, settings, options.speculate)
     times = in_turns(ways, options.repeats)
     with decoded(trio, prompts, settings, options.speculate) as drafted, decoded(trio, prompts, settings, 0) as plain:
-        finish(drafted), finish(plain)
+        finish(drafted)
+        finish(plain)
     tally, said = drafted.drafting, [[own.tokens for own in each.completions()] for each in (drafted, plain)]
     sums = [sum(each) for each in zip(*(times[name] for name in alone), strict=True)]
     per_token = options.tokens * options.rows

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 import black_boxes
@@ -31,7 +30,7 @@ from fedpeft.core.federate import federate
 from fedpeft.core.model import Teacher
 from fedpeft.core.tree import Params
 from fedpeft.engines.inprocess import InProcess
-from fedpeft.maths.logits import combine, curve_terms, offsets
+from fedpeft.maths.logits import combine, offsets
 from fedpeft.methods.fedpt import FedPT, State
 from fedpeft.models.distil import token_logits
 from fedpeft.models.hf import HFModel
@@ -40,6 +39,7 @@ from fedpeft.models.load import freeze
 from fedpeft.models.readouts.generate import GenerateReadout
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.decode import Settings, Trio, decode
+from fedpeft.proxy.scoring import AlphaCurve, alpha_curve
 
 TOYS = Path(__file__).parent / "toys"
 ATTRIBUTES, NAMES, VALUES, ENTITIES, CLIENTS = 4, 24, 12, 240, 4
@@ -54,7 +54,6 @@ WORDS = (
 NUMBER = {word: i for i, word in enumerate(WORDS)}
 PAD, BOS, EOS = 0, 1, 2
 EVASIONS = ("well let me think .", "hmm i do not know .", "maybe sure i think .", "sure let me think .")
-GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 Item = tuple[int, int]  # an entity and an attribute
 
 
@@ -232,7 +231,7 @@ class Held:
 
     def best_alpha(self, params: Params) -> float:
         """The least mean loss on the validation questions."""
-        self.alphas.append(best(curve(self.world, params, every(self.world.validation))))
+        self.alphas.append(curve(self.world, params, every(self.world.validation)).best)
         return self.alphas[-1]
 
     def teacher(self, params: Params, alpha: float) -> Teacher:
@@ -269,30 +268,11 @@ def exact(models: Trio, of: World, items: Sequence[Item], alpha: float | None = 
     return sum(own == tuple(of.answer(item)) for own, item in zip(said, items, strict=True)) / len(items)
 
 
-def curve(of: World, params: Params, items: Sequence[Item], grid: Sequence[float] = GRID) -> Tensor:
-    """(grid,) mean loss of the answers' tokens for every alpha."""
+def curve(of: World, params: Params, items: Sequence[Item]) -> AlphaCurve:
+    """The mean loss of the answers' tokens for every alpha."""
     data = of.examples(items)
-    small, large = model(of.seed, "small"), model(of.seed, "large")
-    change = offsets(token_logits(small, params, data), token_logits(small, None, data))
-    return curve_terms(token_logits(large, None, data), change, _targets(data), grid) / len(_targets(data))
-
-
-def loss(of: World, params: Params | None, items: Sequence[Item], which: str = "small") -> float:
-    """Mean loss of the answers' tokens of one model alone."""
-    data = of.examples(items)
-    logits = token_logits(model(of.seed, which), params, data)
-    return float(torch.nn.functional.cross_entropy(logits, _targets(data)))
-
-
-def best(losses: Tensor, grid: Sequence[float] = GRID) -> float:
-    """The alpha of the least loss."""
-    return grid[int(losses.argmin())]
-
-
-def _targets(data: Examples) -> Tensor:
     assert data.starts is not None
-    answers = [own[start:] for own, start in zip(data.tokens, data.starts, strict=True)]
-    return torch.from_numpy(np.concatenate(answers).astype(np.int64))
+    return alpha_curve(trio(of, params), [own.tolist() for own in data.tokens], data.starts.tolist())
 
 
 def _ids(text: str) -> list[int]:

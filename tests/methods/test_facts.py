@@ -8,12 +8,15 @@ distillation costs nothing.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
+import torch
 
 import facts
 from fedpeft.core import tree
+from fedpeft.core.rng import rng_for
 from fedpeft.core.tree import Params
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.decode import Trio
@@ -39,8 +42,9 @@ def test_the_small_model_makes_the_large_one_say_what_it_knows(seed: int) -> Non
 
     at_one = facts.exact(steered, of, questions, 1.0)
     assert at_one >= 0.75 and at_one >= tuned + 0.4
-    alpha = facts.best(facts.curve(of, params, validation))
-    assert 0.5 <= alpha <= 1.25
+    curve = facts.curve(of, params, validation)
+    alpha = curve.best
+    assert 0.5 <= alpha <= 1.25 and curve.advice is None
     proxy = facts.exact(steered, of, questions, alpha)
     assert proxy >= 0.85
 
@@ -60,7 +64,7 @@ def test_serving_the_aggregate_before_distillation_costs_nothing(seed: int) -> N
     assert [tree.sha256(base) for base in bases] == hashes, "distillation leaves both base models as they are"
     scores = []
     for params in (state.served, state.params):
-        alpha = facts.best(facts.curve(of, params, facts.every(of.validation)))
+        alpha = facts.curve(of, params, facts.every(of.validation)).best
         scores.append(facts.exact(facts.trio(of, params), of, questions, alpha))
     pre, post = scores
     assert pre >= post - 0.02 and pre >= 0.85
@@ -80,8 +84,31 @@ def test_facts_that_contradict_the_large_model_do_not_transfer() -> None:
     assert all(facts.exact(steered, of, items, alpha) < tuned for alpha in (0.5, 1.0, 2.0, 4.0))
     direct = facts.tune(of, "large", clients, rounds=15, epochs=4).served
     assert facts.exact(large_alone(of, direct), of, items) >= 0.9
-    least = float(facts.curve(of, params, items, (*facts.GRID, 3.0, 4.0)).min())
-    assert facts.loss(of, params, items) < least, "so that a report advises to serve the small model alone"
+    advice = facts.curve(of, params, items).advice
+    assert advice == "the tuned small model alone is better than any combination: serve it alone"
+
+
+def test_the_curve_is_that_of_transformers_logits_combined_in_plain_arithmetic() -> None:
+    """z_L + alpha (z_T - z_B) of whole texts in float64; T is peft-free: its factors multiplied into the weights."""
+    of = facts.world(0)
+    items = facts.every(of.validation)[:12]
+    small, data = facts.model(0, "small"), of.examples(items)
+    params = {name: t + 0.2 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for name, t in
+              small.init(rng_for(0, "adapter")).items()}  # fmt: skip
+    tuned = copy.deepcopy(facts.whole(0, "small"))
+    for name, slot in small.slots.items():
+        weight = tuned.model.get_parameter(f"{slot.path}.weight")
+        with torch.no_grad():
+            weight += 16 / 8 * params[f"{name}.B"] @ params[f"{name}.A"]
+    ids = torch.tensor([own.tolist() for own in data.tokens])
+    models = facts.whole(0, "large"), tuned, facts.whole(0, "small")
+    with torch.no_grad():
+        large, own, base = (each(input_ids=ids).logits[:, -4:-1].double() for each in models)
+    curve = facts.curve(of, params, items)
+    for alpha, found in curve.nll.items():
+        chosen = (large + alpha * (own - base)).log_softmax(-1).gather(2, ids[:, -3:, None])
+        assert found == pytest.approx(-float(chosen.mean()), abs=1e-5)
+    assert curve.tokens == 36 and len(curve.nll) >= 8
 
 
 def test_values_are_the_other_half_of_a_question() -> None:

@@ -105,3 +105,12 @@ def test_a_linear_layer_outside_the_blocks_keeps_its_path() -> None:
     assert list(found) == ["module.front", "block.0.wq"]
     assert found["module.front"].path == "front"
     assert linear_size(tower) is None
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("gpt2", 6), ("llama", 7), ("bert", 6)])
+def test_all_are_the_kinds_that_the_family_has(family: str, kinds: int) -> None:
+    base = tiny.base(family).module
+    found = choose(base, family, ["all"], None)
+    assert found == choose(base, family, sorted({name.rsplit(".", 1)[1] for name in slots(base, family)}), None)
+    assert len({name.rsplit(".", 1)[1] for name in found}) == kinds
+    assert set(choose(base, family, ["all"], [1])) == {name for name in found if name.startswith("block.1.")}

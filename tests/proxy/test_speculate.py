@@ -139,6 +139,9 @@ class Bigrams:
         self.table, self.vocab, self.positions = table, len(table), 10**6
         self.model = SimpleNamespace(device=tiny.CPU)
 
+    def beside(self, other: Bigrams) -> bool:
+        return False
+
     def open(self, prompts: list[list[int]]) -> Bigrams:
         self.first = self.logits([[prompt[-1]] for prompt in prompts])
         self.lengths = [len(prompt) for prompt in prompts]

@@ -18,8 +18,8 @@ class Serving:
     """How a run is served; the defaults are those of the command.
 
     Attributes:
-        large: the large model, by the specification that `--large` takes; None: that of the run, if it had one; "none":
-            the tuned small one alone.
+        large: the large model, by the specification that `--large` takes; None: that of the run, if it had one;
+            "none": the tuned small one alone.
         alpha: how far the small models steer; None: as the run chose it.
         speculate: tokens that are drafted ahead; 0: none; None: as the run was configured, where the large model can.
         key_env: the environment variable that holds the clients' key; None: no key, and this machine alone.

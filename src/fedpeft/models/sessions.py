@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedpeft.core.errors import ModelError, RequestError
 from fedpeft.core.train import Stack, stack_params
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import Acting, Rows
+from fedpeft.models.adapters import Acting, Applied, Rows
 from fedpeft.models.hf import HFModel
 from fedpeft.models.lm_head import LmHead
 from fedpeft.models.parts import cut
@@ -50,8 +50,7 @@ class Speaker:
         self.lm: LmHead = model.lm
         self.params: Params = params or {}
         model.check_params(self.params)
-        self.stack = stack_params([self.params], model.device)
-        self.bound = _bound(model, self.stack, Rows(None, 0))
+        self.bound = _bound(model, stack_params([self.params], model.device))
         if self.bound.virtual is not None:
             raise ModelError(
                 f"an adapter of kind {model.spec.kind!r} puts tokens into the text and has no cache; use lora, "
@@ -76,22 +75,22 @@ class Speaker:
         Raises:
             RequestError: no prompt, an empty one, or one that the model cannot read.
         """
-        return SpeakerSession(self.model, self.stack, Rows(None, 0), self._readable(prompts))
+        return SpeakerSession(self.model, self.bound, self._readable(prompts))
 
     def open_beside(
         self, prompts: Sequence[Sequence[int]], other: Speaker, others: Sequence[Sequence[int]]
     ) -> SpeakerSession:
         """One session whose first rows are this speaker's and whose last rows are another's, over the same model.
 
-        One pass reads the weights once for both.
+        One pass reads the weights once for both; each half has its own adapter, or none, to the last bit.
 
         Args:
             other: for which `beside` is true.
-            others: its prompts, as many.
+            others: its prompts.
         """
-        stack = stack_params([self.params, other.params], self.model.device)
-        whose = torch.arange(2, device=self.model.device).repeat_interleave(len(prompts))
-        return SpeakerSession(self.model, stack, Rows(whose), [*self._readable(prompts), *other._readable(others)])
+        split = _Split(len(prompts))
+        own = _side_by_side(self.bound, other.bound, split)
+        return SpeakerSession(self.model, own, [*self._readable(prompts), *other._readable(others)], split)
 
     def beside(self, other: Speaker) -> bool:
         """Whether rows of both can go through the model in one pass."""
@@ -163,11 +162,12 @@ class SpeakerSession:
         lengths: tokens that each row has read.
     """
 
-    def __init__(self, model: HFModel, stack: Stack, whose: Rows, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, model: HFModel, bound: Acting, prompts: Sequence[Sequence[int]], split: _Split | None = None
+    ) -> None:
         from transformers import DynamicCache
 
-        self._model, self._stack, self._whose = model, stack, whose
-        self._bound = _bound(model, stack, whose)
+        self._model, self._bound, self._split = model, bound, split
         self._cache = cast(Any, DynamicCache(config=model.base.module.config))
         self.lengths = list(map(len, prompts))
         self._prompts = list(self.lengths)
@@ -219,16 +219,15 @@ class SpeakerSession:
             self.lengths = [own - n for own in self.lengths]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order."""
+        """Go on with these rows alone, in this order; of two halves, those of the first come first."""
         if list(rows) == list(range(len(self.lengths))):
             return
         index = torch.tensor(list(rows), dtype=torch.int64, device=self._model.device)
         self._cache.batch_select_indices(index)
         self.lengths = [self.lengths[row] for row in rows]
         self._prompts = [self._prompts[row] for row in rows]
-        if self._whose.client is not None:
-            self._whose = Rows(self._whose.client[index])
-            self._bound = _bound(self._model, self._stack, self._whose)
+        if self._split is not None:
+            self._split.rows = sum(row < self._split.rows for row in rows)
         if self._mask is not None:
             self._mask = self._mask[index]
 
@@ -252,9 +251,35 @@ class SpeakerSession:
             return cast(LmHead, model.lm).logits(states).float()
 
 
-def _bound(model: HFModel, stack: Stack, whose: Rows) -> Acting:
-    """What acts in a pass of these rows."""
-    with torch.no_grad(), model.acting(model.base, stack, whose):
+@dataclass
+class _Split:
+    """How many rows belong to the first of two speakers."""
+
+    rows: int
+
+
+def _side_by_side(first: Acting, second: Acting, split: _Split) -> Acting:
+    """What acts where the first rows are one speaker's and the others another's."""
+
+    def halves(module: nn.Module) -> Applied:
+        def applied(x: Tensor, y: Tensor) -> Tensor:
+            parts = []
+            for acting, rows in ((first, slice(None, split.rows)), (second, slice(split.rows, None))):
+                own, given = y[rows], x[rows]
+                for change in acting.outputs.get(module, ()):
+                    own = change(given, own)
+                parts.append(own)
+            return torch.cat(parts)
+
+        return applied
+
+    modules = first.outputs.keys() | second.outputs.keys()
+    return Acting({module: [halves(module)] for module in modules})
+
+
+def _bound(model: HFModel, stack: Stack) -> Acting:
+    """What acts in a speaker's passes."""
+    with torch.no_grad(), model.acting(model.base, stack, Rows(None, 0)):
         own = model.base.acting
         return replace(own, outputs=dict(own.outputs), prefixes=dict(own.prefixes), weights=dict(own.weights))
 

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fedpeft.maths.logits import acceptable, draw, residual
-from fedpeft.models.sessions import SpeakerSession
 from fedpeft.proxy.answers import Answer, Emitted, told
 from fedpeft.proxy.blackbox import CannotDo, Scores, Session
 from fedpeft.proxy.choosing import adjust, probabilities
-from fedpeft.proxy.trio import Trio, combined, hear
+from fedpeft.proxy.trio import Trio, Voices, combined, hear
 
 SURE = 0.4  # probability below which a greedy draft ends: most such drafts would be rejected
 
@@ -63,8 +63,8 @@ class Speculation:
         drafts: int,
         tally: Drafting,
     ) -> None:
-        large, tuned, base = trio.large, trio.tuned, trio.base
-        assert large is not None and tuned is not None and base is not None, "drafts need all three"
+        large = trio.large
+        assert large is not None, "drafts are checked by a large model"
         if not large.caps.block:
             raise CannotDo(
                 large.caps.identity,
@@ -73,9 +73,9 @@ class Speculation:
                 "leave speculate at 0, or use a model in this process or a logit server (fedpeft serve --logits)",
             )
         self._trio, self._answer, self._drafts, self._tally = trio, answer, drafts, tally
-        self._large: Session = large.open([prompt], trio.want)
-        self._tuned: SpeakerSession = tuned.open([tuned_prompt])
-        self._base: SpeakerSession = base.open([prompt])
+        self._voices = Voices(trio, [prompt], [tuned_prompt], True)
+        self._large = cast(Session, self._voices.large)
+        self._small = self._voices.small
         self._begun = False
 
     def step(self) -> list[Emitted]:
@@ -85,22 +85,23 @@ class Speculation:
         if self._begun:
             return self._check(*self._draft())
         self._begun = True
-        place = self._places(self._large.first, self._base.first, self._tuned.first, 0)
+        place = self._places(self._large.first, [self._small.first], 0)
         return self._take([self._draw(adjust(place.scores, [self._answer.choice]))[0]], place)
 
-    def _draft(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
-        """Drafted tokens, what each was drawn from, and the tuned model's logits as far as it has read.
+    def _draft(self) -> tuple[list[int], list[Tensor], list[list[Tensor]]]:
+        """Drafted tokens, what each was drawn from, and the small models' logits as far as they have read.
 
-        A greedy draft ends where the tuned model is not sure; its logits serve the target there.
+        The base model reads along in the same passes. A greedy draft ends where the tuned model is not sure; the
+        logits serve the target there.
         """
         answer = self._answer
         tokens: list[int] = []
         drawn_from: list[Tensor] = []
-        small: list[Tensor] = []
+        small: list[list[Tensor]] = []
         last = answer.last
         while len(tokens) < min(self._drafts, answer.left - 1) and last not in self._trio.ends:
-            small.append(self._tuned.logits([[last]]))
-            adjusted = adjust(small[-1][:, 0, : self._trio.vocab], [answer.choice])
+            small.append(self._small.say([last]))
+            adjusted = adjust(small[-1][0][:, 0, : self._trio.vocab], [answer.choice])
             if not answer.settings.temperature and float(adjusted.softmax(dim=-1).max()) < SURE:
                 break
             last, shares = self._draw(adjusted)
@@ -111,17 +112,17 @@ class Speculation:
             answer.choice.note(token, -1)
         return tokens, drawn_from, small
 
-    def _check(self, drafts: list[int], drawn_from: list[Tensor], small: list[Tensor]) -> list[Emitted]:
+    def _check(self, drafts: list[int], drawn_from: list[Tensor], small: list[list[Tensor]]) -> list[Emitted]:
         """Accept drafts from the first on; then one token of the target's own."""
         read = [self._answer.last, *drafts]
-        large, base = self._large.scores([read]), self._base.logits([read])
-        places = self._places(large, base, torch.cat(small, dim=1), 0) if small else None
+        large = self._large.scores([read])
+        places = self._places(large, small, 0) if small else None
         tokens = [] if places is None else self._settled(places.scores, drafts, drawn_from)
         accepted = sum(token == draft for token, draft in zip(tokens, drafts, strict=False))
         if accepted == len(drafts) and read[-1] not in self._trio.ends:
             if places is None or len(small) == len(drafts):  # behind the last draft it is asked only here
-                small.append(self._tuned.logits([read[-1:]]))
-                places = _Places.joined(places, self._places(large, base, small[-1], len(drafts)))
+                small.append(self._small.say(read[-1:]))
+                places = _Places.joined(places, self._places(large, small[-1:], len(drafts)))
             tokens.append(self._own(places.scores[len(drafts) :], tokens))
         assert places is not None, "a draft is checked where the tuned model has spoken"
         self._tally.calls += 1
@@ -130,22 +131,21 @@ class Speculation:
         emitted = self._take(tokens, places)
         if self._answer.finish is None:
             self._large.rollback(len(drafts) - accepted)
-            self._base.rollback(len(drafts) - accepted)
-            self._tuned.rollback(len(small) - 1 - accepted)
+            self._small.rollback(len(small) - 1 - accepted)
         return emitted
 
-    def _places(self, large: Scores, base: Tensor, tuned: Tensor, first: int) -> _Places:
-        """What the models say together at as many places as the tuned one was asked at, from one on.
+    def _places(self, large: Scores, small: list[list[Tensor]], first: int) -> _Places:
+        """What the models say together at as many places as the small ones were asked at, from one on.
 
         Args:
-            large, base: at all places.
-            tuned: (1, places, V) logits.
+            large: at all places.
+            small: by place, (1, 1, V) logits of the tuned and of the base model.
         """
-        own = slice(first, first + tuned.shape[1])
+        own = slice(first, first + len(small))
         ids = None if large.ids is None else large.ids[:, own]
         part = Scores(large.values[:, own], ids, large.mass[:, own], large.exact)
-        heard = hear(self._trio, part, [tuned, base[:, own]])
-        scores = combined(heard.turned, [self._answer.settings] * tuned.shape[1], 0)
+        heard = hear(self._trio, part, [torch.cat(each, dim=1) for each in zip(*small, strict=True)])
+        scores = combined(heard.turned, [self._answer.settings] * len(small), 0)
         return _Places(scores, heard.mass[0].tolist(), heard.exact)
 
     def _settled(self, scores: Tensor, drafts: list[int], drawn_from: list[Tensor]) -> list[int]:
@@ -206,8 +206,7 @@ class Speculation:
 
     def close(self) -> None:
         """Close the row's sessions; may be called twice."""
-        for session in (self._large, self._tuned, self._base):
-            session.close()
+        self._voices.close()
 
 
 @dataclass(frozen=True)

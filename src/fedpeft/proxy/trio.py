@@ -129,8 +129,58 @@ class Heard:
         return Heard(self.large.transpose(0, 1), change, self.mass.transpose(0, 1), self.exact)
 
 
+class Small:
+    """Sessions of the small models of a trio, of which there are two, one or none, over the same texts.
+
+    Args:
+        trio: the models.
+        prompts: what the base model reads.
+        tuned_prompts: what the tuned model reads.
+        steer: whether they take part beside a large one.
+    """
+
+    def __init__(self, trio: Trio, prompts: Prompts, tuned_prompts: Prompts, steer: bool) -> None:
+        tuned, base = trio.tuned, trio.base
+        self._halves = tuned is not None and base is not None and tuned.beside(base)
+        self._sessions: list[SpeakerSession] = []
+        if tuned is None or not (steer or trio.large is None):
+            return
+        if base is not None and self._halves:
+            self._sessions = [tuned.open_beside(tuned_prompts, base, prompts)]
+        else:
+            self._sessions = [tuned.open(tuned_prompts)] + ([] if base is None else [base.open(prompts)])
+
+    @property
+    def first(self) -> list[Tensor]:
+        """(rows, 1, V) logits of each model behind the prompts."""
+        return self._each([session.first for session in self._sessions])
+
+    def say(self, tokens: Sequence[int]) -> list[Tensor]:
+        """Append one token to each row; (rows, 1, V) logits of each model behind it."""
+        new = [[token] for token in tokens] * (2 if self._halves else 1)
+        return self._each([session.logits(new) for session in self._sessions])
+
+    def rollback(self, n: int) -> None:
+        """Take the last n tokens of every row back."""
+        for session in self._sessions:
+            session.rollback(n)
+
+    def keep(self, rows: Sequence[int], of: int) -> None:
+        """Go on with these of so many rows."""
+        for session in self._sessions:
+            session.keep([*rows, *(of + row for row in rows)] if self._halves else rows)
+
+    def close(self) -> None:
+        """Close all sessions; may be called twice."""
+        for session in self._sessions:
+            session.close()
+
+    def _each(self, logits: list[Tensor]) -> list[Tensor]:
+        return list(logits[0].chunk(2)) if self._halves and logits else logits
+
+
 class Voices:
-    """Sessions of a trio's models over the same texts.
+    """Sessions of all of a trio's models over the same texts.
 
     Args:
         trio: the models.
@@ -145,54 +195,30 @@ class Voices:
 
     def __init__(self, trio: Trio, prompts: Prompts, tuned_prompts: Prompts, steer: bool) -> None:
         self._trio = trio
-        self._large: Session | None = None
-        self._small: list[SpeakerSession] = []
-        self._halves = False
-        try:
-            if trio.large is not None:
-                self._large = trio.large.open(prompts, trio.want)
-            if trio.tuned is not None and (steer or trio.large is None):
-                self._open_small(trio.tuned, trio.base, prompts, tuned_prompts)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open_small(self, tuned: Speaker, base: Speaker | None, prompts: Prompts, tuned_prompts: Prompts) -> None:
-        self._halves = base is not None and tuned.beside(base)
-        if base is not None and self._halves:
-            self._small = [tuned.open_beside(tuned_prompts, base, prompts)]
-        else:
-            self._small = [tuned.open(tuned_prompts)]
-            self._small += [] if base is None else [base.open(prompts)]
+        self.small = Small(trio, prompts, tuned_prompts, steer)
+        self.large: Session | None = None if trio.large is None else trio.large.open(prompts, trio.want)
 
     @property
     def first(self) -> Heard:
         """What is said behind the prompts."""
-        return self._heard(None if self._large is None else self._large.first, [s.first for s in self._small])
+        return hear(self._trio, None if self.large is None else self.large.first, self.small.first)
 
     def say(self, tokens: Sequence[int]) -> Heard:
         """Append one token to each row; what is said behind it."""
-        new = [[token] for token in tokens]
-        large = None if self._large is None else self._large.scores(new)
-        return self._heard(large, [s.logits([*new, *new] if self._halves else new) for s in self._small])
+        large = None if self.large is None else self.large.scores([[token] for token in tokens])
+        return hear(self._trio, large, self.small.say(tokens))
 
     def keep(self, rows: Sequence[int], of: int) -> None:
         """Go on with these of so many rows."""
-        if self._large is not None:
-            self._large.keep(rows)
-        for session in self._small:
-            session.keep([*rows, *(of + row for row in rows)] if self._halves else rows)
+        if self.large is not None:
+            self.large.keep(rows)
+        self.small.keep(rows, of)
 
     def close(self) -> None:
         """Close all sessions; may be called twice."""
-        for session in (self._large, *self._small):
-            if session is not None:
-                session.close()
-
-    def _heard(self, large: Scores | None, small: list[Tensor]) -> Heard:
-        if self._halves:
-            small = list(small[0].chunk(2))
-        return hear(self._trio, large, small)
+        self.small.close()
+        if self.large is not None:
+            self.large.close()
 
 
 def hear(trio: Trio, large: Scores | None, small: Sequence[Tensor]) -> Heard:
