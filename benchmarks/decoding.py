@@ -1,7 +1,7 @@
 """How fast three models decode together, against the time of the models alone; and what drafts of the small one save.
 
     python -m benchmarks.decoding
-    python -m benchmarks.decoding --small demo-small --large demo-large --adapter RUN_DIR/adapter
+    python -m benchmarks.decoding --small demo-small --large demo-large --adapter RUN_DIR/adapter --text FILE
 
 One repetition is so many tokens behind prompts that are in the caches already. Alone, a model is fed one token after
 another through its session, nothing combined and nothing drawn. The loop's goal is at least 0.9 of the rate
@@ -62,8 +62,8 @@ def make_model(name: str, size: str, options: argparse.Namespace) -> HFModel:
         num_attention_heads=4, max_position_embeddings=POSITIONS,
     )  # fmt: skip
     with torch.random.fork_rng():
-        whole = LlamaForCausalLM(config).eval()
-    base = freeze(whole.base_model, None, f"random-{size}", resolve_device(options.device))
+        whole: Any = LlamaForCausalLM(config)
+    base = freeze(whole.eval().base_model, None, f"random-{size}", resolve_device(options.device))
     return HFModel(base, spec, 0, readout=GenerateReadout(lm_head_of(whole, base)))
 
 
@@ -76,6 +76,17 @@ def make_adapter(model: HFModel, folder: Path | None) -> Params:
         name: t + torch.from_numpy(rng.normal(0, 0.02, size=tuple(t.shape))).float()
         for name, t in model.init(rng_for(0, "adapter")).items()
     }
+
+
+def make_prompts(options: argparse.Namespace, model: HFModel, vocab: int) -> list[list[int]]:
+    """Of equal length: consecutive pieces of a text's middle, or random tokens."""
+    if options.text is None:
+        rng = rng_for(0, "benchmark", client="prompts")
+        drawn: list[list[int]] = rng.integers(3, vocab, size=(options.rows, options.prompt)).tolist()
+        return drawn
+    ids = model.base.tokenizer.encode(options.text.read_text(encoding="utf-8"))
+    ids = ids[len(ids) // 2 :]
+    return [ids[row * options.prompt : (row + 1) * options.prompt] for row in range(options.rows)]
 
 
 def feed(open_session: Callable[[], SpeakerSession | InProcessSession], rows: int, tokens: int) -> float:
@@ -122,8 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     vocab = min(box.caps.vocab, Speaker(small).vocab)
     trio = Trio(box, Speaker(small, params), Speaker(small), None, vocab, frozenset())
     apart = replace(trio, tuned=Apart(small, params))
-    rng = rng_for(0, "benchmark", client="prompts")
-    prompts: list[list[int]] = rng.integers(3, vocab, size=(options.rows, options.prompt)).tolist()
+    prompts = make_prompts(options, small, vocab)
     settings = [
         Settings(alpha=options.alpha, max_tokens=options.tokens + 1, temperature=options.temperature, seed=row)
         for row in range(options.rows)
@@ -141,7 +151,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ways[SPECULATIVE] = partial(together, trio, prompts, settings, options.speculate)
     times = in_turns(ways, options.repeats)
     with decoded(trio, prompts, settings, options.speculate) as drafted, decoded(trio, prompts, settings, 0) as plain:
-        finish(drafted), finish(plain)
+        finish(drafted)
+        finish(plain)
     tally, said = drafted.drafting, [[own.tokens for own in each.completions()] for each in (drafted, plain)]
     sums = [sum(each) for each in zip(*(times[name] for name in alone), strict=True)]
     per_token = options.tokens * options.rows
@@ -152,7 +163,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "speed-up": timing.ratios(times[PLAIN], times[SPECULATIVE]),
             "accepted": tally.accepted / max(1, tally.drafted),
             "tokens_per_call": per_token / tally.calls,
-            "same_tokens": said[0] == said[1],
+            "same_tokens": None if options.temperature else said[0] == said[1],
         },
     }
 
@@ -163,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--small", default="random", help="random, demo-small, a folder or a hub name")
     parser.add_argument("--large", default="random", help="random, demo-large, a folder or a hub name")
     parser.add_argument("--adapter", type=Path, help="folder of the small model's adapter; default: a random one")
+    parser.add_argument("--text", type=Path, help="the prompts are pieces of this file; default: random tokens")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter, LoRA on all linear layers")
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -179,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, each in result["ms_per_token"].items():
         rows.append([name, each, *result["share_of_rate"].get(name, {}).values()])
     record.show([[*row, *[""] * (5 - len(row))] for row in rows])
-    options.adapter = None if options.adapter is None else str(options.adapter)
+    for name in ("adapter", "text"):
+        path: Path | None = getattr(options, name)
+        setattr(options, name, None if path is None else path.name)
     return record.keep("decoding", options, result)
 
 

@@ -33,6 +33,7 @@ from fedpeft.core.exchange import (
     Nothing,
     Perturbation,
     ServerEnv,
+    Teacher,
     TokenNorm,
     Update,
     Weights,
@@ -84,6 +85,11 @@ class NoModel:
     blocks = 24
 
     @property
+    def sha256(self) -> str:
+        """There is no base."""
+        return ""
+
+    @property
     def config(self) -> dict[str, Any]:
         """No base."""
         return {}
@@ -107,6 +113,14 @@ class NoModel:
 
     def logits(self, params: tree.Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
         """Never called: the null client does not predict."""
+        raise NotImplementedError
+
+    def token_logits(self, params: tree.Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
+        """Never called: there is no text."""
+        raise NotImplementedError
+
+    def distil(self, fit: Fit, teach: Teacher, temperature: float = 1.0, share: float = 1.0) -> Fitted:
+        """Never called: there is nothing to train."""
         raise NotImplementedError
 
     def score(self, params: tree.Params, data: Data) -> dict[str, Tensor]:

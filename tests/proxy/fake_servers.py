@@ -20,7 +20,7 @@ from typing import Any
 KEY = "k3y"
 CONTEXT = 40  # tokens that the servers read, fewer than the model
 MOST = 20  # vLLM's --max-logprobs
-FAULTS = ("strings", "few", "logits", "nolabels", "bare", "garbage", "nothing", "other", "die", "swapped")
+FAULTS = ("strings", "few", "logits", "nolabels", "bare", "garbage", "nothing", "other", "die", "swapped", "texts")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -93,7 +93,12 @@ class VllmHandler(Handler):
             assert body["add_special_tokens"] is False and body["model"] == "tiny/large"
             ids = self.ids(body["prompt"])
             return self.tell({"count": len(ids), "max_model_len": CONTEXT, "tokens": ids, "token_strs": None})
-        assert path == "/v1/completions" and body["max_tokens"] == 1 and body["model"] == "tiny/large"
+        if path != "/v1/completions":
+            return self.tell({"detail": "Not Found"}, 404)
+        assert body["max_tokens"] == 1 and body["model"] == "tiny/large"
+        if self.fault == "texts":
+            told = {"type": "string_type", "loc": ["body", "prompt"], "msg": "Input should be a valid string"}
+            return self.tell({"detail": [told]}, 422)
         labels = body.get("logprob_token_ids")
         if labels is None and body["logprobs"] > MOST:
             message = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed: {MOST}"
@@ -146,7 +151,9 @@ class LlamaHandler(Handler):
             assert body["add_special"] is False
             ids = self.ids(body["content"])
             return self.tell({"tokens": [str(i) for i in ids] if self.fault == "strings" else ids})
-        assert path == "/completion" and body["n_predict"] == 1 and body["temperature"] < 0
+        if path != "/completion":
+            return self.tell({"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}}, 404)
+        assert body["n_predict"] == 1 and body["temperature"] < 0
         assert body["post_sampling_probs"] is False and all(isinstance(i, int) for i in body["prompt"])
         top = self.ranked(body["prompt"])[: body["n_probs"]]
         named = [{"id": i, "token": f"word{i}", "bytes": [1], "logprob": value} for i, value in top]

@@ -52,6 +52,12 @@ def test_specifications_that_mean_nothing(spec, words):
         open_backend(spec)
 
 
+@pytest.mark.parametrize("token", ["", " ", "schlüssel", "two\nlines"])
+def test_a_key_that_cannot_travel(token):
+    with pytest.raises(RequestError, match="printable ASCII"):
+        open_backend("http://127.0.0.1:9", token=token)
+
+
 @pytest.mark.parametrize("spec", ["http://127.0.0.1:9", "vllm+http://127.0.0.1:9", "llamacpp+http://127.0.0.1:9"])
 def test_a_server_that_is_not_there(spec):
     with pytest.raises(BackendError, match=r"127\.0\.0\.1:9 did not answer .*see whether the server runs"):

@@ -135,6 +135,7 @@ def test_what_they_cannot_do(fakes, kind):
     ("kind", "fault", "error", "words"),
     [
         ("vllm", "strings", CannotDo, "return_tokens_as_token_ids"),
+        ("vllm", "texts", CannotDo, "takes texts alone"),
         ("vllm", "bare", CannotDo, "no logprobs"),
         ("vllm", "few", BackendError, "4 candidates where 5"),
         ("vllm", "logits", BackendError, "raw_logprobs"),
@@ -157,10 +158,10 @@ def test_a_wrong_key_or_another_kind_of_server(fakes, kind):
             open_backend(f"{kind}+{fakes[kind]}", token=token)
     with pytest.raises(BackendError, match="not answer with JSON"):
         backend(fakes, kind, "garbage")
-    with pytest.raises(BackendError):
+    with pytest.raises(BackendError, match="has no /v1/model "):
         open_backend(fakes[kind], token=KEY)  # as a logit server
     other = fakes["llamacpp" if kind == "vllm" else "vllm"]
-    with pytest.raises((BackendError, RequestError)):
+    with pytest.raises(BackendError, match=r"is it (a server of the kind|a vLLM server)"):
         open_backend(f"{kind}+{other}", token=KEY)
     with pytest.raises(CannotDo, match="tokenising"):
         LlamaCpp(Connection(f"{fakes['llamacpp']}/strings", KEY)).tokenize("a b")

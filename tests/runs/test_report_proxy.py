@@ -10,7 +10,8 @@ from fedpeft.runs.report_proxy import proxy
 
 CURVE = {
     "alphas": [0.0, 0.5, 1.0], "nll": [2.5, 2.25, 2.75], "best": 0.5, "base_large": 2.5, "tuned_small": 2.0,
-    "base_small": 3.0, "tokens": 9, "advice": "the tuned small model alone is better than any combination: serve it alone",
+    "base_small": 3.0, "tokens": 9,
+    "advice": "the tuned small model alone is better than any combination: serve it alone",
 }  # fmt: skip
 SCORES = {"proxy": {"perplexity": 9.5, "alpha": 0.5, "exact_match": 0.25}, "large": {"perplexity": 12.2}}
 

@@ -42,7 +42,7 @@ class Connection:
         timeout_s: seconds until an answer must have begun.
 
     Raises:
-        RequestError: an address that cannot be one, or httpx is not installed.
+        RequestError: an address or a key that cannot be one, or httpx is not installed.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
@@ -51,6 +51,8 @@ class Connection:
         except ImportError as error:
             raise RequestError("asking a model over HTTP needs httpx: pip install 'fedpeft[proxy]'") from error
         self.url = _checked(url)
+        if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+            raise RequestError("the key is empty or no printable ASCII; look at what proxy.token_env's variable holds")
         self._with_key = token is not None
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._client = httpx.Client(
@@ -104,15 +106,17 @@ class Connection:
                 if len(found) > max_bytes:
                     raise BackendError(f"{self.url} answered with more than {max_bytes} bytes; ask for less at a time")
             if not response.is_success:
-                raise self._refusal(response, bytes(found))
+                raise self._refusal(response, bytes(found), path)
         return bytes(found)
 
-    def _refusal(self, response: httpx.Response, body: bytes) -> Refused:
+    def _refusal(self, response: httpx.Response, body: bytes, path: str) -> Refused:
         status = response.status_code
         if status in (401, 403):
             key = "the key that was sent is wrong" if self._with_key else "it wants a key, and none was sent"
             text = f"{self.url} refused ({status}): {key}; name the variable that holds it in proxy.token_env"
             return Refused(text, status)
+        if status == 404:
+            return Refused(f"{self.url} has no {path} (404); is it a server of the kind that the address says?", status)
         return Refused(f"{self.url} answered {status}: {_message(body)}", status)
 
     def _silent(self, error: Exception) -> BackendError:

@@ -90,10 +90,12 @@ class Vllm:
         try:
             choices = listed(self.connection.post_json("/v1/completions", body), "choices")
         except Refused as error:
-            hint = (
-                "; see --max-logprobs and --max-model-len of the server, and proxy.top_k" if error.status == 400 else ""
-            )
-            raise Refused(f"{error}{hint}", error.status) from error
+            if "valid string" in str(error):  # how servers on FastAPI refuse lists of ids
+                raise CannotDo(self.caps.identity, "scores by token id", "it takes texts alone", _OLDER) from error
+            if error.status != 400:
+                raise
+            hint = "see --max-logprobs and --max-model-len of the server, and proxy.top_k"
+            raise Refused(f"{error}; {hint}", error.status) from error
         if not isinstance(choices, list) or len(choices) != len(texts):
             raise BackendError(f"{self.connection.url} did not answer each of {len(texts)} prompts")
         found: list[Found] = [{} for _ in texts]
