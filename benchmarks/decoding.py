@@ -1,7 +1,7 @@
 """How fast three models decode together, against the time of the models alone; and what drafts of the small one save.
 
     python -m benchmarks.decoding
-    python -m benchmarks.decoding --small demo-small --large demo-large --adapter RUN_DIR/adapter
+    python -m benchmarks.decoding --small demo-small --large demo-large --adapter RUN_DIR/adapter --text FILE
 
 One repetition is so many tokens behind prompts that are in the caches already. Alone, a model is fed one token after
 another through its session, nothing combined and nothing drawn. The loop's goal is at least 0.9 of the rate
@@ -78,6 +78,17 @@ def make_adapter(model: HFModel, folder: Path | None) -> Params:
     }
 
 
+def make_prompts(options: argparse.Namespace, model: HFModel, vocab: int) -> list[list[int]]:
+    """Of equal length: consecutive pieces of a text's middle, or random tokens."""
+    if options.text is None:
+        rng = rng_for(0, "benchmark", client="prompts")
+        drawn: list[list[int]] = rng.integers(3, vocab, size=(options.rows, options.prompt)).tolist()
+        return drawn
+    ids = model.base.tokenizer.encode(options.text.read_text(encoding="utf-8"))
+    ids = ids[len(ids) // 2 :]
+    return [ids[row * options.prompt : (row + 1) * options.prompt] for row in range(options.rows)]
+
+
 def feed(open_session: Callable[[], SpeakerSession | InProcessSession], rows: int, tokens: int) -> float:
     """Seconds of one model alone."""
     session = open_session()
@@ -122,8 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     vocab = min(box.caps.vocab, Speaker(small).vocab)
     trio = Trio(box, Speaker(small, params), Speaker(small), None, vocab, frozenset())
     apart = replace(trio, tuned=Apart(small, params))
-    rng = rng_for(0, "benchmark", client="prompts")
-    prompts: list[list[int]] = rng.integers(3, vocab, size=(options.rows, options.prompt)).tolist()
+    prompts = make_prompts(options, small, vocab)
     settings = [
         Settings(alpha=options.alpha, max_tokens=options.tokens + 1, temperature=options.temperature, seed=row)
         for row in range(options.rows)
@@ -153,7 +163,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "speed-up": timing.ratios(times[PLAIN], times[SPECULATIVE]),
             "accepted": tally.accepted / max(1, tally.drafted),
             "tokens_per_call": per_token / tally.calls,
-            "same_tokens": said[0] == said[1],
+            "same_tokens": None if options.temperature else said[0] == said[1],
         },
     }
 
@@ -164,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--small", default="random", help="random, demo-small, a folder or a hub name")
     parser.add_argument("--large", default="random", help="random, demo-large, a folder or a hub name")
     parser.add_argument("--adapter", type=Path, help="folder of the small model's adapter; default: a random one")
+    parser.add_argument("--text", type=Path, help="the prompts are pieces of this file; default: random tokens")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter, LoRA on all linear layers")
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -180,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, each in result["ms_per_token"].items():
         rows.append([name, each, *result["share_of_rate"].get(name, {}).values()])
     record.show([[*row, *[""] * (5 - len(row))] for row in rows])
-    options.adapter = None if options.adapter is None else str(options.adapter)
+    for name in ("adapter", "text"):
+        path: Path | None = getattr(options, name)
+        setattr(options, name, None if path is None else path.name)
     return record.keep("decoding", options, result)
 
 

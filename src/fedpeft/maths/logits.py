@@ -26,8 +26,7 @@ def offsets(tuned: Tensor, base: Tensor, vocab: int | None = None) -> Tensor:
     """
     size = tuned.shape[-1] if vocab is None else vocab
     known = min(size, tuned.shape[-1], base.shape[-1])
-    own, other = tuned[..., :known], base[..., :known]
-    change = torch.where(own.isfinite() & other.isfinite(), own - other, 0.0)
+    change = (tuned[..., :known] - base[..., :known]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return change if known == size else F.pad(change, (0, size - known))
 
 

@@ -97,7 +97,8 @@ def choose(scores: Tensor, rows: Sequence[Choice]) -> list[int]:
     drawing = [i for i, row in enumerate(rows) if row.settings.temperature > 0]
     if drawing:
         own = [rows[i] for i in drawing]
-        shares = probabilities(adjusted[drawing].cpu(), own)
+        chosen = adjusted if len(own) == len(rows) else adjusted[drawing]
+        shares = probabilities(chosen.cpu(), own)
         for i, row, share in zip(drawing, own, shares, strict=True):
             tokens[i] = draw(share, row.rng.random())
     return tokens

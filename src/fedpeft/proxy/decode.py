@@ -138,7 +138,8 @@ class _Together:
             heard, self._begun = self._voices.first, True
         rows = [i for i, answer in enumerate(self._rows) if answer.finish is None]
         answers = [self._rows[i] for i in rows]
-        scores = combined(heard, [answer.settings for answer in self._rows], 0)[rows]
+        scores = combined(heard, [answer.settings for answer in self._rows], 0)
+        scores = scores if len(rows) == len(self._rows) else scores[rows]
         tokens = choose(scores, [answer.choice for answer in answers])
         masses = heard.mass[:, 0].tolist()
         emitted = []
