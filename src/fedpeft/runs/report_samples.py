@@ -11,6 +11,7 @@ from fedpeft.runs.report_sections import section, table
 
 SHOWN = 8  # before the rest is folded away
 LONGEST = 600  # characters of a text that are shown
+MOST_LINES = 8  # of a text; a model that says nothing but line breaks does not fill the page
 WHO = {GLOBAL: "said", BASE: "the untrained base", PROXY: "the steered large model", LARGE: "the large model alone"}
 
 
@@ -45,4 +46,7 @@ def _reference(sample: Mapping[str, Any]) -> str:
 def _cell(text: Any) -> str:
     shown = str(text or "")
     cut = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
-    return "<br>".join(escape(line) for line in cut.splitlines()) or "—"
+    lines = cut.splitlines()
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], "…"]
+    return "<br>".join(escape(line) for line in lines) or "—"
