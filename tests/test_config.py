@@ -243,7 +243,7 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"method": {"lr": -1}}, "method.lr is -1.0; it must be finite and above 0"),
         ({"privacy": {"clip": 1}}, "privacy: not in this version: clipping and noise come with the Flower engine"),
         ({"privacy": None}, "privacy: not in this version: clipping and noise come with the Flower engine"),
-        ({"task": {"template": "x"}}, "task.template belongs to the formats cloze and verbalizer, and task.format is"),
+        ({"task": {"template": "x"}}, "task.template belongs to the formats cloze, verbalizer and generate, and"),
         (
             {"task": {"loss_over": "labels"}},
             "task.loss_over: labels belongs to the format cloze, and task.format is head.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import tiny_lm
 from fedpeft import app
 from fedpeft.app.federation import build
 from fedpeft.app.planning import read_config
-from fedpeft.app.proxy_costs import compare_costs, large_model, message_bytes, small_model
+from fedpeft.app.proxy_costs import choices_of_alpha, compare_costs, large_model, message_bytes, small_model
 from fedpeft.config import load_config
 from fedpeft.core import records, wire
 from fedpeft.core.exchange import Weights
@@ -76,7 +77,7 @@ def test_a_run_leaves_both_bills(place: Path, finished: app.Run) -> None:
     assert proxy["client_flops"] == train_flops(fed.shape, tokens, pairs) + 6 * numbers * tokens
     assert direct["client_flops"] / proxy["client_flops"] == pytest.approx(6, rel=0.1), "six times as many blocks"
     assert direct["adapter_bytes"] / proxy["adapter_bytes"] == pytest.approx(6, rel=0.05)
-    assert direct["server_flops"] == 0 < proxy["server_flops"], "alpha is chosen on validation texts"
+    assert direct["server_flops"] == 0 == proxy["server_flops"], "alpha was given, and nothing distilled"
     test = fed.whole("test")
     prompt = round(float(test.starts.mean()))  # type: ignore[union-attr]
     assert found["requests"] == {"prompt_tokens": prompt, "answer_tokens": round(float(test.lengths.mean()) - prompt)}
@@ -157,3 +158,16 @@ def test_what_cannot_be_compared_is_left_out(place: Path) -> None:
     assert compare_costs(build(load_config(config(place))), []) is None
     fed = build(load_config(config(place) | {"adapter": {"kind": "full"}}))
     assert compare_costs(fed, [LINE]) is None
+
+
+@pytest.mark.parametrize(
+    ("alpha", "serve", "distilled", "choices"),
+    [("auto", "pre", 0, 1), ("auto", "pre", 3, 3), ("auto", "post", 3, 4), (0.5, "post", 3, 0)],
+)
+def test_alpha_is_chosen_for_every_teacher_and_for_what_is_served(
+    alpha: Any, serve: str, distilled: int, choices: int
+) -> None:
+    fed: Any = SimpleNamespace(
+        config=SimpleNamespace(proxy=SimpleNamespace(alpha=alpha)), method=SimpleNamespace(serve=serve)
+    )
+    assert choices_of_alpha(fed, distilled) == choices

@@ -215,6 +215,14 @@ def test_alpha_by_exact_match_is_the_best_of_three(ran: app.Run, models: Path) -
     assert chosen == min(alpha for alpha, value in held.text_scores.items() if value == most)
 
 
+def test_equal_answers_are_a_tie_for_the_smaller_alpha(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = build(load_config(config(models, proxy__select="exact_match")))
+    held = hold(fed)
+    assert held is not None
+    monkeypatch.setattr(Holding, "_said_well", lambda self, params, alpha: 0.5)
+    assert held.chosen(fed.initial) == min(held.curve(fed.initial).best_of(3))
+
+
 def test_a_large_model_of_few_candidates_is_chosen_for_by_what_it_says(models: Path, tmp_path: Path) -> None:
     fed = build(load_config(config(models, proxy__select="exact_match")))
     held = hold(fed)
@@ -340,7 +348,7 @@ def test_prompts(ran: app.Run) -> None:
     more = [talk[0], {"role": "user", "content": "a"}, {"role": "assistant", "content": "good"}, talk[1]]
     assert said(wide.prompt(more)) == "onceuser: aassistant: good|a time ?"
     for said, instruction in ((None, None), ("", None), ("a", "b"), ([], None), (None, "")):
-        with pytest.raises(RequestError, match="give one prompt"):
+        with pytest.raises(RequestError, match="the prompt is empty, or given twice"):
             artefact.prompt(said, instruction=instruction)
     with pytest.raises(RequestError, match="the last message is by 'system'"):
         artefact.prompt(talk[:1])

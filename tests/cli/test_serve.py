@@ -167,3 +167,19 @@ def test_after_the_grace_the_stream_is_ended_with_an_error(run):
     assert 0 < len(text_of(events)) < 250 and events[-2:] == ["data: [DONE]", ""]
     error = json.loads(events[-3].removeprefix("data: "))["error"]
     assert error["code"] == "stopping" and "ask again" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ("--logits", "demo-large", "--alpha", "2"),
+            "--alpha has no effect here: fedpeft serve --logits serves scores",
+        ),
+        (("RUN", "--idle", "5"), "--idle has no effect here: it belongs to fedpeft serve --logits MODEL"),
+        (("RUN", "--logits", "demo-large"), "are two things to serve; start one server for each"),
+    ],
+)
+def test_options_of_the_other_kind_of_server_are_refused(run: Path, given: tuple[str, ...], said: str) -> None:
+    done = command_line.call("serve", *(str(run) if word == "RUN" else word for word in given))
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split())

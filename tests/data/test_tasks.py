@@ -190,7 +190,7 @@ def test_errors_name_row_and_value(tmp_path, train, test, options, message):
     [
         ({}, r"task\.train and task\.name are both null"),
         ({"format": "clozed"}, "format 'clozed' does not exist; there are: head, cloze, verbalizer"),
-        ({"template": "{text} <mask>"}, r"task.template belongs to the formats cloze and verbalizer"),
+        ({"template": "{text} <mask>"}, r"task.template belongs to the formats cloze, verbalizer and generate"),
         ({"metric": "bleu"}, "metric 'bleu' does not exist; there are: accuracy, macro_f1, matthews, acc_f1"),
         ({"max_length": 2}, "max_length is 2"),
         ({"limit": 0}, "limit is 0"),

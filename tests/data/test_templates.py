@@ -70,7 +70,12 @@ def test_the_answer_takes_the_blank_before_it(template: str, before: tuple[str, 
     ("format", "template", "words", "problem"),
     [
         ("guess", None, None, "task.format 'guess' does not exist; there are: head, cloze, verbalizer"),
-        ("head", ONE, None, "task.template belongs to the formats cloze and verbalizer, and task.format is head"),
+        (
+            "head",
+            ONE,
+            None,
+            "task.template belongs to the formats cloze, verbalizer and generate, and task.format is head",
+        ),
         ("head", None, ["a", "b"], "task.label_words belongs to the formats"),
         ("cloze", "{text} .", None, "has 0 times <mask>; format cloze needs it once"),
         ("cloze", "<mask> {text} <mask>", None, "has 2 times <mask>"),

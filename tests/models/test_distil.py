@@ -108,7 +108,7 @@ def test_a_step_is_that_of_plain_autograd(temperature: float, share: float, some
         p = F.log_softmax(logits[row].double() / temperature, 1)
         soft = soft + F.kl_div(q, p, reduction="sum", log_target=True) * temperature**2
     answered = [(s, data().tokens[row][STARTS[row] :]) for row, s in zip(batch, said, strict=True) if row < 3]
-    hard = sum(F.cross_entropy(s, torch.from_numpy(y.astype(np.int64)), reduction="sum") for s, y in answered)
+    hard = sum(F.cross_entropy(s[:, :size], torch.from_numpy(y.astype(np.int64)), reduction="sum") for s, y in answered)
     loss = share * soft / n + (1 - share) * hard / n
     loss.backward()
     assert fitted.loss == pytest.approx(float(loss.detach()), rel=1e-9)
@@ -127,6 +127,20 @@ def test_the_loss_by_hand() -> None:
     assert float(warm._loss(uniform, teacher, nobody)) == pytest.approx(0.056882, abs=1e-6)
     never = Target(torch.tensor([[0.0, 0.0, -math.inf]]))  # a token that the teacher rules out
     assert float(lesson._loss(uniform, never, nobody)) == pytest.approx(math.log(1.5), abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_padding_of_the_students_vocabulary_counts_for_nothing(share: float) -> None:
+    """Three real tokens of five: full rows and candidates that are all of them give the same loss."""
+    own = model("llama")
+    student = torch.tensor([[0.1, 0.2, 0.3, 50.0, 60.0]])
+    full = Target(torch.tensor([[1.0, 0.0, -1.0]]), None, 3)
+    few = Target(torch.tensor([[-1.0, 1.0, 0.0]]), torch.tensor([[2, 0, 1]]), 3)
+    lesson = maths._Lesson(own, own.readout.lm, lambda rows: full, 1.0, share)
+    losses = [float(lesson._loss(student, each, torch.tensor([1]))) for each in (full, few)]
+    teacher, real = full.logits.log_softmax(1), student[:, :3].log_softmax(1)
+    wanted = share * (teacher.exp() * (teacher - real)).sum() - (1 - share) * real[0, 1]
+    assert losses == pytest.approx([float(wanted)] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("spec", [Lora(rank=4), Full()])

@@ -84,7 +84,7 @@ def test_unknown_precisions_and_devices() -> None:
 def test_a_hub_name_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"model 'nobody/nothing' cannot be loaded: .+ Give demo, minilm, a folder"):
+    with pytest.raises(ModelError, match=r"model 'nobody/nothing' cannot be loaded: .+ Give demo, .*minilm, a folder"):
         load_base("nobody/nothing", device="cpu")
 
 

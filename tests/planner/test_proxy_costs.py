@@ -154,14 +154,14 @@ def test_both_bills_of_a_run_without_distillation() -> None:
 
 
 def test_the_server_pays_for_alpha_and_distillation() -> None:
-    """L reads each text once whatever the rounds; T reads validation texts at each choice, T and B public ones."""
+    """L reads each text once whatever the rounds; T and B read validation texts at each choice, and public ones."""
     seen, public = Texts(50, 500, 0.2), Texts(80, 1600, 0.3)
     work = replace(WORK, validation=seen, choices=3)
-    once = LARGE.read(seen) + SMALL.read(seen)
-    assert bill_of_proxy(SMALL, LARGE, work, 0).server_flops == once + 3 * SMALL.read(seen, adapted=True)
+    chosen = LARGE.read(seen) + 3 * (SMALL.read(seen) + SMALL.read(seen, adapted=True))
+    assert bill_of_proxy(SMALL, LARGE, work, 0).server_flops == chosen
     work = replace(work, public=public, distilled=2, distil_epochs=5)
     round_ = SMALL.read(public) + SMALL.read(public, adapted=True) + 5 * SMALL.train(public)
-    expected = once + 3 * SMALL.read(seen, adapted=True) + LARGE.read(public) + 2 * round_
+    expected = chosen + LARGE.read(public) + 2 * round_
     found = bill_of_proxy(SMALL, LARGE, work, 0)
     assert found.server_flops == expected and found.training_flops == expected + found.client_flops
     assert bill_of_proxy(SMALL, LARGE, replace(work, choices=0, distilled=0), 0).server_flops == 0

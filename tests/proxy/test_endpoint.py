@@ -117,7 +117,8 @@ def test_answers_are_those_of_the_decoding_loop(url, real):
     assert [c["text"] for c in greedy["choices"]] == [alone(real, prompt) for prompt in PROMPTS]
     assert greedy["fedpeft"] == {"alpha": 0.75, "exact": True, "mass": 1.0, "least_mass": 1.0}
     drawn = ask(url, prompt=PROMPTS, n=2, max_tokens=12, seed=4, top_p=0.9)
-    said = [alone(real, prompt, temperature=1.0, seed=4 + i, top_p=0.9) for prompt in PROMPTS for i in range(2)]
+    asked = [prompt for prompt in PROMPTS for _ in range(2)]
+    said = [alone(real, prompt, temperature=1.0, seed=4 + i, top_p=0.9) for i, prompt in enumerate(asked)]
     assert [c["text"] for c in drawn["choices"]] == said and len(set(said)) == 6
 
 

@@ -22,8 +22,9 @@ from fedpeft.proxy.backends import open_backend
 from fedpeft.proxy.blackbox import BackendError, BlackBoxLM, Full, Labels, Scores, TopK, Want
 from fedpeft.proxy.connection import Connection, Refused
 from fedpeft.proxy.decode import decode
-from fedpeft.proxy.logit_sessions import Limits, limits_of
+from fedpeft.proxy.logit_sessions import Limits, LogitSessions, limits_of
 from fedpeft.proxy.protocol import RECORD, Begin, Begun, Step
+from fedpeft.proxy.refusal import Refusal
 from fedpeft.proxy.remote import Remote
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
@@ -450,3 +451,20 @@ def of(kind: type, change: Any) -> Any:
 def test_an_answer_of_another_form_is_not_believed(connection, words):
     with pytest.raises(BackendError, match=words):
         Remote(connection).open([[5]], Full())
+
+
+def test_rows_that_leave_do_not_make_a_cache_narrower() -> None:
+    """Two short rows beside one of 30 tokens: what is counted is what the cache holds, padding included."""
+    sessions = LogitSessions(large(), Limits(max_tokens=130))
+    long = [1] * 30
+    begun = sessions.begin(protocol.begin([long, [2, 3], [4]], TopK(5), "float32"))
+    assert sessions.tokens == 3 * 30
+    keep = torch.tensor([1, 2])
+    sessions.step(begun.session, Step(0, keep, 0, torch.tensor([[5], [6]])))
+    assert sessions.tokens == 2 * 31
+    sessions.step(begun.session, Step(1, None, 1, torch.tensor([[5, 5], [6, 6]])))
+    assert sessions.tokens == 2 * 32
+    with pytest.raises(Refusal, match="may keep 130"):
+        sessions.begin(protocol.begin([long, [2], [4]], TopK(5), "float32"))
+    sessions.end(begun.session)
+    assert sessions.tokens == 0

@@ -71,7 +71,7 @@ def asked(script: Script) -> list[tuple[str, float | None]]:
 def test_three_answers_stand_side_by_side_and_the_slider_asks_again(page, url, script):
     ready(page, url)
     assert page.run("document.querySelector('#name').textContent") == "toy"
-    assert "alpha 0.75 was chosen" in page.run("document.querySelector('#about').textContent")
+    assert "alpha 0.75 unless you move it" in page.run("document.querySelector('#about').textContent")
     say(page, "hi")
     assert texts(page) == dict.fromkeys(("large", "proxy", "small"), "you said hi")
     assert asked(script) == [("large", None), ("proxy", 0.75), ("small", None)]
@@ -130,7 +130,7 @@ def test_errors_are_shown_where_the_answer_would_be(page, url, script):
     ready(page, url)
     script.fail = lambda step: BackendError("large <i>died</i>; start it again") if step == 4 else None
     say(page, "hi")
-    assert set(texts(page, "small").values()) == {"Error: large <i>died</i>; start it again"}
+    assert set(texts(page, "small").values()) == {"Error: large <i>died</i>; start it again (“New chat” begins anew.)"}
     assert page.run("getComputedStyle(document.querySelector('small')).color") == "rgb(164, 38, 44)", "it is red"
     script.fail = lambda step: None
     say(page, "again")

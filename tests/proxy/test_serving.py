@@ -105,7 +105,7 @@ def test_several_prompts_and_several_answers(url, script):
     texts = [(choice.index, choice.text) for choice in found.choices]
     assert texts == [(0, "you said a"), (1, "you said a"), (2, "you said b"), (3, "you said b")]
     assert found.usage.prompt_tokens == 2 and found.usage.completion_tokens == 40
-    assert [s.seed for _, _, settings in script.opened for s in settings] == [5, 6, 5, 6]
+    assert [s.seed for _, _, settings in script.opened for s in settings] == [5, 6, 7, 8]
 
 
 def test_token_ids_as_prompts(url):

@@ -21,6 +21,7 @@ import trios
 from fedpeft.maths.logits import acceptance, tokens_per_call
 from fedpeft.proxy import speculate
 from fedpeft.proxy.blackbox import CannotDo
+from fedpeft.proxy.choosing import Choice
 from fedpeft.proxy.decode import Decoding, Settings, Trio, decode
 
 FAMILIES = trios.FAMILIES
@@ -221,3 +222,13 @@ def test_a_backend_that_scores_one_position_cannot_check_drafts() -> None:
     with pytest.raises(CannotDo, match=r"speculation.*one position a call"):
         Decoding(single, [[3]], [Settings(alpha=1.0)], speculate=2)
     assert decode(single, [[3]], [Settings(alpha=1.0, max_tokens=3)])[0].tokens
+
+
+@pytest.mark.parametrize(("uniforms", "token"), [((0.42,), 1), ((0.43, 0.74), 0), ((0.43, 0.76), 2)])
+def test_a_rejected_draft_is_replaced_from_the_residual(uniforms: tuple[float, ...], token: int) -> None:
+    """c (.5, .3, .2), q (.2, .7, .1), draft 1: accepted with probability .3/.7, else drawn from (.75, 0, .25)."""
+    choice = Choice(Settings(temperature=1.0, alpha=1.0, max_tokens=1), [0], 3)
+    choice.rng = SimpleNamespace(random=iter(uniforms).__next__)  # type: ignore[assignment]
+    row: Any = SimpleNamespace(_answer=SimpleNamespace(choice=choice))
+    scores, drawn_from = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    assert speculate.Speculation._settle(row, scores, 1, drawn_from) == token

@@ -81,7 +81,7 @@ class Holding:
             tuned, base = (model.token_logits(own, public, rows) for own in (params, None))
             change = offsets(tuned, base, self.vocab)
             change = change if large.ids is None else change.gather(1, large.ids)
-            return Target(combine(large.logits, change, alpha), large.ids)
+            return Target(combine(large.logits, change, alpha), large.ids, self.vocab)
 
         return teach
 

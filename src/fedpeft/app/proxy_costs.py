@@ -48,6 +48,9 @@ def compare_costs(
         return None
     work = work_of(fed, turns, public)
     distils = bool(getattr(fed.method, "distil", False)) and fed.config.proxy.public is not None
+    lacks = ["the server's distillation"] if distils and public is None else []
+    if fed.config.proxy.alpha == "auto" and fed.config.proxy.select != "nll":
+        lacks.append("the answers by which alpha was chosen")
     sent = sum(line["bytes_down"] + line["bytes_up"] for line in turns)
     proxy = bill_of_proxy(small, large, work, sent)
     direct = bill_of_direct(large, work, 2 * len(turns) * message_bytes(large, fed.config.run.wire))
@@ -58,7 +61,7 @@ def compare_costs(
         "proxy": asdict(proxy),
         "direct": asdict(direct),
         "break_even_tokens": break_even_tokens(proxy, direct),
-        "lacks": "the server's distillation" if distils and public is None else None,
+        "lacks": " and ".join(lacks) or None,
     }
 
 
@@ -100,10 +103,21 @@ def work_of(fed: Federation, turns: Sequence[Mapping[str, Any]], public: Data | 
         answer=answer,
         validation=_texts(validation, share) if len(validation) else None,
         public=None if public is None else _texts(public, share),
-        choices=1 + distilled,
+        choices=choices_of_alpha(fed, distilled),
         distilled=distilled,
         distil_epochs=int(getattr(fed.method, "distil_epochs", 1)),
     )
+
+
+def choices_of_alpha(fed: Federation, distilled: int) -> int:
+    """How often alpha was chosen by a curve: for every teacher, and for what is served unless that is the same.
+
+    Args:
+        distilled: rounds with a teacher.
+    """
+    if fed.config.proxy.alpha != "auto":
+        return 0
+    return distilled if distilled and getattr(fed.method, "serve", "pre") == "pre" else distilled + 1
 
 
 def _texts(data: Data, share: float) -> Texts:

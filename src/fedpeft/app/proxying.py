@@ -151,7 +151,9 @@ class Artefact:
             RequestError: none or both of them, an empty one, or a conversation that does not end with the user.
         """
         if (said is None) == (instruction is None) or not (said or instruction):
-            raise RequestError("give one prompt, not empty: a text, an instruction (with a context), or messages")
+            raise RequestError(
+                "the prompt is empty, or given twice; give one text, one instruction (with a context), or messages"
+            )
         if said is None:
             ids = self._of_instruction(str(instruction), context)
         elif isinstance(said, str):

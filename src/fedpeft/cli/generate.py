@@ -53,7 +53,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this mass; 1: from all.")] = 1.0,
     top_k: Annotated[int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0: from all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Draw from tokens with this share of the likeliest one's.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: said tokens become less likely.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: said tokens become less likely (of log-probabilities).")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text; up to four.", show_default=False)

@@ -9,6 +9,9 @@ import typer
 
 from fedpeft.core.errors import RequestError
 
+OF_A_RUN = {"large", "alpha", "speculate", "max_queue", "max_tokens_limit", "timeout", "token_env"}
+OF_SCORES = {"max_sessions", "max_kept", "max_body", "max_answer", "idle", "turn", "wire", "dtype", "device"}
+
 
 def serve(
     folder: Annotated[
@@ -94,8 +97,11 @@ def serve(
     device: Annotated[str, typer.Option(help="With --logits: auto, cpu, cuda, ..")] = "auto",
 ) -> None:
     """Serve a run: an OpenAI-compatible endpoint, and a chat page at /. Or a model's exact scores (--logits)."""
-    if (folder is None) == (logits is None):
+    if folder is not None and logits is not None:
+        raise RequestError(f"{folder} and --logits {logits} are two things to serve; start one server for each")
+    if folder is None and logits is None:
         raise RequestError("say what to serve: fedpeft serve RUN_DIR, or fedpeft serve --logits MODEL")
+    _check_options(logits is not None)
     import signal
 
     if logits is not None:
@@ -132,6 +138,19 @@ def serve(
 
     if serve_run(run_folder(folder), serving, begun) == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+def _check_options(scores: bool) -> None:
+    """Raise RequestError where an option was given that the other kind of server has."""
+    import click
+    from click.core import ParameterSource
+
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    odd = sorted(given & (OF_A_RUN if scores else OF_SCORES))
+    if odd:
+        what = "fedpeft serve --logits serves scores alone" if scores else "it belongs to fedpeft serve --logits MODEL"
+        raise RequestError(f"--{odd[0].replace('_', '-')} has no effect here: {what}; leave it out")
 
 
 def _lending(name: str, url: str) -> None:

@@ -24,10 +24,13 @@ class Target:
     Attributes:
         logits: (positions, n) float32, before the softmax.
         ids: (positions, n) int64, whose they are; None: of the first n tokens of the vocabulary, in order.
+        vocab: how many of the student's tokens are real, the rest being padding of its matrix; None: n without ids,
+            else all.
     """
 
     logits: Tensor
     ids: Tensor | None = None
+    vocab: int | None = None
 
 
 Teacher: TypeAlias = Callable[[Sequence[int]], Target]

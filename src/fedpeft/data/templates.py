@@ -104,7 +104,8 @@ def template_problems(
         return found + ([] if template in (None, CHAT) else _prompt_problems(str(template)))
     if format == "head":
         given = [key for key, value in (("template", template), ("label_words", words)) if value is not None]
-        return [f"task.{key} belongs to the formats cloze and verbalizer, and task.format is head" for key in given]
+        formats = {"template": "cloze, verbalizer and generate", "label_words": "cloze and verbalizer"}
+        return [f"task.{key} belongs to the formats {formats[key]}, and task.format is head" for key in given]
     found = [] if template is None else _field_problems(format, template)
     if words is not None:
         bare = [str(word).strip() for word in words]

@@ -146,6 +146,7 @@ class Offsite(Tuning):
             "left_out_blocks": [block for block in middle if block not in self.emulated(state.layers)],
             "bytes_that_a_client_has_before_round_1": state.client_bytes,
             "bytes_of_the_whole_model": state.whole_bytes,
+            "bytes_leave_out": "a language model's own head, where it is not the embeddings",
         }
         if not told["left_out_blocks"]:
             told["warning"] = (

@@ -135,8 +135,9 @@ class _Lesson:
         """The sum over positions."""
         teacher = logits.teacher(target.logits.to(student), self.temperature)
         ids = None if target.ids is None else target.ids.to(student.device)
-        among = student if ids is not None else student[:, : teacher.shape[1]]
-        loss = self.share * logits.divergence(teacher, among, self.temperature, ids).sum()
+        real = teacher.shape[1] if target.vocab is None and ids is None else target.vocab
+        student = student[:, :real]
+        loss = self.share * logits.divergence(teacher, student, self.temperature, ids).sum()
         if self.share < 1:
             loss = loss + (1 - self.share) * F.cross_entropy(student, said, ignore_index=-1, reduction="sum")
         return loss

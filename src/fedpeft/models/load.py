@@ -317,8 +317,8 @@ def _read(source: str, dtype: str, device: str) -> Base:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"model {source!r} cannot be loaded: {reason.rstrip('.')}. Give demo, minilm, a folder in Hugging Face "
-            "format with safetensors weights, or a hub name that this machine can reach."
+            f"model {source!r} cannot be loaded: {reason.rstrip('.')}. Give demo, demo-small, demo-large, minilm, "
+            "a folder in Hugging Face format with safetensors weights, or a hub name that can be reached."
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where files are missing
         raise ModelError(f"model {source!r} has a tokenizer without words; add its tokenizer.json")

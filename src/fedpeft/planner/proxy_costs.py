@@ -214,8 +214,8 @@ def _client_memory(model: Model, work: Work) -> int:
 def _server_flops(small: Model, large: Model, work: Work) -> int:
     total = 0
     if work.validation is not None and work.choices:
-        total += large.read(work.validation) + small.read(work.validation)
-        total += work.choices * small.read(work.validation, adapted=True)
+        curve = small.read(work.validation) + small.read(work.validation, adapted=True)
+        total += large.read(work.validation) + work.choices * curve
     if work.public is not None and work.distilled:
         own = small.read(work.public) + small.read(work.public, adapted=True)
         total += large.read(work.public) + work.distilled * (own + work.distil_epochs * small.train(work.public))

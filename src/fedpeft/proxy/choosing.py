@@ -71,16 +71,20 @@ def probabilities(adjusted: Tensor, rows: Sequence[Choice]) -> Tensor:
     """(rows, V) float64 of rows that draw: divided by the temperature, then top-k, top-p and min-p."""
 
     def each(name: str) -> Tensor:
-        return torch.tensor([getattr(row.settings, name) for row in rows], device=adjusted.device)
+        own = [getattr(row.settings, name) for row in rows]
+        return torch.tensor(own, dtype=torch.float64, device=adjusted.device)
 
-    scores = adjusted / each("temperature").to(adjusted.dtype)[:, None]
+    scores = adjusted.double()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / each("temperature")[
+        :, None
+    ]  # no quotient overflows upwards
     if any(row.settings.top_k for row in rows):
         scores = keep_top_k(scores, each("top_k"))
     if any(row.settings.top_p < 1 for row in rows):
         scores = keep_top_p(scores, each("top_p"))
     if any(row.settings.min_p for row in rows):
         scores = keep_min_p(scores, each("min_p"))
-    return scores.double().softmax(dim=-1)
+    return scores.softmax(dim=-1)
 
 
 def choose(scores: Tensor, rows: Sequence[Choice]) -> list[int]:

@@ -86,6 +86,7 @@ class Held:
     Attributes:
         prompts: tokens of each row that cannot be taken back.
         lengths: tokens of each row.
+        width: tokens of a row of its cache: rows that leave do not make it narrower.
         done: steps that it made.
         used: when it was last asked, in seconds of a clock.
     """
@@ -95,13 +96,14 @@ class Held:
     wire: str
     prompts: list[int]
     lengths: list[int]
+    width: int
     used: float
     done: int = 0
 
     @property
     def tokens(self) -> int:
         """In its cache, padding included."""
-        return len(self.lengths) * max(self.lengths, default=0)
+        return len(self.lengths) * self.width
 
 
 @dataclass
@@ -145,7 +147,7 @@ class LogitSessions:
         session = _guarded(lambda: self.model.open(prompts, told.want))
         lengths = list(map(len, prompts))
         name = secrets.token_urlsafe(24)
-        self.held[name] = Held(session, told.want, told.wire, lengths, list(lengths), self.clock())
+        self.held[name] = Held(session, told.want, told.wire, lengths, list(lengths), max(lengths), self.clock())
         return Begun(name, protocol.narrowed(session.first, told.wire))
 
     def step(self, name: str, told: Step) -> Scores:
@@ -165,6 +167,7 @@ class LogitSessions:
             raise
         own.prompts = [own.prompts[row] for row in rows]
         own.lengths = [own.lengths[row] - told.drop + len(new[0]) for row in rows]
+        own.width += len(new[0]) - told.drop
         own.done += 1
         own.used = self.clock()
         return protocol.narrowed(scores, own.wire)
@@ -196,7 +199,7 @@ class LogitSessions:
             raise RequestError(f"{told.drop} tokens cannot be taken back of {len(rows)} rows; {room} were added")
         kept = [own.lengths[row] - told.drop for row in rows]
         demands.check_new(self.model.caps, kept, new)
-        self._check_room(len(rows) * (max(kept) + len(new[0])) - own.tokens)
+        self._check_room(len(rows) * (own.width - told.drop + len(new[0])) - own.tokens)
         self._check_answer(own.want, own.wire, len(rows), len(new[0]))
         return rows, new
 

@@ -48,9 +48,8 @@ function show() {
   const main = steered || models[0];
   $("name").textContent = main.id;
   $("max").max = main.max_tokens;
-  $("max").value = Math.min(64, main.max_tokens);
   if (steered) {
-    about(`${steered.large}, steered by a small model; alpha ${steered.alpha} was chosen for it`);
+    about(`${steered.large}, steered by a small model; alpha ${steered.alpha} unless you move it`);
     $("alpha").max = Math.max(2, Math.ceil(steered.alpha));
     setAlpha(steered.alpha);
   } else {
@@ -96,6 +95,7 @@ function card(model, grid) {
 function messages(model, upTo) {
   const found = [];
   for (const turn of turns.slice(0, upTo)) {
+    if (turn.answers[model.id].failed) continue; // what got no answer would spoil every later question
     found.push({ role: "user", content: turn.text });
     found.push({ role: "assistant", content: turn.answers[model.id].text });
   }
@@ -125,12 +125,14 @@ async function answer(model, place, signal) {
   const [, text, foot] = held.node.children;
   const title = held.node.children[0];
   held.text = text.textContent = foot.textContent = "";
+  held.failed = false;
   foot.className = "";
   held.node.classList.add("busy");
   const body = {
     model: model.id, messages: messages(model, place), stream: true, stream_options: { include_usage: true },
-    temperature: Number($("temperature").value), max_tokens: Number($("max").value), seed: Number($("seed").value),
+    temperature: Number($("temperature").value), seed: Number($("seed").value),
   };
+  if ($("max").value) body.max_tokens = Number($("max").value); // else as many as there is room for
   if (model.kind === "proxy") {
     body.alpha = alpha();
     title.textContent = `${LABELS.proxy}, alpha ${body.alpha}`;
@@ -157,8 +159,10 @@ async function answer(model, place, signal) {
     }
     if (!finish) throw new Error("the connection broke before the answer was complete");
   } catch (error) {
-    foot.textContent = error.name === "AbortError" ? "stopped" : `Error: ${error.message}`;
-    foot.className = error.name === "AbortError" ? "" : "error";
+    const stopped = error.name === "AbortError";
+    held.failed = !stopped;
+    foot.textContent = stopped ? "stopped" : `Error: ${error.message} (“New chat” begins anew.)`;
+    foot.className = stopped ? "" : "error";
   } finally {
     held.node.classList.remove("busy");
   }

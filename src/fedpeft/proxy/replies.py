@@ -76,14 +76,14 @@ class Reply:
         if seed is None:
             seed = secrets.randbits(63)
         prompts = [self._ids(prompt) for prompt in asked.prompts]
-        rows = []
+        rows: list[Row] = []
         for prompt in prompts:
             room = fit(len(prompt), asked.max_tokens, view.trio.room(len(prompt), len(prompt)), self._default())
             settings = {"max_tokens": room, "stop": asked.stop, "logit_bias": asked.logit_bias, "alpha": alpha}
             settings |= {} if view.alpha is None else {"beta": desk.artefact.settings.get("beta", 0.0)}
             settings |= {"temperature": 1.0, "logprobs": asked.logprobs or 0, **numbers}
             if room:
-                rows += [Row(prompt, Settings(seed=(seed + i) % 2**63, **settings)) for i in range(asked.n)]
+                rows += [Row(prompt, Settings(seed=(seed + len(rows) + i) % 2**63, **settings)) for i in range(asked.n)]
         return Job(asked, view, alpha, prompts, rows)
 
     def _default(self) -> int:

@@ -21,6 +21,7 @@ NOTE = (
     "The large model answers with z_L + alpha (z_T - z_B): its own scores and what tuning changed in the small one. "
     "Alpha was chosen on the validation texts."
 )
+LOSSES = "<figcaption>Validation loss by alpha</figcaption>"
 _HIDDEN = ("alpha", "n")
 
 
@@ -34,7 +35,7 @@ def proxy(run: History) -> str:
     if isinstance(curve, Mapping):
         if curve.get("advice"):
             parts.append(f'<p class="notice">{escape(str(curve["advice"]).capitalize())}.</p>')
-        parts.append(f'<div class="row"><figure>{_curve(curve)}</figure>{_alphas(run)}</div>')
+        parts.append(f'<div class="row"><figure>{_curve(curve)}{LOSSES}</figure>{_alphas(run)}</div>')
     parts.append(_text_scores(told))
     parts.append(_models(run))
     if (run.config.get("proxy") or {}).get("public") is None:
@@ -78,7 +79,7 @@ def _alphas(run: History) -> str:
         return ""
     points = [charts.Point(float(round), float(best), title=f"round {round}: {best:g}") for round, best in told]
     picture = charts.line_chart([charts.Line("best alpha", points, 1)], "round", (), "best alpha against rounds")
-    return f"<figure>{picture}</figure>"
+    return f"<figure>{picture}<figcaption>Best alpha by round</figcaption></figure>"
 
 
 def _text_scores(told: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ def samples(run: History) -> str:
     rows = [
         [_cell(_given(one)), _cell(_reference(one)), *(_cell(one.get(name)) for name in who)] for one in run.samples
     ]
-    head = ["given", "reference", *(WHO[name] for name in who)]
+    names = {**WHO, GLOBAL: "the tuned small model"} if PROXY in who else WHO
+    head = ["given", "reference", *(names[name] for name in who)]
     words = ",".join(head)
     if not rows:
         return ""
