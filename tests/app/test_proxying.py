@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -201,6 +202,69 @@ def test_public_texts_are_told_to_have_no_effect_where_they_have_none(models: Pa
     assert build(load_config(plain)).warnings == ["proxy.public has no effect: fedavg does not distil"]
 
 
+# --- an expert prompt -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def framed(models: Path) -> app.Run:
+    changes = {"proxy__expert_prompt": "once ", "proxy__public": str(models / "said_public.jsonl")}
+    return app.run(config(models, run__rounds=1, **changes), out=models / "run-framed")
+
+
+def test_the_tuned_model_alone_reads_the_expert_prompt(framed: app.Run, models: Path) -> None:
+    """Losses of the curve, of the scores and of the teacher from logits, with the ids put together by hand."""
+    fed = build(load_config(framed.folder / "config.yaml"))
+    held = hold(fed)
+    assert held is not None and held.public is not None
+    params = app.running.best_params(fed, RunFolder.open(framed.folder))
+    front = list(fed.base.tokenizer("once ", add_special_tokens=False)["input_ids"])
+    large = build(load_config(config(models, model__name=str(models / "proxy-gpt2"), method__lr=1e-3)))
+
+    def combined(data: Any, row: int, alpha: float) -> torch.Tensor:
+        tokens, start = data.tokens[row], int(data.starts[row])
+        longer = dataclasses.replace(data.take([row]), tokens=(np.asarray([*front, *tokens], np.int32),))
+        longer = dataclasses.replace(longer, starts=np.asarray([len(front) + start]))
+        tuned = fed.model.token_logits(params, longer, [0])
+        z = large.model.token_logits(None, data, [row]).double()
+        return z + alpha * (tuned - fed.model.token_logits(None, data, [row]))
+
+    def loss(data: Any, alpha: float) -> float:
+        total, count = 0.0, 0
+        for row in range(len(data)):
+            said = torch.from_numpy(data.tokens[row][int(data.starts[row]) :].astype("int64"))
+            total += float(torch.nn.functional.cross_entropy(combined(data, row, alpha), said, reduction="sum"))
+            count += len(said)
+        return total / count
+
+    assert held.curve(params).nll[1.0] == pytest.approx(loss(fed.whole("validation"), 1.0), abs=1e-5)
+    assert held.scores(params, 0.5, "test")["proxy"]["loss"] == pytest.approx(loss(fed.whole("test"), 0.5), abs=1e-5)
+    row = 4  # one without a response
+    told = held.teacher(params, 0.5)([row]).logits.double().log_softmax(dim=-1)
+    own = combined(held.public, row, 0.5)[:, : held.vocab].log_softmax(dim=-1)
+    near = own > -16
+    assert float((told - own)[near].abs().max()) < 0.01
+
+
+def test_an_artefact_has_its_expert_prompt(framed: app.Run) -> None:
+    assert json.loads((framed.folder / "adapter" / FILE).read_text())["expert_prompt"] == "once "
+    opened = open_artefact(framed.folder)
+    once = opened.prompting.tokenizer("once ", add_special_tokens=False)["input_ids"]
+    assert opened.trio.tuned_prompts([[7]]) == [[*once, 7]] and opened.voices["base_small"].expert is None
+    for sample in RunFolder.open(framed.folder).samples():
+        ids = opened.prompt(instruction=sample["instruction"])
+        found = compare(opened, ids, Settings(max_tokens=4, **opened.settings))
+        assert {who: found[who].text.strip() for who in ("proxy", "large", "base_small")} == {
+            "proxy": sample["proxy"], "large": sample["large"], "base_small": sample["base"],
+        }  # fmt: skip
+    with pytest.raises(
+        RequestError, match=r"alpha was chosen with the expert prompt 'once ', and it is None; .*--alpha"
+    ):
+        open_artefact(framed.folder, expert_prompt="")
+    assert open_artefact(framed.folder, alpha=0.5, expert_prompt="").trio.expert is None
+    other = open_artefact(framed.folder, alpha=0.5, expert_prompt="{prompt} once")
+    assert other.trio.tuned_prompts([[7]]) != [[7]] and other.trio.tuned_prompts([[7]])[0][0] == 7
+
+
 # --- choosing alpha by what is said -----------------------------------------------------------------------------
 
 
@@ -264,6 +328,13 @@ def _weak(held: Holding) -> Holding:
         ({"proxy__large": "tiny"}, RequestError, "family bert"),
         ({"proxy__large": "proxy-other"}, RequestError, "the tokenizer of .* is not the small model's"),
         ({"task__max_length": 96}, ModelError, "task.max_length is 96"),
+        (
+            {"proxy__expert_prompt": "{prompt}{prompt}"},
+            ConfigError,
+            r"give a text with \{prompt\} at most once, or chat",
+        ),
+        ({"proxy__expert_prompt": "chat"}, RequestError, "the tokenizer has no chat template"),
+        ({"proxy__expert_prompt": "once " * 60}, RequestError, "the small model reads 64; shorten the expert prompt"),
     ],
 )
 def test_mistakes_are_told_before_the_first_round(

@@ -62,6 +62,9 @@ def test_comparison_and_draws(ran: app.Run) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     zero = json.loads(fedpeft(*asked, "--json", "--alpha", "0").stdout)
     assert zero["tokens"] == both["large"]["tokens"]
+    framed = [fedpeft(*asked, "--json", "--alpha", "2", "--expert-prompt", text).stdout for text in ("", "once time ")]
+    first = [json.loads(told)["logprobs"][0] for told in framed]
+    assert first[0] != first[1], "the tuned model reads more before it says its first token"
     alone = json.loads(fedpeft(*asked, "--json", "--large", "none").stdout)
     assert alone["alpha"] is None and alone["tokens"] == both["tuned_small"]["tokens"]
 

@@ -16,6 +16,7 @@ from fedpeft.core.errors import RequestError
 from fedpeft.models.merge import merge
 from fedpeft.proxy.blackbox import CannotDo
 from fedpeft.proxy.decode import Trio
+from fedpeft.proxy.expert import Expert
 from fedpeft.proxy.scoring import GRID, AlphaCurve, alpha_curve, choose_continuation, score
 
 
@@ -71,7 +72,7 @@ def test_models_alone_score_texts_too(wholes: list[Any]) -> None:
 def test_the_tuned_model_may_read_other_prompts(wholes: list[Any]) -> None:
     trio, (sequences, starts) = trios.trio("gpt2"), texts(2)
     framed = [[1, 7, *ids[:start], 8] for ids, start in zip(sequences, starts, strict=True)]
-    found = score(trio, sequences, starts, 1.0, tuned_prompts=framed)
+    found = score(replace(trio, expert=Expert((1, 7), (8,))), sequences, starts, 1.0)
     for own, ids, start, frame in zip(found, sequences, starts, framed, strict=True):
         large, _, base = each(wholes, ids, start)
         tuned = trios.plain_logits(wholes[1], [*frame, *ids[start:]])[len(frame) - 1 : -1]

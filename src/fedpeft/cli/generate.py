@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedpeft.cli.options import Json
+from fedpeft.cli.options import ExpertPrompt, Json
 
 if TYPE_CHECKING:
     from fedpeft.app.proxying import Artefact
@@ -66,6 +66,7 @@ def generate(
             metavar="N", help="Tokens that the small model drafts ahead; else as the run says.", show_default=False
         ),
     ] = None,
+    expert_prompt: ExpertPrompt = None,
     token_env: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +87,7 @@ def generate(
 
     if stream and (json or compare):
         raise RequestError(f"--stream prints one answer as it is said; leave out {'--json' if json else '--compare'}")
-    opened = open_artefact(folder, large, alpha, key_of(token_env, "--token-env"))
+    opened = open_artefact(folder, large, alpha, key_of(token_env, "--token-env"), expert_prompt)
     ids = opened.prompt(prompt) if raw else opened.prompt(instruction=prompt, context=context)
     if raw and context:
         raise RequestError(f"--context {context!r} has no place in a raw prompt; leave out --raw or --context")

@@ -28,4 +28,13 @@ Client: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+ExpertPrompt: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What the tuned small model alone reads before the prompt, or around {prompt}; chat: the tokenizer's own "
+        "template; empty: nothing; else that of the run.",
+        show_default=False,
+    ),
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from fedpeft.cli.options import ExpertPrompt
 from fedpeft.core.errors import RequestError
 
-OF_A_RUN = {"large", "alpha", "speculate", "max_queue", "max_tokens_limit", "timeout", "token_env"}
+OF_A_RUN = {"large", "alpha", "speculate", "max_queue", "max_tokens_limit", "timeout", "token_env", "expert_prompt"}
 OF_SCORES = {"max_sessions", "max_kept", "max_body", "max_answer", "idle", "turn", "wire", "dtype", "device"}
 
 
@@ -39,6 +40,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    expert_prompt: ExpertPrompt = None,
     max_batch: Annotated[
         int | None,
         typer.Option(
@@ -131,6 +133,7 @@ def serve(
         port,
         api_key_env,
         token_env,
+        expert_prompt,
     )
 
     def begun(name: str, url: str) -> None:

@@ -19,6 +19,7 @@ from fedpeft.maths.logits import combine, curve_terms, losses, offsets
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Top, told
 from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo, Full, Labels, Scores
+from fedpeft.proxy.expert import Expert
 from fedpeft.proxy.recorded import Recorded
 from fedpeft.proxy.trio import Prompts, Trio
 
@@ -101,7 +102,6 @@ def score(
     starts: Sequence[int],
     alpha: float | None = None,
     n_top: int = 0,
-    tuned_prompts: Prompts | None = None,
 ) -> list[Scored]:
     """Log-probabilities of each text's tokens from a place on, under what a trio decodes with.
 
@@ -110,7 +110,6 @@ def score(
         starts: where the scored part of each begins; at least 1, as nothing stands before the first token.
         alpha: needed where all three models are there.
         n_top: how many of the likeliest tokens are told at each place.
-        tuned_prompts: what the tuned model reads in place of what stands before the scored parts.
 
     Raises:
         RequestError: no alpha, or a start outside a text.
@@ -118,7 +117,7 @@ def score(
     """
     _known(trio, alpha)
     found: list[Scored | None] = [None] * len(sequences)
-    for heard in _heard(trio, sequences, starts, tuned_prompts):
+    for heard in _heard(trio, sequences, starts):
         scores = heard.large if heard.change is None else combine(heard.large, heard.change, float(alpha or 0))
         words = told(scores, heard.targets.tolist(), [n_top] * len(scores))
         found[heard.text] = Scored(tuple(lp for lp, _ in words), tuple(top for _, top in words))
@@ -130,7 +129,6 @@ def alpha_curve(
     sequences: Prompts,
     starts: Sequence[int],
     grid: Sequence[float] = GRID,
-    tuned_prompts: Prompts | None = None,
 ) -> AlphaCurve:
     """The mean loss of the texts' tokens from a place on, for every alpha of a grid, in one pass of each model.
 
@@ -138,7 +136,6 @@ def alpha_curve(
 
     Args:
         grid: alphas; 0, the large model alone, is always among them.
-        tuned_prompts: see `score`.
 
     Raises:
         RequestError: a trio without all three models, no text, or a start outside a text.
@@ -154,7 +151,7 @@ def alpha_curve(
     totals = torch.zeros(len(every), dtype=torch.float64)
     alone = torch.zeros(2, dtype=torch.float64)
     tokens = 0
-    for heard in _heard(trio, sequences, starts, tuned_prompts):
+    for heard in _heard(trio, sequences, starts):
         assert heard.change is not None and heard.small is not None
         totals += curve_terms(heard.large, heard.change, heard.targets, every).cpu()
         alone += torch.stack([losses(own, heard.targets).double().sum() for own in heard.small]).cpu()
@@ -216,14 +213,19 @@ def _by_labels(trio: Trio, prompt: Sequence[int], labels: Sequence[int], alpha: 
     if any(not 0 <= label < trio.vocab for label in labels):
         raise RequestError(f"labels {list(labels)} are not all among {trio.vocab} tokens")
     _known(trio, alpha)
-    behind = [(len(prompt) - 1, len(prompt))]
     large = None if trio.large is None else _labels_of_large(trio.large, prompt, labels)
-    small = [
-        speaker.scores([prompt], behind)[0][0, list(labels)].cpu() for speaker in (trio.tuned, trio.base) if speaker
-    ]
+    small = [own[0, list(labels)].cpu() for own in _last(trio, prompt)]
     if large is None:
         return list(small[0].tolist())
     return list((combine(large, offsets(small[0], small[1]), float(alpha or 0)) if small else large).tolist())
+
+
+def _last(trio: Trio, prompt: Sequence[int]) -> Iterator[Tensor]:
+    """(1, V) of the tuned and of the base model behind a prompt."""
+    read = (*trio.tuned_prompts([prompt]), prompt)
+    for speaker, own in zip((trio.tuned, trio.base), read, strict=True):
+        if speaker is not None:
+            yield speaker.scores([own], [(len(own) - 1, len(own))])[0]
 
 
 def _labels_of_large(large: BlackBoxLM, prompt: Sequence[int], labels: Sequence[int]) -> Tensor:
@@ -261,10 +263,8 @@ class _HeardText:
     small: tuple[Tensor, Tensor] | None
 
 
-def _heard(
-    trio: Trio, sequences: Prompts, starts: Sequence[int], tuned_prompts: Prompts | None = None
-) -> Iterator[_HeardText]:
-    if len(sequences) != len(starts) or (tuned_prompts is not None and len(tuned_prompts) != len(sequences)):
+def _heard(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> Iterator[_HeardText]:
+    if len(sequences) != len(starts):
         raise RequestError(f"{len(sequences)} texts came with {len(starts)} starts; give one for each")
     for own, start in zip(sequences, starts, strict=True):
         if not 1 <= start < len(own):
@@ -274,19 +274,20 @@ def _heard(
     for texts in _batches(trio, sequences, starts):
         own_texts, own_starts = [sequences[i] for i in texts], [starts[i] for i in texts]
         large = [None] * len(texts) if trio.large is None else _large(trio, trio.large, own_texts, own_starts)
-        tuned = _small(trio.tuned, own_texts, own_starts, tuned_prompts and [tuned_prompts[i] for i in texts])
+        tuned = _small(trio.tuned, own_texts, own_starts, trio.expert)
         base = _small(trio.base, own_texts, own_starts)
         for text, own, start, *each in zip(texts, own_texts, own_starts, large, tuned, base, strict=True):
             yield _one(trio, text, own[start:], *each)
 
 
 def _small(
-    speaker: Speaker | None, sequences: Prompts, starts: Sequence[int], prompts: Prompts | None = None
+    speaker: Speaker | None, sequences: Prompts, starts: Sequence[int], expert: Expert | None = None
 ) -> Sequence[Tensor | None]:
-    """(n, V) of each text, read behind its own beginning or behind another prompt."""
+    """(n, V) of each text, read behind its own beginning or behind what an expert reads for it."""
     if speaker is None:
         return [None] * len(sequences)
-    if prompts is not None:
+    if expert is not None:
+        prompts = [expert.around(own[:start]) for own, start in zip(sequences, starts, strict=True)]
         sequences = [[*own, *text[start:]] for own, text, start in zip(prompts, sequences, starts, strict=True)]
         starts = list(map(len, prompts))
     return speaker.scores(sequences, [(start - 1, len(own) - 1) for own, start in zip(sequences, starts, strict=True)])
