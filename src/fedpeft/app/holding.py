@@ -127,14 +127,18 @@ class Holding:
         data = self.fed.whole(split)
         if not self.scorable or not len(data):
             return {}
-        metric, readout = self.fed.metric, self.fed.model.readout
         trio = replace(self.trio(params), large=self._remembered(split))
         if split not in self._alone:
-            alone = replace(trio, tuned=None, base=None)
-            sums = readout.sums(readout.outcomes(_Passes(self.fed, alone, None), None, data), data)
-            self._alone[split] = metrics_of(sums, metric)
-        sums = readout.sums(readout.outcomes(_Passes(self.fed, trio, alpha), None, data), data)
-        return {PROXY: {**metrics_of(sums, metric), "alpha": alpha}, LARGE: dict(self._alone[split])}
+            self._alone[split] = self._metrics(replace(trio, tuned=None, base=None), None, data)
+        return {PROXY: {**self._metrics(trio, alpha, data), "alpha": alpha}, LARGE: dict(self._alone[split])}
+
+    def scores_of(self, params: Params, alpha: float, data: Examples) -> dict[str, dict[str, float]]:
+        """As `scores`, on rows that are not the run's; nothing is remembered."""
+        if not self.scorable or not len(data):
+            return {}
+        trio = self.trio(params)
+        alone = self._metrics(replace(trio, tuned=None, base=None), None, data)
+        return {PROXY: {**self._metrics(trio, alpha, data), "alpha": alpha}, LARGE: alone}
 
     def say(self, params: Params | None, alpha: float | None, table: Table) -> list[str]:
         """What the proxy says for each row, or without parameters the large model alone."""
@@ -164,6 +168,11 @@ class Holding:
         return found if self.public is None else {**found, "public": min(self._public.size_bytes, MOST_BYTES)}
 
     # --- inside ---
+
+    def _metrics(self, trio: Trio, alpha: float | None, data: Examples) -> dict[str, float]:
+        readout = self.fed.model.readout
+        outcomes = readout.outcomes(_Passes(self.fed, trio, alpha), None, data)
+        return metrics_of(readout.sums(outcomes, data), self.fed.metric)
 
     def _said_well(self, params: Params, alpha: float) -> float:
         """Exact match or ROUGE-L on a sample of the validation rows, the same every time."""
