@@ -279,8 +279,12 @@ def _weak(held: Holding) -> Holding:
     [
         ({"task__validation": None}, ConfigError, r"proxy.alpha: auto is chosen on texts that the server has"),
         ({"proxy__large": None, "proxy__public": "said_public.jsonl"}, ConfigError, "proxy.public: what is distilled"),
-        ({"proxy__alpha": float("nan")}, ConfigError, "proxy.alpha"),
-        ({"proxy__alpha": float("inf")}, ConfigError, "proxy.alpha"),
+        ({"proxy__alpha": float("nan")}, ConfigError, "proxy.alpha: nan cannot be used; give 'auto', or a number from"),
+        (
+            {"proxy__alpha": 101},
+            ConfigError,
+            "proxy.alpha: 101 cannot be used; give 'auto', or a number from -100 to 100",
+        ),
         ({"proxy__top_k": 4}, ConfigError, "proxy.top_k"),
         ({"proxy__public": "nowhere.jsonl"}, ConfigError, "proxy.public: there is no"),
         ({"proxy__token_env": "FEDPEFT_NO_SUCH_KEY"}, RequestError, "variable FEDPEFT_NO_SUCH_KEY, which is not set"),
@@ -313,7 +317,7 @@ def test_mistakes_are_told_before_the_first_round(
 def test_labels_have_no_large_model(models: Path) -> None:
     values = small.config(models)
     values["proxy"] = {"large": str(models / "proxy-gpt2"), "alpha": 1.0}
-    with pytest.raises(ConfigError, match=r"proxy\.large: it says texts, and task.format is head"):
+    with pytest.raises(ConfigError, match=r"proxy\.large: a large model says texts, and task.format is head"):
         load_config(values)
     values = small.config(models, method__name="fedpt")
     assert "tunes a classifier here" in build(load_config(values)).warnings[0]
@@ -394,7 +398,7 @@ def test_another_large_model_needs_an_alpha(ran: app.Run, models: Path) -> None:
     assert open_artefact(ran.folder, alpha=0.25).alpha == 0.25
     alone = open_artefact(ran.folder, "none")
     assert alone.alpha is None and alone.trio.large is None and set(alone.voices) == {"tuned_small", "base_small"}
-    with pytest.raises(RequestError, match="alpha is nan; give a finite number"):
+    with pytest.raises(RequestError, match=r"alpha is nan; give a number from -100 to 100 \(--alpha\)"):
         open_artefact(ran.folder, alpha=float("nan"))
     with pytest.raises(RequestError, match=r"alpha is 1\.0, and there is no large model to steer"):
         open_artefact(ran.folder, "none", alpha=1.0)

@@ -7,7 +7,6 @@ large model and alpha it was chosen to speak.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,7 +30,7 @@ from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Completion, Emitted
 from fedpeft.proxy.decode import Decoding, decode
 from fedpeft.proxy.expert import expert_of
-from fedpeft.proxy.settings import Settings
+from fedpeft.proxy.settings import ALPHA_WORDS, Settings, alpha_fits
 from fedpeft.proxy.trio import Trio
 
 FILE, FORMAT = "proxy.json", 1
@@ -227,14 +226,14 @@ def open_artefact(
 
     Raises:
         RequestError: nothing to open there; another small model or tokenizer than the adapter was trained with; a
-            large model without an alpha; an alpha that is not finite, or for nothing.
+            large model without an alpha; an alpha out of range, or for nothing.
     """
     from fedpeft.proxy.backends import open_backend
     from fedpeft.proxy.tokenizers import check_tokenizers, fingerprint
 
     path, facts = _facts(Path(folder))
-    if alpha is not None and not math.isfinite(alpha):
-        raise RequestError(f"alpha is {alpha}; give a finite number")
+    if alpha is not None and not alpha_fits(alpha):
+        raise RequestError(f"alpha is {alpha}; give {ALPHA_WORDS} (--alpha)")
     small, params = _small(path, facts)
     tokenizer, lm = small.base.tokenizer, small.lm
     assert lm is not None, "the small model was loaded with its head"

@@ -21,6 +21,12 @@ NAMES = {
 }
 
 
+BLANK = {  # by whether there is any text
+    False: "the model ended it before it said anything that can be shown",
+    True: "it has nothing but spaces and line breaks",
+}
+
+
 def generate(
     folder: Annotated[
         str,
@@ -97,24 +103,37 @@ def generate(
     )  # fmt: skip
     drafts = opened.speculate if speculate is None else speculate
     if stream:
-        _stream(opened, ids, settings, drafts)
+        _say_if_blank("the answer", _stream(opened, ids, settings, drafts))
     elif compare:
         answers = compared(opened, ids, settings, drafts)
         told = {who: _told(own) for who, own in answers.items()}
         typer.echo(
             render.as_json(told) if json else "\n\n".join(f"{NAMES[w]}:\n{own.text}" for w, own in answers.items())
         )
+        for who, own in answers.items():
+            _say_if_blank(f"the answer of the {NAMES[who]}", own.text)
     else:
         found = answer(opened, ids, settings, drafts)
         typer.echo(render.as_json({"prompt_tokens": len(ids), **_told(found)}) if json else found.text)
+        _say_if_blank("the answer", found.text)
 
 
-def _stream(opened: Artefact, ids: list[int], settings: Settings, drafts: int) -> None:
+def _stream(opened: Artefact, ids: list[int], settings: Settings, drafts: int) -> str:
     from fedpeft.app.proxying import speak
 
+    said = ""
     for emitted in speak(opened, ids, settings, drafts):
         typer.echo(emitted.text, nl=False)
+        said += emitted.text
     typer.echo()
+    return said
+
+
+def _say_if_blank(what: str, text: str) -> None:
+    """An answer without a visible character is no error, but nobody should look for it in vain."""
+    if not text.strip():
+        remedy = "ask in other words, or try another --alpha, a longer --max-tokens or a --temperature above 0"
+        typer.echo(f"note: {what} is blank: {BLANK[bool(text)]}; {remedy}", err=True)
 
 
 def _told(found: Completion) -> dict[str, Any]:

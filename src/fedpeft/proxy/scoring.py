@@ -6,7 +6,6 @@ with log softmax(z_L + alpha (z_T - z_B)), see `proxy/decode.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +20,7 @@ from fedpeft.proxy.answers import Top, told
 from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo, Full, Labels, Scores
 from fedpeft.proxy.expert import Expert
 from fedpeft.proxy.recorded import Recorded
+from fedpeft.proxy.settings import ALPHA_WORDS, alpha_fits
 from fedpeft.proxy.trio import Prompts, Trio
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -240,8 +240,8 @@ def _labels_of_large(large: BlackBoxLM, prompt: Sequence[int], labels: Sequence[
 
 
 def _known(trio: Trio, alpha: float | None) -> None:
-    if trio.steered and (alpha is None or not math.isfinite(alpha)):
-        raise RequestError(f"alpha is {alpha}; give a finite number such as that of the alpha curve")
+    if trio.steered and (alpha is None or not alpha_fits(alpha)):
+        raise RequestError(f"alpha is {alpha}; give {ALPHA_WORDS}, such as that of the alpha curve")
 
 
 @dataclass(frozen=True)
