@@ -30,8 +30,9 @@ from fedpeft.maths.logits import combine, offsets
 from fedpeft.models.readouts import Item
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo
+from fedpeft.proxy.demands import check_scorable
 from fedpeft.proxy.expert import Expert, expert_of
-from fedpeft.proxy.recorded import MOST_BYTES, Recorded, check_scorable
+from fedpeft.proxy.recorded import MOST_BYTES, Recorded
 from fedpeft.proxy.scoring import GRID, AlphaCurve, alpha_curve, score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio

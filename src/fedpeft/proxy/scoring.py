@@ -17,7 +17,8 @@ from fedpeft.core.errors import RequestError
 from fedpeft.maths.logits import combine, curve_terms, losses, offsets
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Top, told
-from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo, Full, Labels, Scores
+from fedpeft.proxy.blackbox import BlackBoxLM, Full, Labels, Scores
+from fedpeft.proxy.demands import check_scorable
 from fedpeft.proxy.expert import Expert
 from fedpeft.proxy.recorded import Recorded
 from fedpeft.proxy.settings import ALPHA_WORDS, alpha_fits
@@ -336,7 +337,7 @@ def _batches(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> list[list
     most_rows = most_tokens = budget
     if trio.large is not None and sequences:
         caps = trio.large.caps
-        _scorable(trio.large, max(answers))
+        check_scorable(caps, max(answers))
         most_rows, most_tokens = caps.max_batch, caps.max_context
         if (longest := max(map(len, sequences))) > most_tokens:
             raise RequestError(f"a text has {longest} tokens and {caps.identity} reads {most_tokens}; shorten it")
@@ -349,12 +350,3 @@ def _batches(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> list[list
         else:
             batches.append([i])
     return batches
-
-
-def _scorable(large: BlackBoxLM, longest: int) -> None:
-    caps = large.caps
-    remedy = "use a model in this process or a logit server (fedpeft serve --logits)"
-    if not caps.full:
-        raise CannotDo(caps.identity, "scores of whole texts", f"it gives the {caps.top_k} likeliest tokens", remedy)
-    if longest > 1 and not caps.block:
-        raise CannotDo(caps.identity, "scores of whole texts", "it scores one position a call", remedy)
