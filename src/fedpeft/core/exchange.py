@@ -201,6 +201,7 @@ class Exchange:
     fold: Callable[[Any, Mapping[ClientId, Any], ServerEnv], Any]
     accept: Callable[[Any, Any], None] = matching  # (down, up): raises RecordError where the answer does not fit
     again: Callable[[Any, Sequence[ClientId], Rng], Sequence[ClientId]] | None = None  # below the quorum; None: `pick`
+    quorum: float | None = None  # share of those asked who must answer; None: the run's; 0: nobody need
 
 
 class Method(Protocol):
