@@ -94,8 +94,9 @@ def test_failed_run_is_one_line_with_code_1(fake: FakeApp, error: Exception) -> 
     assert "Traceback" not in result.output
 
 
-def test_failed_run_that_left_a_state_says_how_to_go_on(fake: FakeApp) -> None:
-    fake.error = QuorumError("too few clients answered.")
+@pytest.mark.parametrize("end", [".", ""])
+def test_failed_run_that_left_a_state_says_how_to_go_on(fake: FakeApp, end: str) -> None:
+    fake.error = QuorumError(f"too few clients answered{end}")
     fake.leave = lambda folder: (folder.mkdir(), (folder / "config.yaml").touch())[0]
     result = call("run", DEMO, "--out", "here")
     assert result.stderr.splitlines()[-1] == "error: too few clients answered. Go on with: fedpeft resume here"
