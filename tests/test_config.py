@@ -288,6 +288,10 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
             "run.stop.patience: 5 evaluations, one every 10 rounds (the default), do not",
         ),
         ({"task": {"labels": ["one"]}}, "task.labels: "),
+        (
+            {"method": {"name": "fedpipe"}, "model": {"quantize": "nf4"}},
+            "model.quantize: nf4 packs one base for everybody, and method.bits plans each machine's own; use none, and",
+        ),
     ],
 )
 def test_problem_names_key_value_and_remedy(source: dict[str, Any], problem: str) -> None:
