@@ -267,6 +267,10 @@ class Method(Protocol):
         """
         ...
 
+    def rows_of_round(self, rows: float) -> float:
+        """Rows that a client with so many trains on in one round, repeats counted, as an estimate of costs takes it."""
+        ...
+
     def choices(self, state: Any) -> Mapping[str, Any]:
         """What the method decided by itself, as JSON can carry it, for the run's record; a "warning" is logged.
 
