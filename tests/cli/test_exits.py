@@ -45,6 +45,11 @@ from fedpeft.core.errors import ClientError, DataError, QuorumError, StoreError
         (("list", "everything"), "everything"),
         (("run",), "Missing argument"),
         (("runn",), "No such command"),
+        (("run", DEMO, "--set", "run.engine=flower"), "run.engine: flower will connect real sites over a network and"),
+        (("server", "x.yaml"), "fedpeft server will run the server of a federation of real sites and is not in this"),
+        (("client", "--help"), "fedpeft client will run one site of a federation and is not in this version; use"),
+        (("keys", "new"), "fedpeft keys will make and list the keys"),
+        (("status",), "fedpeft status will tell the live state of a federation of real sites and is not in this"),
     ],
 )
 def test_wrong_request_is_told_with_code_2_and_no_traceback(
