@@ -14,7 +14,7 @@ import small
 import tiny_lm
 from fedpeft import app
 from fedpeft.app.federation import build
-from fedpeft.app.holding import SCORES, Holding, hold
+from fedpeft.app.holding import SCORES, Holding, hold, key_of
 from fedpeft.app.proxying import FILE, compare, open_artefact, speak
 from fedpeft.config import load_config
 from fedpeft.core import tree
@@ -295,6 +295,14 @@ def test_mistakes_are_told_before_the_first_round(
     with pytest.raises(error, match=message):
         app.run(config(models, **changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_key_is_what_a_variable_holds_without_the_blanks_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDPEFT_A_KEY", " secret\n")
+    assert key_of("FEDPEFT_A_KEY") == "secret" and key_of(None) is None
+    monkeypatch.setenv("FEDPEFT_A_KEY", " ")
+    with pytest.raises(RequestError, match="--token-env names the variable FEDPEFT_A_KEY, which is not set or empty"):
+        key_of("FEDPEFT_A_KEY", "--token-env")
 
 
 def test_labels_have_no_large_model(models: Path) -> None:
