@@ -91,6 +91,17 @@ def test_who_comes_late_is_planned_for_with_the_deadline_and_the_scores_as_they_
     assert {c: after.roster.plans[c] for c in before.roster.plans} == dict(before.roster.plans)
 
 
+def test_who_never_answers_is_asked_again_in_every_round_and_stops_nobody() -> None:
+    own = method()
+    transport = engine(own, {})
+    transport.fault = lambda client, call: "away" if client == "c3" else None
+    done = run(own, transport)
+    joins = [step for step in done if step.exchange == "join"]
+    assert [(step.cohort, step.answered, len(step.receipts)) for step in joins] == [(("c3",), (), 1)] * 2
+    assert set(done[-1].state.roster.plans) == {"c0", "c1", "c2"} and done[-1].round == 2
+    assert all("c3" not in step.cohort for step in done if step.exchange == "train")
+
+
 def test_a_machine_that_changes_gets_another_plan() -> None:
     own = method(round_seconds=0.02)
     transport = engine(own, dict.fromkeys(("c0", "c1", "c2", "c3"), FAST))

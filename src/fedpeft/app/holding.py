@@ -247,12 +247,12 @@ def hold(fed: Federation) -> Holding | None:
 
 
 def key_of(variable: str | None, named: str = "proxy.token_env") -> str | None:
-    """The large model's key. Raises RequestError where the variable that should hold it is not set."""
+    """The key that a variable holds, without blanks around it. Raises RequestError where it holds none."""
     if variable is None:
         return None
-    key = os.environ.get(variable)
+    key = os.environ.get(variable, "").strip()
     if not key:
-        raise RequestError(f"{named} names the variable {variable}, which is not set; set it to the key")
+        raise RequestError(f"{named} names the variable {variable}, which is not set or empty; set it to the key first")
     return key
 
 

@@ -297,5 +297,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 LATER: dict[str, str] = {
     "privacy": "clipping and noise come with the Flower engine",
+    "run.engine: flower": "will connect real sites over a network and is not in this version; use inprocess, which "
+    "runs all clients in this process",
 }
-"""Keys of the planned interface that this version does not have, and what they wait for."""
+"""Keys and values of the planned interface that this version does not have, and what they wait for."""

@@ -201,6 +201,7 @@ class Exchange:
     fold: Callable[[Any, Mapping[ClientId, Any], ServerEnv], Any]
     accept: Callable[[Any, Any], None] = matching  # (down, up): raises RecordError where the answer does not fit
     again: Callable[[Any, Sequence[ClientId], Rng], Sequence[ClientId]] | None = None  # below the quorum; None: `pick`
+    quorum: float | None = None  # share of those asked who must answer; None: the run's; 0: nobody need
 
 
 class Method(Protocol):
@@ -264,6 +265,10 @@ class Method(Protocol):
 
         Where it is not "", evaluation scores the global params on it too.
         """
+        ...
+
+    def rows_of_round(self, rows: float) -> float:
+        """Rows that a client with so many trains on in one round, repeats counted, as an estimate of costs takes it."""
         ...
 
     def choices(self, state: Any) -> Mapping[str, Any]:

@@ -262,7 +262,7 @@ class FedPipe(Defaults):
 
     def round(self) -> tuple[Exchange, ...]:
         """One round: who is new tells what it is, importance again where that is due, training."""
-        join = Exchange("join", Ask, Report, self.unknown, self.ask, self.report, self.meet, sound)
+        join = Exchange("join", Ask, Report, self.unknown, self.ask, self.report, self.meet, sound, quorum=0.0)
         train = Exchange("train", Broadcast, Trained, self.pick, self.send, self.train, self.average, fits)
         again = (self.importance("refresh", self.due),) if self.measures and self.refresh_every else ()
         return (join, *again, train)
