@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,16 @@ def test_mistakes_are_told_before_the_first_round(
     with pytest.raises(error, match=message):
         app.run(config(models, **changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_rouge_l_that_is_not_installed_is_told_before_the_first_round(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)  # as if it were not there
+    with pytest.raises(RequestError, match=r"proxy\.select is rouge_l.*pip install 'fedpeft\[generate\]'"):
+        app.run(config(models, proxy__select="rouge_l"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert hold(build(load_config(config(models, proxy__select="rouge_l", proxy__alpha=1.0)))) is not None
 
 
 def test_labels_have_no_large_model(models: Path) -> None:
