@@ -60,8 +60,10 @@ def test_llama2_7b(base: str, gigabytes: float):
 def test_bytes_of_a_weight():
     assert weight_bytes("nf4") == 4.5 / 8 and weight_bytes("nf3") == 3.5 / 8 and weight_bytes("int8") == 1
     assert weight_bytes("nf4dq") == pytest.approx(0.515869, abs=1e-6) and weight_bytes("bfloat16") == 2
-    with pytest.raises(ModelError, match="precision 'nf9' is not known"):
-        weight_bytes("nf9")
+    assert weight_bytes("nf4:bitsandbytes") == weight_bytes("nf4")
+    for name in ("nf9", "nf4:simulated"):
+        with pytest.raises(ModelError, match=f"precision '{name}' is not known"):
+            weight_bytes(name)
     assert WEIGHT_ERROR["bfloat16"] < WEIGHT_ERROR["int8"] < WEIGHT_ERROR["nf4"] < WEIGHT_ERROR["nf3"]
 
 

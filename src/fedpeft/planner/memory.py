@@ -34,12 +34,12 @@ a bfloat16 base are looser (`docs/log.md`); checkpointing and quantised bases ar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedpeft.core.errors import ModelError
+from fedpeft.core.packing import format_of
 from fedpeft.planner.activations import DTYPE_BYTES, Block
 from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, all_weights, first_input, lm_tokens, ranked
 
@@ -53,22 +53,17 @@ Loop = Literal["ours", "plain"]
 
 
 def weight_bytes(base: str) -> float:
-    """Bytes of one frozen weight: of a dtype, int8, nfk (blocks of 64 with a float32 scale) or nf4dq.
-
-    Double quantisation keeps the scales in 8 bits, and one float32 for 256 of them.
+    """Bytes of one frozen weight: of a dtype, or of a format in which it is packed.
 
     Raises:
         ModelError: a precision that is not known.
     """
     if base in DTYPE_BYTES:
         return DTYPE_BYTES[base]
-    if base == "int8":
-        return 1.0
-    found = re.fullmatch(r"nf([2-8])(dq)?", base)
-    if found is None:
+    form = format_of(base)
+    if form is None or form.simulated:  # a simulated format keeps weights in their own dtype
         raise ModelError(f"precision {base!r} is not known; use one of {', '.join(DTYPE_BYTES)}, int8, nf4, nf4dq")
-    scales = 8 / 64 + 32 / (64 * 256) if found[2] else 32 / 64
-    return (int(found[1]) + scales) / 8
+    return form.bytes_per_weight
 
 
 # --- the base ---------------------------------------------------------------------------------------------------
