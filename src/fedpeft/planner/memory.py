@@ -6,7 +6,8 @@ compute dtype. A block keeps for its backward pass (sizes per token; a tensor is
     norms               the input of each whose output needs a gradient, d (a fused LayerNorm, or RMSNorm's factors)
     attention, fused    query A, key K, value K, output A, and a logarithm per head
     attention, eager    what of query, key and value needs the others' gradient, and the weights, heads * tokens
-    feed-forward part   gated: gate, its activation, up, 3 f; else what the activation keeps, f, or 4 f written out
+    feed-forward part   gated: gate, its activation, up, 3 f; else what the activation keeps, f, or 4 f written out; a
+                        ReLU keeps its output, which down's adapter needs too
     trained adapters    the input of their matrix, and r for what lies between their factors
 
 In the lowest block that is only what follows the first adapter's input, and below it nothing (`cost.first_input`). The
@@ -27,9 +28,9 @@ the larger of base + 12 T + activations + loss and base + 16 T, with T trained n
   down or up, or a block below that keeps nothing. `Block.moments` lists them, read off a tracker of live storages.
 
 Against that tracker, float32, fused attention, f of at least 2 d: within 2.1 % of all but the base on a grid of 440
-cases of BERT, GPT-2 and Llama, and within 4.4 % on 72 random ones drawn afterwards. A narrower f, eager attention and
-a bfloat16 base are looser (`docs/log.md`); checkpointing and quantised bases are formulas alone. Resident memory:
-`benchmarks/peak.py`.
+cases of BERT, GPT-2 and Llama, and within 4.4 % on 72 random ones drawn afterwards; of OPT within 1.3 % on 36. A
+narrower f, eager attention and a bfloat16 base are looser (`docs/log.md`); checkpointing and quantised bases are
+formulas alone. Resident memory: `benchmarks/peak.py`.
 """
 
 from __future__ import annotations
