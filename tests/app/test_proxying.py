@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,16 @@ def test_a_key_is_what_a_variable_holds_without_the_blanks_around_it(monkeypatch
     monkeypatch.setenv("FEDPEFT_A_KEY", " ")
     with pytest.raises(RequestError, match="--token-env names the variable FEDPEFT_A_KEY, which is not set or empty"):
         key_of("FEDPEFT_A_KEY", "--token-env")
+
+
+def test_rouge_l_that_is_not_installed_is_told_before_the_first_round(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)  # as if it were not there
+    with pytest.raises(RequestError, match=r"proxy\.select is rouge_l.*pip install 'fedpeft\[generate\]'"):
+        app.run(config(models, proxy__select="rouge_l"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert hold(build(load_config(config(models, proxy__select="rouge_l", proxy__alpha=1.0)))) is not None
 
 
 def test_labels_have_no_large_model(models: Path) -> None:

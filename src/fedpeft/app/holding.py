@@ -36,6 +36,7 @@ from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
 from fedpeft.runs.history import LARGE, PROXY
 from fedpeft.runs.metrics import metrics_of
+from fedpeft.runs.texts import rouge_available
 
 if TYPE_CHECKING:
     from fedpeft.models.readouts.generate import GenerateReadout
@@ -219,8 +220,8 @@ def hold(fed: Federation) -> Holding | None:
     """Open the large model and read the public texts; None where the configuration names no large model.
 
     Raises:
-        RequestError: a model that cannot be opened or reads other tokens, no key, no validation texts, or texts that
-            are longer than it reads.
+        RequestError: a model that cannot be opened or reads other tokens, no key, no validation texts, texts that are
+            longer than it reads, or no ROUGE-L where that is to choose.
         CannotDo: it cannot give what the run needs.
     """
     from fedpeft.proxy.backends import open_backend
@@ -234,6 +235,11 @@ def hold(fed: Federation) -> Holding | None:
     if proxy.alpha == "auto" and fed.task.validation is None:
         raise ConfigError(
             ["proxy.alpha: auto is chosen on texts that the server has; give task.validation, or a number (--alpha)."]
+        )
+    if proxy.alpha == "auto" and proxy.select == "rouge_l" and not rouge_available():
+        raise RequestError(
+            "proxy.select is rouge_l, and what computes ROUGE-L is not installed; pip install 'fedpeft[generate]', or "
+            "use another proxy.select"
         )
     Speaker(fed.model, fed.initial)  # an adapter that cannot speak token by token is refused before anything is trained
     large = open_backend(proxy.large, token=key_of(proxy.token_env), top_k=proxy.top_k)
