@@ -75,8 +75,8 @@ class FakeApp:
         self._do("demo", out, folder=out, progress=progress)
         return self._comparison(out)
 
-    def evaluate(self, folder: Path, data: Path | None = None) -> Any:
-        self._do("evaluate", folder, data)
+    def evaluate(self, folder: Path, data: Path | None = None, *, large: bool, own_proxies: bool) -> Any:
+        self._do("evaluate", folder, data, large, own_proxies)
         return {"test": {"global": {"accuracy": 0.8125, "loss": 0.4}}}
 
     def predict(self, folder: Path, data: Path, out: Path | None = None, client: str | None = None) -> Any:

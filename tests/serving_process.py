@@ -26,7 +26,7 @@ def main(text: str, pause_s: str, grace_s: str, *arguments: str) -> None:
             time.sleep(float(pause_s))
             return super().scores(new)
 
-    def open_artefact(folder: Path, large: str | None, alpha: float | None = None, token: str | None = None):
+    def open_artefact(folder: Path, large: str | None, **told: object):
         artefact = parrot.speaking(text)
         artefact.trio.large.session = Slow
         return artefact

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import said
 import small
 from fedpeft import app
 
@@ -24,3 +25,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def finished(place: Path) -> app.Run:
     """A finished run of `small.config`; only to be read."""
     return app.run(small.config(place), out=place / "finished")
+
+
+@pytest.fixture(scope="session")
+def models(place: Path) -> Path:
+    """The place, with models and texts of `said`."""
+    return said.make(place)
+
+
+@pytest.fixture(scope="session")
+def ran(models: Path) -> app.Run:
+    """A finished run of `said.config`; only to be read."""
+    return app.run(said.config(models), out=models / "run-fedpt")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,52 +21,11 @@ from fedpeft.app.proxying import FILE, compare, open_artefact, speak
 from fedpeft.config import load_config
 from fedpeft.core import tree
 from fedpeft.core.errors import ConfigError, ModelError, RequestError, RunError
-from fedpeft.core.rng import rng_for
 from fedpeft.models.load import load_base
 from fedpeft.proxy.blackbox import BackendError, CannotDo
 from fedpeft.proxy.settings import Settings
 from fedpeft.runs.store import RunFolder
-
-
-def rows(n: int, place: str) -> list[dict[str, Any]]:
-    """A word that decides the answer."""
-    rng = rng_for(0, "proxying", place)
-    words = [str(rng.choice(["film", "time", "once"])) for _ in range(n)]
-    return [{"instruction": f"a {word} ?", "response": " good ." if word == "film" else " bad ."} for word in words]
-
-
-@pytest.fixture(scope="module")
-def models(place: Path) -> Path:
-    """A small Llama and a GPT-2 in the role of the large model, with one tokenizer; and texts."""
-    tokenizer = tiny_lm.byte_tokenizer()
-    for family in ("llama", "gpt2"):
-        tiny_lm.save(family, tokenizer, place / f"proxy-{family}", len(tokenizer), positions=64)
-    for name, n in (("said", 48), ("said_validation", 12), ("said_test", 12)):
-        small.write_rows(place / f"{name}.jsonl", rows(n, name))
-    public = [*rows(4, "public"), {"instruction": "a film ?"}, {"instruction": "it was ?", "response": None}]
-    small.write_rows(place / "said_public.jsonl", public)
-    return place
-
-
-def config(place: Path, **changes: Any) -> dict[str, Any]:
-    values = small.config(place, model__name=str(place / "proxy-llama"), partition__kind="iid", run__rounds=2)
-    values["partition"]["clients"] = 4
-    values["method"] = {"name": "fedpt", "cohort": 2, "epochs": 2, "batch_size": 8, "lr": 2e-2}
-    values["task"] = {
-        "name": "said", "train": str(place / "said.jsonl"), "validation": str(place / "said_validation.jsonl"),
-        "test": str(place / "said_test.jsonl"), "format": "generate", "template": "{instruction}", "max_length": 32,
-        "generate_rows": 3, "generate_tokens": 4,
-    }  # fmt: skip
-    values["proxy"] = {"large": str(place / "proxy-gpt2")}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
-    return values
-
-
-@pytest.fixture(scope="module")
-def ran(models: Path) -> app.Run:
-    return app.run(config(models), out=models / "run-fedpt")
+from said import config
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +179,69 @@ def test_public_texts_are_told_to_have_no_effect_where_they_have_none(models: Pa
     assert build(load_config(plain)).warnings == ["proxy.public has no effect: fedavg does not distil"]
 
 
+# --- an expert prompt -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def framed(models: Path) -> app.Run:
+    changes = {"proxy__expert_prompt": "once ", "proxy__public": str(models / "said_public.jsonl")}
+    return app.run(config(models, run__rounds=1, **changes), out=models / "run-framed")
+
+
+def test_the_tuned_model_alone_reads_the_expert_prompt(framed: app.Run, models: Path) -> None:
+    """Losses of the curve, of the scores and of the teacher from logits, with the ids put together by hand."""
+    fed = build(load_config(framed.folder / "config.yaml"))
+    held = hold(fed)
+    assert held is not None and held.public is not None
+    params = app.running.best_params(fed, RunFolder.open(framed.folder))
+    front = list(fed.base.tokenizer("once ", add_special_tokens=False)["input_ids"])
+    large = build(load_config(config(models, model__name=str(models / "proxy-gpt2"), method__lr=1e-3)))
+
+    def combined(data: Any, row: int, alpha: float) -> torch.Tensor:
+        tokens, start = data.tokens[row], int(data.starts[row])
+        longer = dataclasses.replace(data.take([row]), tokens=(np.asarray([*front, *tokens], np.int32),))
+        longer = dataclasses.replace(longer, starts=np.asarray([len(front) + start]))
+        tuned = fed.model.token_logits(params, longer, [0])
+        z = large.model.token_logits(None, data, [row]).double()
+        return z + alpha * (tuned - fed.model.token_logits(None, data, [row]))
+
+    def loss(data: Any, alpha: float) -> float:
+        total, count = 0.0, 0
+        for row in range(len(data)):
+            said = torch.from_numpy(data.tokens[row][int(data.starts[row]) :].astype("int64"))
+            total += float(torch.nn.functional.cross_entropy(combined(data, row, alpha), said, reduction="sum"))
+            count += len(said)
+        return total / count
+
+    assert held.curve(params).nll[1.0] == pytest.approx(loss(fed.whole("validation"), 1.0), abs=1e-5)
+    assert held.scores(params, 0.5, "test")["proxy"]["loss"] == pytest.approx(loss(fed.whole("test"), 0.5), abs=1e-5)
+    row = 4  # one without a response
+    told = held.teacher(params, 0.5)([row]).logits.double().log_softmax(dim=-1)
+    own = combined(held.public, row, 0.5)[:, : held.vocab].log_softmax(dim=-1)
+    near = own > -16
+    assert float((told - own)[near].abs().max()) < 0.01
+
+
+def test_an_artefact_has_its_expert_prompt(framed: app.Run) -> None:
+    assert json.loads((framed.folder / "adapter" / FILE).read_text())["expert_prompt"] == "once "
+    opened = open_artefact(framed.folder)
+    once = opened.prompting.tokenizer("once ", add_special_tokens=False)["input_ids"]
+    assert opened.trio.tuned_prompts([[7]]) == [[*once, 7]] and opened.voices["base_small"].expert is None
+    for sample in RunFolder.open(framed.folder).samples():
+        ids = opened.prompt(instruction=sample["instruction"])
+        found = compare(opened, ids, Settings(max_tokens=4, **opened.settings))
+        assert {who: found[who].text.strip() for who in ("proxy", "large", "base_small")} == {
+            "proxy": sample["proxy"], "large": sample["large"], "base_small": sample["base"],
+        }  # fmt: skip
+    with pytest.raises(
+        RequestError, match=r"alpha was chosen with the expert prompt 'once ', and it is None; .*--alpha"
+    ):
+        open_artefact(framed.folder, expert_prompt="")
+    assert open_artefact(framed.folder, alpha=0.5, expert_prompt="").trio.expert is None
+    other = open_artefact(framed.folder, alpha=0.5, expert_prompt="{prompt} once")
+    assert other.trio.tuned_prompts([[7]]) != [[7]] and other.trio.tuned_prompts([[7]])[0][0] == 7
+
+
 # --- choosing alpha by what is said -----------------------------------------------------------------------------
 
 
@@ -274,14 +297,25 @@ def _weak(held: Holding) -> Holding:
     [
         ({"task__validation": None}, ConfigError, r"proxy.alpha: auto is chosen on texts that the server has"),
         ({"proxy__large": None, "proxy__public": "said_public.jsonl"}, ConfigError, "proxy.public: what is distilled"),
-        ({"proxy__alpha": float("nan")}, ConfigError, "proxy.alpha"),
-        ({"proxy__alpha": float("inf")}, ConfigError, "proxy.alpha"),
+        ({"proxy__alpha": float("nan")}, ConfigError, "proxy.alpha: nan cannot be used; give 'auto', or a number from"),
+        (
+            {"proxy__alpha": 101},
+            ConfigError,
+            "proxy.alpha: 101 cannot be used; give 'auto', or a number from -100 to 100",
+        ),
         ({"proxy__top_k": 4}, ConfigError, "proxy.top_k"),
         ({"proxy__public": "nowhere.jsonl"}, ConfigError, "proxy.public: there is no"),
         ({"proxy__token_env": "FEDPEFT_NO_SUCH_KEY"}, RequestError, "variable FEDPEFT_NO_SUCH_KEY, which is not set"),
         ({"proxy__large": "tiny"}, RequestError, "family bert"),
         ({"proxy__large": "proxy-other"}, RequestError, "the tokenizer of .* is not the small model's"),
         ({"task__max_length": 96}, ModelError, "task.max_length is 96"),
+        (
+            {"proxy__expert_prompt": "{prompt}{prompt}"},
+            ConfigError,
+            r"give a text with \{prompt\} at most once, or chat",
+        ),
+        ({"proxy__expert_prompt": "chat"}, RequestError, "the tokenizer has no chat template"),
+        ({"proxy__expert_prompt": "once " * 60}, RequestError, "the small model reads 64; shorten the expert prompt"),
     ],
 )
 def test_mistakes_are_told_before_the_first_round(
@@ -319,7 +353,7 @@ def test_rouge_l_that_is_not_installed_is_told_before_the_first_round(
 def test_labels_have_no_large_model(models: Path) -> None:
     values = small.config(models)
     values["proxy"] = {"large": str(models / "proxy-gpt2"), "alpha": 1.0}
-    with pytest.raises(ConfigError, match=r"proxy\.large: it says texts, and task.format is head"):
+    with pytest.raises(ConfigError, match=r"proxy\.large: a large model says texts, and task.format is head"):
         load_config(values)
     values = small.config(models, method__name="fedpt")
     assert "tunes a classifier here" in build(load_config(values)).warnings[0]
@@ -400,7 +434,7 @@ def test_another_large_model_needs_an_alpha(ran: app.Run, models: Path) -> None:
     assert open_artefact(ran.folder, alpha=0.25).alpha == 0.25
     alone = open_artefact(ran.folder, "none")
     assert alone.alpha is None and alone.trio.large is None and set(alone.voices) == {"tuned_small", "base_small"}
-    with pytest.raises(RequestError, match="alpha is nan; give a finite number"):
+    with pytest.raises(RequestError, match=r"alpha is nan; give a number from -100 to 100 \(--alpha\)"):
         open_artefact(ran.folder, alpha=float("nan"))
     with pytest.raises(RequestError, match=r"alpha is 1\.0, and there is no large model to steer"):
         open_artefact(ran.folder, "none", alpha=1.0)

@@ -62,14 +62,36 @@ def test_comparison_and_draws(ran: app.Run) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     zero = json.loads(fedpeft(*asked, "--json", "--alpha", "0").stdout)
     assert zero["tokens"] == both["large"]["tokens"]
+    framed = [fedpeft(*asked, "--json", "--alpha", "2", "--expert-prompt", text).stdout for text in ("", "once time ")]
+    first = [json.loads(told)["logprobs"][0] for told in framed]
+    assert first[0] != first[1], "the tuned model reads more before it says its first token"
     alone = json.loads(fedpeft(*asked, "--json", "--large", "none").stdout)
     assert alone["alpha"] is None and alone["tokens"] == both["tuned_small"]["tokens"]
+
+
+def test_a_blank_answer_is_told_beside_the_output(ran: app.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedpeft.proxy import answers
+
+    asked = ("generate", ran.folder, "--prompt", "a film ?", "--max-tokens", "2")
+    assert "blank" not in fedpeft(*asked).stderr
+    monkeypatch.setattr(answers.Writer, "add", lambda self, token: (" ", False))
+    spaces = fedpeft(*asked)
+    assert (spaces.exit_code, spaces.stdout.strip()) == (0, "")
+    assert "note: the answer is blank: it has nothing but spaces and line breaks; ask in other words" in spaces.stderr
+    monkeypatch.setattr(answers.Writer, "add", lambda self, token: ("", False))
+    for way in ((), ("--stream",), ("--json",)):
+        done = fedpeft(*asked, *way)
+        assert done.exit_code == 0 and "blank: the model ended it before it said anything" in done.stderr
+    assert json.loads(done.stdout)["text"] == ""
+    told = fedpeft(*asked, "--compare").stderr.splitlines()
+    assert len(told) == 4 and told[1].startswith("note: the answer of the large model alone is blank")
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--alpha", "nan"), "alpha is nan; give a finite number"),
+        (("--alpha", "nan"), "alpha is nan; give a number from -100 to 100 (--alpha)"),
+        (("--alpha", "-101"), "alpha is -101.0; give a number from -100 to 100 (--alpha)"),
         (("--stream", "--json"), "leave out --json"),
         (("--raw", "--context", "x"), "has no place in a raw prompt"),
         (("--temperature", "-1"), "temperature is -1.0"),

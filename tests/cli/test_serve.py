@@ -36,8 +36,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Calls of `open_artefact`; nothing is listened to."""
     calls: list[tuple[Any, ...]] = []
 
-    def open_artefact(folder: Path, large: str | None, alpha: float | None = None, token: str | None = None) -> Any:
-        calls.append((folder, large, alpha, token))
+    def open_artefact(folder: Path, large: str | None, **told: Any) -> Any:
+        calls.append((folder, large, *told.values()))
         return Artefact()
 
     monkeypatch.setitem(sys.modules, "fedpeft.app.proxying", types.SimpleNamespace(open_artefact=open_artefact))
@@ -60,10 +60,11 @@ def test_the_command_passes_on_what_it_was_told(run, opened, monkeypatch):
         "--large http://there --alpha 0.5 --speculate 4 --max-batch 3 --max-queue 5 --max-tokens-limit 7 --timeout 9"
     )
     told = command_line.call(
-        "serve", str(run), *words.split(), "--port", "0", "--api-key-env", "KEY", "--token-env", "TOKEN"
-    )
+        "serve", str(run), *words.split(), "--port", "0", "--api-key-env", "KEY", "--token-env", "TOKEN",
+        "--expert-prompt", "Be brief."
+    )  # fmt: skip
     assert told.exit_code == 0, told.output
-    assert opened == [(run, "http://there", 0.5, "t0ken")]
+    assert opened == [(run, "http://there", 0.5, "t0ken", "Be brief.")]
     app, (host, port), connections = heard
     assert told.output == f"serving toy at http://127.0.0.1:{port}; stop with Ctrl+C\n" and host == "127.0.0.1"
     assert app.key == b"s3cret" and connections == 3 + 5 + serving.SPARE

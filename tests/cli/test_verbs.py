@@ -85,14 +85,18 @@ def test_one_of_a_thing_is_told_as_one(fake: FakeApp, monkeypatch: pytest.Monkey
 def test_evaluate_prints_scores(fake: FakeApp, run_dir: Path) -> None:
     result = call("evaluate", str(run_dir), "--data", "rows.csv")
     assert result.stdout.splitlines()[-1].split() == ["test", "global", "accuracy", "0.812"]
-    assert fake.calls == [("evaluate", (run_dir, Path("rows.csv")))]
+    assert fake.calls == [("evaluate", (run_dir, Path("rows.csv"), True, False))]
+    call("evaluate", str(run_dir), "--without-large", "--own-proxies")
+    assert fake.calls[-1][1][2:] == (False, True)
     assert json.loads(call("evaluate", str(run_dir), "--json").stdout)["test"]["global"]["loss"] == 0.4
 
 
 def test_scores_name_the_round_of_each_model(capsys: pytest.CaptureFixture[str]) -> None:
     by = {"global": {"accuracy": 0.6}, "personalized": {"accuracy": 0.7}, "majority": {"accuracy": 0.2}}
-    print_scores({"test": by, "rounds": {"global": 8, "personalized": 10}}, False)
+    told = {"rounds": {"global": 8, "personalized": 10}, "not_scored": {"proxy": "it tells a few candidates"}}
+    print_scores({"test": by, **told}, False)
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines.pop() == ["proxy has no score: it tells a few candidates"]
     assert lines == [
         ["test global accuracy (round 8)", "0.600"],
         ["test personalized accuracy (round 10)", "0.700"],

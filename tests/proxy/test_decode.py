@@ -20,6 +20,7 @@ from fedpeft.models.merge import merge
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.blackbox import BackendError, CannotDo
 from fedpeft.proxy.decode import Completion, Decoding, Emitted, Settings, Trio, decode
+from fedpeft.proxy.expert import Expert
 
 FAMILIES = trios.FAMILIES
 LARGE = {"gpt2": "llama", "llama": "gpt2"}
@@ -127,7 +128,8 @@ def test_a_processor_within_generate_is_this_loop_and_a_penalty_of_its_configura
 def test_the_tuned_model_may_read_other_prompts() -> None:
     trio, prompts = trios.trio(), trios.prompts(4, 3)
     framed = [[1, 7, *prompt, 8] for prompt in prompts]
-    found = decode(trio, prompts, [Settings(alpha=1.0, max_tokens=6)] * 3, tuned_prompts=framed)
+    expert = Expert((1, 7), (8,))
+    found = decode(replace(trio, expert=expert), prompts, [Settings(alpha=1.0, max_tokens=6)] * 3)
     large, tuned, base = wholes("gpt2")
     for prompt, frame, own in zip(prompts, framed, found, strict=True):
         said: list[int] = []

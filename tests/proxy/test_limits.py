@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
-import json
 import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import openai
@@ -19,50 +16,10 @@ import pytest
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.desk import Options
 from fedpeft.proxy.guard import check_host
+from proxy.callers import client, post
 from proxy.served import Artefact, Script, fake_trio, serving, until
 
 TEXT = "naïve 日本語 🎉 fin"
-
-
-@pytest.fixture(scope="module")
-def script() -> Script:
-    return Script()
-
-
-@pytest.fixture(scope="module")
-def shared(script: Script) -> Iterator[tuple[str, Any]]:
-    with serving(script) as served:
-        yield served
-
-
-@pytest.fixture
-def url(shared: tuple[str, Any], script: Script) -> str:
-    script.says, script.fail, script.pause_s = lambda prompt: f"you said {prompt}", lambda step: None, 0.0
-    script.gate.set()
-    script.opened.clear()
-    script.dropped.clear()
-    return shared[0]
-
-
-CLIENTS: list[openai.OpenAI] = []
-
-
-def client(url: str, key: str = "none") -> openai.OpenAI:
-    CLIENTS.append(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=20))
-    return CLIENTS[-1]
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    while CLIENTS:
-        CLIENTS.pop().close()
-
-
-def post(url: str, body: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    kind = {"content-type": "application/json"}
-    return httpx.post(url + path, content=content, headers=kind | headers, timeout=20)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------

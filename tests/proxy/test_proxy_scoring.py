@@ -16,6 +16,7 @@ from fedpeft.core.errors import RequestError
 from fedpeft.models.merge import merge
 from fedpeft.proxy.blackbox import CannotDo
 from fedpeft.proxy.decode import Trio
+from fedpeft.proxy.expert import Expert
 from fedpeft.proxy.scoring import GRID, AlphaCurve, alpha_curve, choose_continuation, score
 
 
@@ -71,7 +72,7 @@ def test_models_alone_score_texts_too(wholes: list[Any]) -> None:
 def test_the_tuned_model_may_read_other_prompts(wholes: list[Any]) -> None:
     trio, (sequences, starts) = trios.trio("gpt2"), texts(2)
     framed = [[1, 7, *ids[:start], 8] for ids, start in zip(sequences, starts, strict=True)]
-    found = score(trio, sequences, starts, 1.0, tuned_prompts=framed)
+    found = score(replace(trio, expert=Expert((1, 7), (8,))), sequences, starts, 1.0)
     for own, ids, start, frame in zip(found, sequences, starts, framed, strict=True):
         large, _, base = each(wholes, ids, start)
         tuned = trios.plain_logits(wholes[1], [*frame, *ids[start:]])[len(frame) - 1 : -1]
@@ -227,7 +228,7 @@ def test_what_cannot_be_scored() -> None:
             choose_continuation(trio, [3], options, 1.0, **how)  # type: ignore[arg-type]
     speaker = trio.large.speaker  # type: ignore[union-attr]
     poor = replace(trio, large=black_boxes.box(speaker, full=False, top_k=20))
-    with pytest.raises(CannotDo, match="gives the 20 likeliest"):
+    with pytest.raises(CannotDo, match="tells the 20 likeliest"):
         alpha_curve(poor, [[3, 4]], [1])
     single = replace(trio, large=black_boxes.box(speaker, block=False))
     with pytest.raises(CannotDo, match="one position a call"):

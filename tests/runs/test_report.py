@@ -384,3 +384,10 @@ def test_damaged_client_scores_are_named(tmp_path: Path) -> None:
     (folder / "clients.json").write_text("{")
     with pytest.raises(StoreError, match=r"clients\.json is damaged"):
         write_report([folder], tmp_path / "report.html")
+
+
+def test_no_text_of_a_table_is_cut(tmp_path: Path) -> None:
+    page = write_report([make_run(tmp_path / "run", rounds=2, clients=4)], tmp_path / "page.html").read_text()
+    assert "whole run (measured time: evaluation included)" in page
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "ellipsis" not in style and not re.search(r"t[dh][^{}]*\{[^}]*overflow: hidden", style)

@@ -44,6 +44,40 @@ def test_layers_without_scores_are_boxes() -> None:
     assert [colour for colour, _ in rectangles(blocks([0, 2], 3))] == ["c0", "rest", "c0"]
 
 
+# --- why a teacher steers so far, and what plugging in gives -------------------------------------------------------
+
+
+def page_of(choice: dict[str, Any], metrics: Any = None, rounds: Any = (), **config: Any) -> str:
+    manifest = {"choices": choice, "metric": "accuracy", "metrics": {"best": {"test": metrics or {}}}}
+    return choices(Group("M", (History(Path("here"), config, manifest, rounds, (), {}, (), ()),)))
+
+
+CURVE = {"alphas": [0.0, 0.75, 1.0], "nll": [2.5, 2.25, 2.3], "best": 0.75, "base_large": 2.5, "tuned_small": 2.75}
+
+
+def test_the_teachers_alpha_has_a_reason() -> None:
+    rounds = ({"round": 0}, {"round": 1, "alpha_curve": CURVE})
+    page = page_of({"teacher_alpha": 0.75}, rounds=rounds, proxy={"alpha": "auto", "select": "nll"})
+    assert (
+        "The teacher of the last round steered with alpha 0.75: the one of least loss on the validation texts, " in page
+    )
+    assert "2.2500 nats per token; the large model alone has 2.5000, the tuned small model alone 2.7500." in page
+    by_text = page_of({"teacher_alpha": 0.75}, rounds=rounds, proxy={"select": "exact_match"}, method={"serve": "post"})
+    assert "texts. What is served goes by exact match (proxy.select), the teacher does not." in by_text
+    assert "nats" not in by_text, "the last curve is of what distillation gave"
+    given = page_of({"teacher_alpha": 2.0}, proxy={"alpha": 2.0})
+    assert "steered with alpha 2 in every round: given (proxy.alpha), not chosen." in given
+    assert "The teacher" not in page_of({"loops": 3})
+
+
+def test_plugging_in_is_compared_with_the_emulator() -> None:
+    for whole, part, said in ((0.75, 0.5, "gains 0.250"), (0.5, 0.625, "loses 0.125"), (0.5, 0.5, "changes nothing")):
+        page = page_of({"trained_blocks": [0]}, {"global": {"accuracy": whole}, "emulator": {"accuracy": part}})
+        assert f"have a test accuracy of {whole:.3f}; around the emulator, where clients tuned them, {part:.3f}" in page
+        assert f"so plugging in {said}." in page
+    assert "lugg" not in page_of({"trained_blocks": [0]}, {"global": {"accuracy": 0.5}})
+
+
 def test_huge_scores_do_not_break_the_picture() -> None:
     drawn: Any = ranking([49994.84, 1.0], [0])
     assert "5.0e+04" in drawn and all(width >= 1 for _, width in rectangles(drawn))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fedpeft.runs.history import History
 from fedpeft.runs.report_proxy import proxy
 
@@ -31,6 +33,45 @@ def test_the_curve_has_a_mark_for_each_alpha_and_a_line_for_each_model_alone() -
     assert "The tuned small model alone is better than any combination: serve it alone." in page
     assert "9.500" in page and "0.250" in page and "12.200" in page and "7.400" in page
     assert "nothing" not in proxy(history(None)).lower() and proxy(history(None)) == ""
+
+
+@pytest.mark.parametrize(
+    ("proxy_score", "tuned", "large", "said"),
+    [
+        (9.5, 12.0, 12.2, "The large model is worth asking: steered, it is better than the tuned small model"),
+        (9.5, 9.5, 12.2, "The large model is not worth asking: the tuned small model alone is as good or better."),
+        (9.5, 7.4, 8.2, "The large model is not worth asking"),
+        (12.2, 13.0, 12.2, "The large model is worth asking, but not worth steering: alone it is as good or better."),
+    ],
+)
+def test_one_sentence_says_whether_the_large_model_is_worth_asking(
+    proxy_score: float, tuned: float, large: float, said: str
+) -> None:
+    scores = {"proxy": {"perplexity": proxy_score}, "global": {"perplexity": tuned}, "large": {"perplexity": large}}
+    told = {"large": "L", "alpha": 0.5, "alpha_by": "nll", "curve": None}
+    manifest = {"metric": "perplexity", "metrics": {"best": {"test": scores}}, "proxy": told}
+    page = proxy(History(Path("run"), {}, manifest, (), (), {}, (), ()))
+    assert said in page and page.count("worth asking") == 1
+    figures = f"{proxy_score:.3f} the large model, steered, {tuned:.3f} the small model, tuned, {large:.3f} the large"
+    assert f"Test perplexity (lower is better): {figures} model alone." in page
+
+
+def test_what_alpha_was_chosen_by_says_whether_the_large_model_is_worth_asking() -> None:
+    by = {"proxy": {"exact_match": 0.5, "perplexity": 9.0}, "large": {"exact_match": 0.25, "perplexity": 8.0}}
+    by["global"] = {"exact_match": 0.375, "perplexity": 7.0}
+    told = {"large": "L", "alpha": 0.5, "alpha_by": "exact_match", "curve": None}
+    manifest = {"metric": "perplexity", "metrics": {"best": {"test": by}}, "proxy": told}
+    page = proxy(History(Path("run"), {}, manifest, (), (), {}, (), ()))
+    assert "is worth asking: steered" in page and "Test exact match: 0.500 the large model, steered" in page
+    del by["large"]
+    assert "worth asking" not in proxy(History(Path("run"), {}, manifest, (), (), {}, (), ()))
+
+
+def test_the_expert_prompt_is_told_and_escaped() -> None:
+    told = {"large": "L", "alpha": 0.5, "alpha_by": "given", "curve": None}
+    page = proxy(history(told, expert_prompt="<b>brief</b>"))
+    assert "The tuned small model alone read &#x27;&lt;b&gt;brief&lt;/b&gt;&#x27; with every prompt." in page
+    assert "alone read" not in proxy(history(told))
 
 
 def test_the_best_alpha_is_drawn_against_rounds_where_there_are_several() -> None:

@@ -30,7 +30,9 @@ from fedpeft.maths.logits import combine, offsets
 from fedpeft.models.readouts import Item
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo
-from fedpeft.proxy.recorded import MOST_BYTES, Recorded, check_scorable
+from fedpeft.proxy.demands import check_scorable
+from fedpeft.proxy.expert import Expert, expert_of
+from fedpeft.proxy.recorded import MOST_BYTES, Recorded
 from fedpeft.proxy.scoring import GRID, AlphaCurve, alpha_curve, score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
@@ -51,6 +53,7 @@ class Holding:
     Attributes:
         vocab: V_eff, the tokens that both models have.
         public: texts to distil on; None: none are to be.
+        expert: what the tuned small model alone reads around a prompt.
         folder: of the run; None: nothing is kept on disk.
         text_scores: what was said at each alpha that was tried for `proxy.select`, by the metric.
     """
@@ -59,6 +62,7 @@ class Holding:
     large: BlackBoxLM
     vocab: int
     public: Examples | None = None
+    expert: Expert | None = None
     folder: Path | None = None
     text_scores: dict[float, float] = field(default_factory=dict)
     _curves: dict[str, AlphaCurve] = field(default_factory=dict)  # the last one, by the hash of the parameters
@@ -76,10 +80,11 @@ class Holding:
         """z_L + alpha (z_T - z_B) on rows of the public texts; of all tokens, or of L's candidates."""
         model, public = self.fed.model, self.public
         assert public is not None, "a teacher is asked for where there are public texts"
+        read = public if self.expert is None else self.expert.examples(public)
 
         def teach(rows: Sequence[int]) -> Target:
             large = self._public.forced(rows)
-            tuned, base = (model.token_logits(own, public, rows) for own in (params, None))
+            tuned, base = model.token_logits(params, read, rows), model.token_logits(None, public, rows)
             change = offsets(tuned, base, self.vocab)
             change = change if large.ids is None else change.gather(1, large.ids)
             return Target(combine(large.logits, change, alpha), large.ids, self.vocab)
@@ -124,14 +129,18 @@ class Holding:
         data = self.fed.whole(split)
         if not self.scorable or not len(data):
             return {}
-        metric, readout = self.fed.metric, self.fed.model.readout
         trio = replace(self.trio(params), large=self._remembered(split))
         if split not in self._alone:
-            alone = replace(trio, tuned=None, base=None)
-            sums = readout.sums(readout.outcomes(_Passes(self.fed, alone, None), None, data), data)
-            self._alone[split] = metrics_of(sums, metric)
-        sums = readout.sums(readout.outcomes(_Passes(self.fed, trio, alpha), None, data), data)
-        return {PROXY: {**metrics_of(sums, metric), "alpha": alpha}, LARGE: dict(self._alone[split])}
+            self._alone[split] = self._metrics(replace(trio, tuned=None, base=None), None, data)
+        return {PROXY: {**self._metrics(trio, alpha, data), "alpha": alpha}, LARGE: dict(self._alone[split])}
+
+    def scores_of(self, params: Params, alpha: float, data: Examples) -> dict[str, dict[str, float]]:
+        """As `scores`, on rows that are not the run's; nothing is remembered."""
+        if not self.scorable or not len(data):
+            return {}
+        trio = self.trio(params)
+        alone = self._metrics(replace(trio, tuned=None, base=None), None, data)
+        return {PROXY: {**self._metrics(trio, alpha, data), "alpha": alpha}, LARGE: alone}
 
     def say(self, params: Params | None, alpha: float | None, table: Table) -> list[str]:
         """What the proxy says for each row, or without parameters the large model alone."""
@@ -148,7 +157,8 @@ class Holding:
         candidates = None if self.large.caps.full else self.fed.config.proxy.top_k
         ends = frozenset({prompting.end})
         tokenizer = self.fed.base.tokenizer
-        return Trio(self.large, Speaker(model, params), Speaker(model), tokenizer, self.vocab, ends, candidates)
+        tuned, base = Speaker(model, params), Speaker(model)
+        return Trio(self.large, tuned, base, tokenizer, self.vocab, ends, candidates, self.expert)
 
     @property
     def kept_bytes(self) -> dict[str, int]:
@@ -160,6 +170,11 @@ class Holding:
         return found if self.public is None else {**found, "public": min(self._public.size_bytes, MOST_BYTES)}
 
     # --- inside ---
+
+    def _metrics(self, trio: Trio, alpha: float | None, data: Examples) -> dict[str, float]:
+        readout = self.fed.model.readout
+        outcomes = readout.outcomes(_Passes(self.fed, trio, alpha), None, data)
+        return metrics_of(readout.sums(outcomes, data), self.fed.metric)
 
     def _said_well(self, params: Params, alpha: float) -> float:
         """Exact match or ROUGE-L on a sample of the validation rows, the same every time."""
@@ -247,7 +262,7 @@ def hold(fed: Federation) -> Holding | None:
     public = None
     if proxy.public is not None and getattr(fed.method, "distil", False):
         public = prompting.public(read_public(fed.task, from_files(proxy.public)))
-    found = Holding(fed, large, vocab, public)
+    found = Holding(fed, large, vocab, public, expert_of(proxy.expert_prompt, fed.base.tokenizer))
     _check(found)
     return found
 
@@ -281,6 +296,12 @@ def _check(held: Holding) -> None:
     if longest > caps.max_context:
         raise RequestError(
             f"a text has {longest} tokens and {caps.identity} reads {caps.max_context}; lower task.max_length"
+        )
+    most, around = fed.positions, 0 if held.expert is None else len(held.expert.around(()))
+    if most is not None and around and longest + around > most:
+        raise RequestError(
+            f"a text has {longest} tokens, proxy.expert_prompt {around}, and the small model reads {most}; shorten "
+            "the expert prompt, or lower task.max_length"
         )
 
 

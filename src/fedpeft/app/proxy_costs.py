@@ -51,6 +51,8 @@ def compare_costs(
     lacks = ["the server's distillation"] if distils and public is None else []
     if fed.config.proxy.alpha == "auto" and fed.config.proxy.select != "nll":
         lacks.append("the answers by which alpha was chosen")
+    if fed.config.proxy.expert_prompt is not None:
+        lacks.append("the expert prompt")
     sent = sum(line["bytes_down"] + line["bytes_up"] for line in turns)
     proxy = bill_of_proxy(small, large, work, sent)
     direct = bill_of_direct(large, work, 2 * len(turns) * message_bytes(large, fed.config.run.wire))

@@ -7,7 +7,6 @@ large model and alpha it was chosen to speak.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,7 +29,8 @@ from fedpeft.models.readouts.generate import GenerateReadout
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Completion, Emitted
 from fedpeft.proxy.decode import Decoding, decode
-from fedpeft.proxy.settings import Settings
+from fedpeft.proxy.expert import expert_of
+from fedpeft.proxy.settings import ALPHA_WORDS, Settings, alpha_fits
 from fedpeft.proxy.trio import Trio
 
 FILE, FORMAT = "proxy.json", 1
@@ -80,6 +80,7 @@ def artefact_files(fed: Federation, params: Params, held: Holding | None, round:
         "validation_sha256": None if curve is None else _texts_sha256(fed),
         "beta": proxy.beta,
         "top_k": proxy.top_k,
+        "expert_prompt": proxy.expert_prompt,
         "speculate": proxy.speculate,
         "task": fed.config.task.name,
         "method": fed.config.method.name,
@@ -170,7 +171,8 @@ class Artefact:
         trio = self.trio
         small = {"tuned_small": replace(trio, large=None, base=None)}
         if trio.tuned is not None:
-            small["base_small"] = replace(trio, large=None, tuned=Speaker(trio.tuned.model), base=None)
+            plain = Speaker(trio.tuned.model)
+            small["base_small"] = replace(trio, large=None, tuned=plain, base=None, expert=None)
         if trio.large is None:
             return small
         return {"proxy": trio, "large": replace(trio, tuned=None, base=None), **small}
@@ -207,26 +209,31 @@ class Artefact:
 
 
 def open_artefact(
-    folder: Path | str, large: str | None = None, alpha: float | None = None, token: str | None = None
+    folder: Path | str,
+    large: str | None = None,
+    alpha: float | None = None,
+    token: str | None = None,
+    expert_prompt: str | None = None,
 ) -> Artefact:
     """The adapter of a run, ready to speak, with a large model or without.
 
     Args:
         folder: a run's folder, or that of an exported adapter.
         large: the large model, as `proxy.large`; None: that of the run, if it had one; "none": none.
-        alpha: None: that of the run, which is for its own large model alone.
+        alpha: None: that of the run, which is for its own large model and expert prompt alone.
         token: the large model's key.
+        expert_prompt: as `proxy.expert_prompt`; None: that of the run; empty: none.
 
     Raises:
         RequestError: nothing to open there; another small model or tokenizer than the adapter was trained with; a
-            large model without an alpha; an alpha that is not finite, or for nothing.
+            large model without an alpha; an alpha out of range, or for nothing.
     """
     from fedpeft.proxy.backends import open_backend
     from fedpeft.proxy.tokenizers import check_tokenizers, fingerprint
 
     path, facts = _facts(Path(folder))
-    if alpha is not None and not math.isfinite(alpha):
-        raise RequestError(f"alpha is {alpha}; give a finite number")
+    if alpha is not None and not alpha_fits(alpha):
+        raise RequestError(f"alpha is {alpha}; give {ALPHA_WORDS} (--alpha)")
     small, params = _small(path, facts)
     tokenizer, lm = small.base.tokenizer, small.lm
     assert lm is not None, "the small model was loaded with its head"
@@ -243,15 +250,17 @@ def open_artefact(
     vocab = check_tokenizers(tokenizer, opened, ends, lm.vocabulary)
     base = None if opened is None else Speaker(small)
     candidates = None if opened is None or opened.caps.full else top_k
-    trio = Trio(opened, Speaker(small, params), base, tokenizer, vocab, ends, candidates)
+    framed = facts.get("expert_prompt") if expert_prompt is None else expert_prompt or None
+    expert = expert_of(framed, tokenizer)
+    trio = Trio(opened, Speaker(small, params), base, tokenizer, vocab, ends, candidates, expert)
     prompting = Prompting(
         tokenizer, int(facts["end"]), int(facts["max_length"]), facts["template"], plain=facts["plain"]
     )
-    chosen = None if opened is None else _alpha(alpha, facts, opened.caps.identity)
+    chosen = None if opened is None else _alpha(alpha, facts, opened.caps.identity, framed)
     return Artefact(trio, chosen, f"{facts['method']}-{facts['task']}", facts["template"], facts, prompting)
 
 
-def _alpha(given: float | None, facts: Mapping[str, Any], identity: str) -> float:
+def _alpha(given: float | None, facts: Mapping[str, Any], identity: str, expert_prompt: str | None) -> float:
     if given is not None:
         return given
     known = facts.get("large_identity")
@@ -261,6 +270,11 @@ def _alpha(given: float | None, facts: Mapping[str, Any], identity: str) -> floa
         raise RequestError(
             f"alpha was chosen with {known}, and the large model is {identity}; give one with --alpha, or run with "
             "proxy.large to have it chosen"
+        )
+    if (own := facts.get("expert_prompt")) != expert_prompt:
+        raise RequestError(
+            f"alpha was chosen with the expert prompt {own!r}, and it is {expert_prompt!r}; give one with --alpha, or "
+            "run with proxy.expert_prompt to have it chosen"
         )
     return float(facts["alpha"])
 

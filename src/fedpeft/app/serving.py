@@ -23,6 +23,7 @@ class Serving:
         speculate: tokens that are drafted ahead; 0: none; None: as the run was configured, where the large model can.
         key_env: the environment variable that holds the clients' key; None: no key, and this machine alone.
         token_env: the environment variable that holds the token of the large model's server.
+        expert_prompt: what the tuned small model alone reads around a prompt; None: as the run was configured.
     """
 
     large: str | None = None
@@ -36,6 +37,7 @@ class Serving:
     port: int = 8000
     key_env: str | None = None
     token_env: str | None = None
+    expert_prompt: str | None = None
 
 
 def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None] = lambda name, url: None) -> int:
@@ -66,7 +68,11 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
     options = Options(key, serving.max_tokens_limit, serving.timeout_s)
     with bind(serving.host, serving.port) as sock:
         artefact = open_artefact(
-            Path(folder), serving.large, alpha=serving.alpha, token=key_of(serving.token_env, "--token-env")
+            Path(folder),
+            serving.large,
+            alpha=serving.alpha,
+            token=key_of(serving.token_env, "--token-env"),
+            expert_prompt=serving.expert_prompt,
         )
         drafts = artefact.speculate if serving.speculate is None else serving.speculate
         engine = Engine(serving.max_batch, serving.max_queue, drafts)

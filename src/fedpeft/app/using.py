@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from fedpeft.app.federation import Federation, build, computing, task_spec
 from fedpeft.app.generating import say
 from fedpeft.app.journal import card_facts, global_facts
+from fedpeft.app.proxy_scores import steering
 from fedpeft.app.proxying import FILE
 from fedpeft.app.running import best_params, newest
 from fedpeft.app.scoring import evaluate as score_split
@@ -26,52 +28,90 @@ from fedpeft.data.tasks import Table, load_task, read_texts
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.models.peft_folder import read_json
 from fedpeft.runs.files import make_folder, write_file
-from fedpeft.runs.history import GLOBAL, PERSONALIZED
+from fedpeft.runs.history import GLOBAL, PERSONALIZED, PROXY
 from fedpeft.runs.metrics import metrics_of
-from fedpeft.runs.store import RunFolder
+from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.units import count_text
 
 
-def evaluate(folder: Path | str, data: Path | str | None = None) -> dict[str, Any]:
+def evaluate(
+    folder: Path | str, data: Path | str | None = None, *, large: bool = True, own_proxies: bool = False
+) -> dict[str, Any]:
     """Scores of a run: of its best-validated global parameters, and of its clients' own models as they are now.
 
     Args:
         data: a file of rows with labels, in the columns of the run's task; None takes the run's own validation and
             test rows.
+        large: whether to ask the run's large model, if it had one: steered with the run's alpha, and alone.
+        own_proxies: whether to let every client's own model steer it, too; told is the mean over clients.
 
     Returns:
-        by split ("data" for a file), by who predicts, the metrics; and `rounds`, by who predicts, after which round
-        the parameters were taken: the global ones where they were best validated, own models where the run is now.
+        by split ("data" for a file), by who predicts, the metrics; `rounds`, by who predicts, after which round the
+        parameters were taken: the global ones where they were best validated, own models where the run is now; and
+        `not_scored`, by who predicts, why not, where anybody could not be scored.
 
     Raises:
-        RequestError: the run has no state yet, or a row, a column or a label of the file is not the task's.
+        RequestError: the run has no state yet, a row, a column or a label of the file is not the task's, own proxies
+            of what has none, or a large model that does not answer or is another one.
     """
-    opened, fed = _opened(folder)
+    opened, fed = _opened(folder, large)
+    if own_proxies:
+        _check_own_proxies(fed, data)
     with computing(fed.config):
         params, checkpoint = best_params(fed, opened), newest(fed, opened)
+        own = partial(_own_params, opened, fed, checkpoint) if own_proxies else None
+        asked = steering(fed, opened, params, own)
         rounds = {GLOBAL: checkpoint.best_round}
+        if asked is not None and asked.missing is None:
+            rounds[PROXY] = checkpoint.best_round
+        rest: dict[str, Any] = {"rounds": rounds}
+        if asked is not None and asked.missing is not None:
+            rest["not_scored"] = {PROXY: asked.missing}
         if data is not None:
             rows = fed.format.tokens(_labelled(fed, data))
-            return {"data": {GLOBAL: metrics_of(fed.model.score(params, rows), fed.metric)}, "rounds": rounds}
-        state: dict[str, Any] = {
-            "memories": opened.memories(),
-            "versions": checkpoint.versions,
-            "number": checkpoint.number,
-            "round": max(checkpoint.round, 0),
-            "shared": fed.method.shared_names(checkpoint.state),
-        }
-        found: dict[str, Any] = {}
-        for split in ("validation", "test"):
-            best = score_split(fed, params, split, personal=False, **state)
-            if best is None:
-                continue
-            found[split] = best.metrics
-            if fed.method.personalised:  # own models stand on the newest global one
-                current = score_split(fed, fed.method.result(checkpoint.state), split, **state)
-                assert current is not None, "a split with rows has a score"
-                found[split] = current.metrics | {GLOBAL: best.metrics[GLOBAL]}
-                rounds[PERSONALIZED] = max(checkpoint.round, 0)
-        return {**found, "rounds": rounds}
+            told = {GLOBAL: metrics_of(fed.model.score(params, rows), fed.metric)}
+            return {"data": told if asked is None else told | asked.scores_of(rows), **rest}
+        found = _split_scores(opened, fed, params, checkpoint, rounds)
+        if asked is not None:
+            for split, metrics in found.items():
+                metrics.update(asked.scores(split))
+        return {**found, **rest}
+
+
+def _split_scores(
+    opened: RunFolder, fed: Federation, params: Params, checkpoint: Checkpoint, rounds: dict[str, int]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By split, the scores of the models that the clients have; own models' round is added to `rounds`."""
+    state: dict[str, Any] = {
+        "memories": opened.memories(),
+        "versions": checkpoint.versions,
+        "number": checkpoint.number,
+        "round": max(checkpoint.round, 0),
+        "shared": fed.method.shared_names(checkpoint.state),
+    }
+    found = {}
+    for split in ("validation", "test"):
+        best = score_split(fed, params, split, personal=False, **state)
+        if best is None:
+            continue
+        found[split] = best.metrics
+        if fed.method.personalised:  # own models stand on the newest global one
+            current = score_split(fed, fed.method.result(checkpoint.state), split, **state)
+            assert current is not None, "a split with rows has a score"
+            found[split] = current.metrics | {GLOBAL: best.metrics[GLOBAL]}
+            rounds[PERSONALIZED] = max(checkpoint.round, 0)
+    return found
+
+
+def _check_own_proxies(fed: Federation, data: Path | str | None) -> None:
+    """Raise RequestError where there are no own proxies."""
+    name = fed.config.method.name
+    if not fed.method.personalised:
+        raise RequestError(f"clients of {name} have no models of their own to steer with; leave out --own-proxies")
+    if fed.config.proxy.large is None:
+        raise RequestError("own proxies steer the run's large model, and there is none here; leave out --own-proxies")
+    if data is not None:
+        raise RequestError(f"own proxies are scored on the run's own rows, not on {data}; leave out one of the two")
 
 
 def predict(
@@ -155,9 +195,11 @@ def _own_card(opened: RunFolder, fed: Federation, client: str) -> dict[str, Any]
     return card_facts(fed, manifest.get("rounds_done"), scores) | {"client": client}
 
 
-def _opened(folder: Path | str) -> tuple[RunFolder, Federation]:
+def _opened(folder: Path | str, large: bool = False) -> tuple[RunFolder, Federation]:
+    """A run and its federation, with the large model of its configuration or as if it named none."""
     opened = RunFolder.open(Path(folder))
-    return opened, build(load_config(opened.path / "config.yaml"), opened.partition() or None)
+    without = {} if large else {"proxy.large": None, "proxy.public": None}
+    return opened, build(load_config(opened.path / "config.yaml", without), opened.partition() or None)
 
 
 def _labelled(fed: Federation, data: Path | str) -> Table:
@@ -175,16 +217,22 @@ def _params(opened: RunFolder, fed: Federation, client: str | None) -> Params:
     """The best-validated global parameters, or those of a client's own model at the newest state."""
     if client is None:
         return best_params(fed, opened)
-    checkpoint = newest(fed, opened)
-    version = checkpoint.versions.get(client)
-    if version is None:
-        run = fed.config.run
-        env = ClientEnv(client, fed.model, fed.data[client], run.seed, run.rounds, meter=Meter())
-        memory = initial_memory(fed.method, env)
-    else:
-        memory = opened.memories().load(client, version, fed.method.memory)
-    method, state = fed.method, checkpoint.state
-    return own_model(method, method.result(state), memory, method.shared_names(state))
+    return next(_own_params(opened, fed, newest(fed, opened), (client,)))
+
+
+def _own_params(
+    opened: RunFolder, fed: Federation, checkpoint: Checkpoint, clients: Sequence[str] | None = None
+) -> Iterator[Params]:
+    """The parameters of clients' own models; None: of all clients, in the order of their ids."""
+    run, method, state = fed.config.run, fed.method, checkpoint.state
+    for client in fed.clients if clients is None else clients:
+        version = checkpoint.versions.get(client)
+        if version is None:
+            env = ClientEnv(client, fed.model, fed.data[client], run.seed, run.rounds, meter=Meter())
+            memory = initial_memory(method, env)
+        else:
+            memory = opened.memories().load(client, version, method.memory)
+        yield own_model(method, method.result(state), memory, method.shared_names(state))
 
 
 def _own(fed: Federation, client: str | None) -> str | None:

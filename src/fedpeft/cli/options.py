@@ -28,4 +28,45 @@ Client: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+Large: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="The large model that is steered: a folder, a hub id, http://, vllm+http:// or llamacpp+http://; "
+        "else that of the run. none: the tuned small model answers alone.",
+        show_default=False,
+    ),
+]
+Alpha: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="How much of the small models' difference is added, -100 to 100; else as the run chose it.",
+        show_default=False,
+    ),
+]
+Speculate: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens that the small model drafts ahead; 0: none; else as the run was configured.",
+        show_default=False,
+    ),
+]
+TokenEnv: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The environment variable that holds the key of the large model's server.",
+        show_default=False,
+    ),
+]
+ExpertPrompt: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What the tuned small model alone reads before the prompt, or around {prompt}; chat: the tokenizer's own "
+        "template; empty: nothing; else that of the run.",
+        show_default=False,
+    ),
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

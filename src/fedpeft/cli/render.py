@@ -75,7 +75,7 @@ def _scores(metrics: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]
         name = f"{path} {key}".strip()
         if isinstance(value, Mapping):
             found += _scores(value, name)
-        elif isinstance(value, int | float) and key not in ("loss", "n", "round"):
+        elif isinstance(value, int | float) and key not in ("loss", "n", "round", "clients"):
             found.append((name, score_text(float(value))))
     return found
 
@@ -155,16 +155,18 @@ def _cell(key: str, value: Any) -> str:
 
 
 def print_scores(scores: Mapping[str, Any], json: bool) -> None:
-    """What an evaluation gave; behind a model's scores the round that it was taken after."""
+    """What an evaluation gave; behind a model's scores the round that it was taken after, and at last who has none."""
     if json:
         typer.echo(as_json(scores))
         return
     after = {who: f" (round {at})" for who, at in scores.get("rounds", {}).items()}
     rows = []
     for split, by in scores.items():
-        for who, values in by.items() if split != "rounds" else ():
+        for who, values in by.items() if split not in ("rounds", "not_scored") else ():
             rows += [[name + after.get(who, ""), score] for name, score in _scores(values, f"{split} {who}")]
     typer.echo(text_table(["score", ""], rows, frozenset({1})))
+    for who, why in scores.get("not_scored", {}).items():
+        typer.echo(f"{who} has no score: {why}")
 
 
 def print_predictions(rows: Sequence[Mapping[str, Any]], out: Path | None, json: bool) -> None:

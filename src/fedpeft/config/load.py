@@ -340,7 +340,8 @@ def _proxied(task: s.TaskSection, proxy: s.ProxySection | None) -> list[str]:
         return []
     found = []
     if task.format != "generate":
-        found.append(f"proxy.large: it says texts, and task.format is {task.format}; use task.format generate.")
+        key = "proxy.public" if proxy.large is None else "proxy.large"
+        found.append(f"{key}: a large model says texts, and task.format is {task.format}; use task.format generate.")
     if proxy.large is None:
         found.append("proxy.public: what is distilled is a large model, and proxy.large is null; name one.")
     if proxy.alpha == "auto" and task.train is not None and task.validation is None:

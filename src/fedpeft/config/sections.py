@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from fedpeft.proxy.expert import ALLOWED, placed
+from fedpeft.proxy.settings import ALPHA_WORDS, alpha_fits
+
 DEMO_CLIENTS = 24
 CLIENTS = 100
 
@@ -20,6 +23,18 @@ def _device(name: str) -> str:
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         return name
     raise ValueError("auto, cpu, mps, cuda, or cuda with a number such as cuda:1")
+
+
+def _alpha(value: float) -> float:
+    if alpha_fits(value):
+        return value
+    raise ValueError(ALPHA_WORDS)
+
+
+def _expert(text: str) -> str:
+    if placed(text):
+        return text
+    raise ValueError(ALLOWED)
 
 
 class Section(BaseModel):
@@ -254,7 +269,7 @@ class ProxySection(Section):
     """Texts that the server may show the large model, to distil it into the small one in every round (fedpt): a file
     in the task's columns; a response may be missing. Null: nothing is distilled."""
 
-    alpha: Literal["auto"] | Annotated[float, Field(allow_inf_nan=False)] = "auto"
+    alpha: Literal["auto"] | Annotated[float, AfterValidator(_alpha)] = "auto"
     """How much of the small models' difference is added; `auto` chooses it on the validation texts."""
 
     select: Literal["nll", "exact_match", "rouge_l"] = "nll"
@@ -268,6 +283,10 @@ class ProxySection(Section):
 
     top_k: Annotated[int, Field(ge=5)] = 20
     """Candidates asked of a large model that tells the likeliest tokens alone."""
+
+    expert_prompt: Annotated[str, Field(min_length=1), AfterValidator(_expert)] | None = None
+    """What the tuned small model alone reads before each prompt, such as a system prompt, or around it where the text
+    has `{prompt}`; `chat`: the tokenizer's own template. Null: it reads what the others read."""
 
     token_env: Annotated[str, Field(min_length=1)] | None = None
     """Name of the environment variable that holds the large model's key; null: it asks for none."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from fedpeft.proxy.refusal import Refusal
+from fedpeft.proxy.settings import ALPHAS
 
 Message: TypeAlias = dict[str, str]  # role and content
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
@@ -46,7 +47,7 @@ NUMBERS = {
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
     "repetition_penalty": Range(0, 10, above=True),
-    "alpha": Range(-100, 100),
+    "alpha": Range(*ALPHAS),
     "beta": Range(0, 1),
     "seed": Range(-(2**63), 2**63 - 1, whole=True),
 }

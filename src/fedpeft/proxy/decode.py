@@ -36,7 +36,6 @@ class Decoding:
         settings: one for each prompt.
         speculate: drafts of the tuned small model that one call of the large one checks; 0: none. Rows then advance
             one by one. Greedy tokens are the same, drawn ones have the same distribution.
-        tuned_prompts: what the tuned model reads instead of the prompts, such as the same in a chat template.
 
     Raises:
         RequestError: prompts or settings that do not fit together or the models.
@@ -50,12 +49,11 @@ class Decoding:
         prompts: Prompts,
         settings: Sequence[Settings],
         speculate: int = 0,
-        tuned_prompts: Prompts | None = None,
     ) -> None:
-        own = prompts if tuned_prompts is None else tuned_prompts
+        own = trio.tuned_prompts(prompts)
         self.answers = [
-            Answer(row, prompt, setting, trio, _room(trio, len(prompt), len(other), setting, row))
-            for row, (prompt, other, setting) in enumerate(_checked(trio, prompts, own, settings, speculate))
+            Answer(row, prompt, setting, trio, _room(trio, prompt, setting, row))
+            for row, (prompt, setting) in enumerate(_checked(trio, prompts, settings, speculate))
         ]
         self.drafting = Drafting()
         if speculate:
@@ -101,20 +99,13 @@ class Decoding:
         self.close()
 
 
-def decode(
-    trio: Trio,
-    prompts: Prompts,
-    settings: Sequence[Settings],
-    speculate: int = 0,
-    tuned_prompts: Prompts | None = None,
-) -> list[Completion]:
+def decode(trio: Trio, prompts: Prompts, settings: Sequence[Settings], speculate: int = 0) -> list[Completion]:
     """The answers to all prompts, in batches that the large model takes; see `Decoding`."""
-    own = prompts if tuned_prompts is None else tuned_prompts
     size = len(prompts) if trio.large is None else trio.large.caps.max_batch
     found: list[Completion] = []
     for begin in range(0, len(prompts), max(1, size)):
         part = slice(begin, begin + size)
-        with Decoding(trio, prompts[part], settings[part], speculate, own[part]) as decoding:
+        with Decoding(trio, prompts[part], settings[part], speculate) as decoding:
             while decoding.step():
                 pass
             found += decoding.completions()
@@ -174,15 +165,14 @@ class _OneByOne:
 
 
 def _checked(
-    trio: Trio, prompts: Prompts, others: Prompts, settings: Sequence[Settings], speculate: int
-) -> list[tuple[Sequence[int], Sequence[int], Settings]]:
-    """Prompt, the tuned model's prompt and settings of each row."""
-    if not prompts or not len(prompts) == len(others) == len(settings):
+    trio: Trio, prompts: Prompts, settings: Sequence[Settings], speculate: int
+) -> list[tuple[Sequence[int], Settings]]:
+    """Prompt and settings of each row."""
+    if not prompts or len(prompts) != len(settings):
         raise RequestError(
-            f"{len(prompts)} prompts came with {len(settings)} settings and {len(others)} prompts of the tuned model; "
-            "give at least one prompt, and one of each for it"
+            f"{len(prompts)} prompts came with {len(settings)} settings; give at least one, and settings for each"
         )
-    if not all(map(len, (*prompts, *others))):
+    if not all(map(len, prompts)):
         raise RequestError("a prompt has no tokens; begin with at least one, such as the beginning-of-text token")
     for row, own in enumerate(settings):
         if trio.steered and own.alpha is None:
@@ -201,16 +191,17 @@ def _checked(
         raise RequestError(
             f"{len(prompts)} prompts are more than {trio.name} takes at once; use {trio.large.caps.max_batch} at most"
         )
-    return list(zip(prompts, others, settings, strict=True))
+    return list(zip(prompts, settings, strict=True))
 
 
-def _room(trio: Trio, prompt: int, other: int, settings: Settings, row: int) -> int:
+def _room(trio: Trio, prompt: Sequence[int], settings: Settings, row: int) -> int:
     """Most tokens of a row's answer."""
-    room = trio.room(prompt, other)
+    room = trio.room(prompt)
     if room is not None and room < 1:
+        longest = max(len(prompt), *map(len, trio.tuned_prompts([prompt])))
         raise RequestError(
-            f"prompt {row} has {max(prompt, other)} tokens and leaves no room in the context of the models, which is "
-            f"{max(prompt, other) + room} at most; shorten it"
+            f"prompt {row} has {longest} tokens and leaves no room in the context of the models, which is "
+            f"{longest + room} at most; shorten it"
         )
     return settings.max_tokens if room is None else min(settings.max_tokens, room)
 

@@ -94,3 +94,16 @@ def check_rows(rows: Sequence[int], of: int) -> None:
     """Raise RequestError where rows are kept that are not there, or twice."""
     if len(set(rows)) != len(rows) or not all(0 <= row < of for row in rows):
         raise RequestError(f"rows {list(rows)} cannot be kept of {of}; name each at most once, from 0 to {of - 1}")
+
+
+def check_scorable(caps: Caps, positions: int) -> None:
+    """Refuse a model that does not give all scores of given texts.
+
+    Raises:
+        CannotDo: it gives some candidates alone, or one position a call where a text has several.
+    """
+    remedy = "use a model in this process or a logit server (fedpeft serve --logits)"
+    if not caps.full:
+        raise CannotDo(caps.identity, "scores of given texts", f"it tells the {caps.top_k} likeliest tokens", remedy)
+    if positions > 1 and not caps.block:
+        raise CannotDo(caps.identity, "scores of given texts", "it scores one position a call", remedy)

@@ -137,7 +137,7 @@ class Desk:
 
     def described(self, view: View) -> dict[str, Any]:
         """A model as the list of models has it."""
-        large, context = view.trio.large, view.trio.room(0, 0)
+        large, context = view.trio.large, view.trio.room(())
         most = min(self.options.max_tokens, context or self.options.max_tokens)
         found = {"id": view.name, "object": "model", "created": self.created, "owned_by": "fedpeft", "kind": view.kind}
         found |= {"max_context": context, "max_tokens": most}

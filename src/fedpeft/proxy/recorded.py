@@ -26,7 +26,8 @@ from torch import Tensor
 from fedpeft.core.errors import StoreError
 from fedpeft.core.exchange import Target
 from fedpeft.core.spool import write_at
-from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo, Caps, Full, Scores, Session, Want
+from fedpeft.proxy.blackbox import BlackBoxLM, Caps, Full, Scores, Session, Want
+from fedpeft.proxy.demands import check_scorable
 
 MOST_BYTES = 2 * 2**30  # of whole rows
 CANDIDATES = 128  # of a position, where whole rows take more
@@ -215,16 +216,3 @@ def _asked(large: BlackBoxLM, sequences: Texts, starts: Sequence[int], vocab: in
         session.close()
     values = torch.cat([part.values for part in parts], dim=1)[..., :vocab].cpu()
     return [own[: len(rest) + 1] for own, rest in zip(values, rests, strict=True)]
-
-
-def check_scorable(caps: Caps, positions: int) -> None:
-    """Refuse a model that does not give all scores of given texts.
-
-    Raises:
-        CannotDo: it gives some candidates alone, or one position a call where a text has several.
-    """
-    remedy = "use a model in this process or a logit server (fedpeft serve --logits)"
-    if not caps.full:
-        raise CannotDo(caps.identity, "scores of given texts", f"it tells the {caps.top_k} likeliest tokens", remedy)
-    if positions > 1 and not caps.block:
-        raise CannotDo(caps.identity, "scores of given texts", "it scores one position a call", remedy)

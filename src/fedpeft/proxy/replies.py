@@ -78,7 +78,7 @@ class Reply:
         prompts = [self._ids(prompt) for prompt in asked.prompts]
         rows: list[Row] = []
         for prompt in prompts:
-            room = fit(len(prompt), asked.max_tokens, view.trio.room(len(prompt), len(prompt)), self._default())
+            room = fit(len(prompt), asked.max_tokens, view.trio.room(prompt), self._default())
             settings = {"max_tokens": room, "stop": asked.stop, "logit_bias": asked.logit_bias, "alpha": alpha}
             settings |= {} if view.alpha is None else {"beta": desk.artefact.settings.get("beta", 0.0)}
             settings |= {"temperature": 1.0, "logprobs": asked.logprobs or 0, **numbers}

@@ -6,7 +6,6 @@ with log softmax(z_L + alpha (z_T - z_B)), see `proxy/decode.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +17,11 @@ from fedpeft.core.errors import RequestError
 from fedpeft.maths.logits import combine, curve_terms, losses, offsets
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Top, told
-from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo, Full, Labels, Scores
+from fedpeft.proxy.blackbox import BlackBoxLM, Full, Labels, Scores
+from fedpeft.proxy.demands import check_scorable
+from fedpeft.proxy.expert import Expert
 from fedpeft.proxy.recorded import Recorded
+from fedpeft.proxy.settings import ALPHA_WORDS, alpha_fits
 from fedpeft.proxy.trio import Prompts, Trio
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -101,7 +103,6 @@ def score(
     starts: Sequence[int],
     alpha: float | None = None,
     n_top: int = 0,
-    tuned_prompts: Prompts | None = None,
 ) -> list[Scored]:
     """Log-probabilities of each text's tokens from a place on, under what a trio decodes with.
 
@@ -110,7 +111,6 @@ def score(
         starts: where the scored part of each begins; at least 1, as nothing stands before the first token.
         alpha: needed where all three models are there.
         n_top: how many of the likeliest tokens are told at each place.
-        tuned_prompts: what the tuned model reads in place of what stands before the scored parts.
 
     Raises:
         RequestError: no alpha, or a start outside a text.
@@ -118,7 +118,7 @@ def score(
     """
     _known(trio, alpha)
     found: list[Scored | None] = [None] * len(sequences)
-    for heard in _heard(trio, sequences, starts, tuned_prompts):
+    for heard in _heard(trio, sequences, starts):
         scores = heard.large if heard.change is None else combine(heard.large, heard.change, float(alpha or 0))
         words = told(scores, heard.targets.tolist(), [n_top] * len(scores))
         found[heard.text] = Scored(tuple(lp for lp, _ in words), tuple(top for _, top in words))
@@ -130,7 +130,6 @@ def alpha_curve(
     sequences: Prompts,
     starts: Sequence[int],
     grid: Sequence[float] = GRID,
-    tuned_prompts: Prompts | None = None,
 ) -> AlphaCurve:
     """The mean loss of the texts' tokens from a place on, for every alpha of a grid, in one pass of each model.
 
@@ -138,7 +137,6 @@ def alpha_curve(
 
     Args:
         grid: alphas; 0, the large model alone, is always among them.
-        tuned_prompts: see `score`.
 
     Raises:
         RequestError: a trio without all three models, no text, or a start outside a text.
@@ -154,7 +152,7 @@ def alpha_curve(
     totals = torch.zeros(len(every), dtype=torch.float64)
     alone = torch.zeros(2, dtype=torch.float64)
     tokens = 0
-    for heard in _heard(trio, sequences, starts, tuned_prompts):
+    for heard in _heard(trio, sequences, starts):
         assert heard.change is not None and heard.small is not None
         totals += curve_terms(heard.large, heard.change, heard.targets, every).cpu()
         alone += torch.stack([losses(own, heard.targets).double().sum() for own in heard.small]).cpu()
@@ -216,14 +214,19 @@ def _by_labels(trio: Trio, prompt: Sequence[int], labels: Sequence[int], alpha: 
     if any(not 0 <= label < trio.vocab for label in labels):
         raise RequestError(f"labels {list(labels)} are not all among {trio.vocab} tokens")
     _known(trio, alpha)
-    behind = [(len(prompt) - 1, len(prompt))]
     large = None if trio.large is None else _labels_of_large(trio.large, prompt, labels)
-    small = [
-        speaker.scores([prompt], behind)[0][0, list(labels)].cpu() for speaker in (trio.tuned, trio.base) if speaker
-    ]
+    small = [own[0, list(labels)].cpu() for own in _last(trio, prompt)]
     if large is None:
         return list(small[0].tolist())
     return list((combine(large, offsets(small[0], small[1]), float(alpha or 0)) if small else large).tolist())
+
+
+def _last(trio: Trio, prompt: Sequence[int]) -> Iterator[Tensor]:
+    """(1, V) of the tuned and of the base model behind a prompt."""
+    read = (*trio.tuned_prompts([prompt]), prompt)
+    for speaker, own in zip((trio.tuned, trio.base), read, strict=True):
+        if speaker is not None:
+            yield speaker.scores([own], [(len(own) - 1, len(own))])[0]
 
 
 def _labels_of_large(large: BlackBoxLM, prompt: Sequence[int], labels: Sequence[int]) -> Tensor:
@@ -238,8 +241,8 @@ def _labels_of_large(large: BlackBoxLM, prompt: Sequence[int], labels: Sequence[
 
 
 def _known(trio: Trio, alpha: float | None) -> None:
-    if trio.steered and (alpha is None or not math.isfinite(alpha)):
-        raise RequestError(f"alpha is {alpha}; give a finite number such as that of the alpha curve")
+    if trio.steered and (alpha is None or not alpha_fits(alpha)):
+        raise RequestError(f"alpha is {alpha}; give {ALPHA_WORDS}, such as that of the alpha curve")
 
 
 @dataclass(frozen=True)
@@ -261,10 +264,8 @@ class _HeardText:
     small: tuple[Tensor, Tensor] | None
 
 
-def _heard(
-    trio: Trio, sequences: Prompts, starts: Sequence[int], tuned_prompts: Prompts | None = None
-) -> Iterator[_HeardText]:
-    if len(sequences) != len(starts) or (tuned_prompts is not None and len(tuned_prompts) != len(sequences)):
+def _heard(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> Iterator[_HeardText]:
+    if len(sequences) != len(starts):
         raise RequestError(f"{len(sequences)} texts came with {len(starts)} starts; give one for each")
     for own, start in zip(sequences, starts, strict=True):
         if not 1 <= start < len(own):
@@ -274,19 +275,20 @@ def _heard(
     for texts in _batches(trio, sequences, starts):
         own_texts, own_starts = [sequences[i] for i in texts], [starts[i] for i in texts]
         large = [None] * len(texts) if trio.large is None else _large(trio, trio.large, own_texts, own_starts)
-        tuned = _small(trio.tuned, own_texts, own_starts, tuned_prompts and [tuned_prompts[i] for i in texts])
+        tuned = _small(trio.tuned, own_texts, own_starts, trio.expert)
         base = _small(trio.base, own_texts, own_starts)
         for text, own, start, *each in zip(texts, own_texts, own_starts, large, tuned, base, strict=True):
             yield _one(trio, text, own[start:], *each)
 
 
 def _small(
-    speaker: Speaker | None, sequences: Prompts, starts: Sequence[int], prompts: Prompts | None = None
+    speaker: Speaker | None, sequences: Prompts, starts: Sequence[int], expert: Expert | None = None
 ) -> Sequence[Tensor | None]:
-    """(n, V) of each text, read behind its own beginning or behind another prompt."""
+    """(n, V) of each text, read behind its own beginning or behind what an expert reads for it."""
     if speaker is None:
         return [None] * len(sequences)
-    if prompts is not None:
+    if expert is not None:
+        prompts = [expert.around(own[:start]) for own, start in zip(sequences, starts, strict=True)]
         sequences = [[*own, *text[start:]] for own, text, start in zip(prompts, sequences, starts, strict=True)]
         starts = list(map(len, prompts))
     return speaker.scores(sequences, [(start - 1, len(own) - 1) for own, start in zip(sequences, starts, strict=True)])
@@ -335,7 +337,7 @@ def _batches(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> list[list
     most_rows = most_tokens = budget
     if trio.large is not None and sequences:
         caps = trio.large.caps
-        _scorable(trio.large, max(answers))
+        check_scorable(caps, max(answers))
         most_rows, most_tokens = caps.max_batch, caps.max_context
         if (longest := max(map(len, sequences))) > most_tokens:
             raise RequestError(f"a text has {longest} tokens and {caps.identity} reads {most_tokens}; shorten it")
@@ -348,12 +350,3 @@ def _batches(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> list[list
         else:
             batches.append([i])
     return batches
-
-
-def _scorable(large: BlackBoxLM, longest: int) -> None:
-    caps = large.caps
-    remedy = "use a model in this process or a logit server (fedpeft serve --logits)"
-    if not caps.full:
-        raise CannotDo(caps.identity, "scores of whole texts", f"it gives the {caps.top_k} likeliest tokens", remedy)
-    if longest > 1 and not caps.block:
-        raise CannotDo(caps.identity, "scores of whole texts", "it scores one position a call", remedy)

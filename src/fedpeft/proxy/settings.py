@@ -10,6 +10,8 @@ from typing import Any
 from fedpeft.core.errors import RequestError
 
 MOST_STOPS = 4  # as in OpenAI's completions
+ALPHAS = (-100.0, 100.0)  # least and most alpha, wherever one is given; below 0 it steers the other way
+ALPHA_WORDS = f"a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}"
 _AT_LEAST_0: tuple[Callable[[Any], bool], str] = (lambda x: x >= 0, "0 or more")
 _SHARE: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "from 0 to 1")
 _ANY: tuple[Callable[[Any], bool], str] = (lambda x: True, "a finite number")
@@ -26,6 +28,11 @@ _BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "beta": _SHARE,
     "logprobs": _AT_LEAST_0,
 }
+
+
+def alpha_fits(alpha: float) -> bool:
+    """Whether an alpha is in the range; NaN is not."""
+    return ALPHAS[0] <= alpha <= ALPHAS[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +80,8 @@ class Settings:
             for name, (fits, words) in _BOUNDS.items()
             if not (math.isfinite(value := getattr(self, name)) and fits(value))
         ]
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            wrong.append(f"alpha is {self.alpha}; it must be a finite number such as 0.5")
+        if self.alpha is not None and not alpha_fits(self.alpha):
+            wrong.append(f"alpha is {self.alpha}; it must be {ALPHA_WORDS}, such as 0.5")
         for token, bias in self.logit_bias.items():
             if not math.isfinite(bias):
                 wrong.append(

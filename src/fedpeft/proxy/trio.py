@@ -13,6 +13,7 @@ from fedpeft.core.errors import RequestError
 from fedpeft.maths.logits import combine, offsets, plausible, scatter
 from fedpeft.models.sessions import Speaker, SpeakerSession
 from fedpeft.proxy.blackbox import FEWEST_CANDIDATES, BlackBoxLM, CannotDo, Full, Scores, Session, TopK
+from fedpeft.proxy.expert import Expert
 from fedpeft.proxy.settings import Settings
 
 CANDIDATES = 20  # of a backend that does not give the scores of all tokens
@@ -33,6 +34,7 @@ class Trio:
         ends: tokens that end an answer.
         candidates: ask the large model for so many of the likeliest tokens; None: for all where it gives them, else
             for 20.
+        expert: what T alone reads around a prompt; None: it reads what the others read.
 
     Raises:
         RequestError: a combination that cannot decode.
@@ -46,6 +48,7 @@ class Trio:
     vocab: int
     ends: frozenset[int]
     candidates: int | None = None
+    expert: Expert | None = None
 
     def __post_init__(self) -> None:
         have = tuple(model is not None for model in (self.large, self.tuned, self.base))
@@ -87,12 +90,17 @@ class Trio:
         assert self.tuned is not None, "without a large model there is a tuned one"
         return self.tuned
 
-    def room(self, prompt: int, tuned_prompt: int) -> int | None:
-        """Tokens of an answer that all models can read behind prompts of these lengths; None: no bound is known."""
-        rooms = [] if self.large is None else [self.large.caps.max_context - prompt]
-        for speaker, length in ((self.tuned, tuned_prompt), (self.base, prompt)):
+    def tuned_prompts(self, prompts: Prompts) -> Prompts:
+        """What T reads for these prompts."""
+        return prompts if self.expert is None else [self.expert.around(own) for own in prompts]
+
+    def room(self, prompt: Sequence[int]) -> int | None:
+        """Tokens of an answer that all models can read behind a prompt; None: no bound is known."""
+        (tuned,) = self.tuned_prompts([prompt])
+        rooms = [] if self.large is None else [self.large.caps.max_context - len(prompt)]
+        for speaker, own in ((self.tuned, tuned), (self.base, prompt)):
             if speaker is not None and speaker.positions is not None:
-                rooms.append(speaker.positions - length)
+                rooms.append(speaker.positions - len(own))
         return min(rooms, default=None)
 
     def large_scores(self, scores: Scores) -> Tensor:
@@ -190,7 +198,7 @@ class Voices:
     Args:
         trio: the models.
         prompts: what the large and the base model read.
-        tuned_prompts: what the tuned model reads instead, such as the same in a chat template.
+        tuned_prompts: what the tuned model reads instead (`Trio.tuned_prompts`).
         steer: whether the small models take part beside a large one.
 
     Raises:

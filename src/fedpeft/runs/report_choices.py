@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fedpeft.runs.history import Group, History
+from fedpeft.core.metrics import better
+from fedpeft.runs.history import EMULATOR, GLOBAL, Group, History, spread
 from fedpeft.runs.report_plans import plans
-from fedpeft.runs.report_sections import definitions, section, table
-from fedpeft.runs.units import count_text
+from fedpeft.runs.report_sections import definitions, direction, section, table
+from fedpeft.runs.units import count_text, score_text
 
 _DRAWN = ("layers", "of_layers", "layers_by", "layer_scores", "ratio", "ratio_from", "ratios", "client_scores")
 BAR, STEP, LEFT, RIGHT = 15.0, 21.0, 64.0, 110.0  # of the ranking: height of a bar, distance of two, margins
@@ -34,8 +35,54 @@ def choices(g: Group) -> str:
     inner = _layers(told, first.method) if isinstance(told.get("layers"), Sequence) else ""
     rest = {key: value for key, value in told.items() if not inner or key not in (*_DRAWN, "warning")}
     inner += definitions(rest) if rest else ""
+    inner += _teacher(first, told) + _plugged_in(g)
     inner += "".join(_other_seed(run, found) for run, found in chosen[1:] if "layers" in found)
     return section(f"What {g.label} chose, and why", f"Seed {first.seed}.", inner)
+
+
+def _teacher(run: History, told: Mapping[str, Any]) -> str:
+    """Why the teacher of a distilling run steered as far as it did."""
+    alpha = told.get("teacher_alpha")
+    if alpha is None:
+        return ""
+    proxy, method = run.config.get("proxy") or {}, run.config.get("method") or {}
+    if proxy.get("alpha", "auto") != "auto":
+        return f"<p>The teacher steered with alpha {alpha:g} in every round: given (proxy.alpha), not chosen.</p>"
+    words = f"The teacher of the last round steered with alpha {alpha:g}: the one of least loss on the validation texts"
+    last = run.rounds[-1] if run.rounds else {}
+    curve = last.get("alpha_curve") or {}
+    losses = dict(zip(curve.get("alphas", ()), curve.get("nll", ()), strict=True))
+    if method.get("serve", "pre") == "pre" and losses.get(alpha) is not None:  # the curve is of the teacher's adapter
+        words += (
+            f", {losses[alpha]:.4f} nats per token; the large model alone has {curve['base_large']:.4f}, the tuned "
+            f"small model alone {curve['tuned_small']:.4f}"
+        )
+    if proxy.get("select", "nll") != "nll":
+        words += (
+            f". What is served goes by {str(proxy['select']).replace('_', ' ')} (proxy.select), the teacher does not"
+        )
+    return f"<p>{escape(words)}.</p>"
+
+
+def _plugged_in(g: Group) -> str:
+    """The whole model with what was tuned beside the part of it that clients tuned it in."""
+    whole, part = spread(g.final(GLOBAL)), spread(g.final(EMULATOR))
+    if whole[0] is None or part[0] is None:
+        return ""
+    run = g.runs[0]
+    metric, split = run.metric, run.final[0]
+    gap = f"{abs(whole[0] - part[0]):.3f}"
+    if better(metric, whole[0], part[0]):
+        said = f"so plugging in gains {gap}"
+    elif better(metric, part[0], whole[0]):
+        said = f"so plugging in loses {gap}"
+    else:
+        said = "so plugging in changes nothing"
+    words = (
+        f"Plugged into the whole model, the tuned blocks have a {split} {metric.replace('_', ' ')}{direction(run)} of "
+        f"{score_text(*whole)}; around the emulator, where clients tuned them, {score_text(*part)}: {said}"
+    )
+    return f"<p>{escape(words)}.</p>"
 
 
 def _layers(told: Mapping[str, Any], method: str) -> str:
