@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,7 +202,9 @@ def test_the_meter_counts_fits_and_forward_passes() -> None:
 
     one = job(work)
     run_jobs([one], Counting())
-    assert one.env.meter == Meter(steps=4, examples=14, trained={1: (60, 180)}, forward_tokens=27, forward_pairs=105)
+    labels = Counter({0: 2})  # of row 0, twice
+    wanted = Meter(steps=4, examples=14, trained={1: (60, 180)}, forward_tokens=27, forward_pairs=105, labels=labels)
+    assert one.env.meter == wanted
 
 
 def test_the_meter_counts_probes() -> None:

@@ -76,7 +76,7 @@ class Job:
             self._advance(lambda: work.throw(error))
         else:
             given = fitted
-            self.env.meter.add(given, self.env.model.lowest_block(self.fit.trained))
+            self.env.meter.add(self.fit, given, self.env.model.lowest_block(self.fit.trained))
             self._advance(lambda: work.send(given))
 
     def _advance(self, step: Callable[[], object]) -> None:

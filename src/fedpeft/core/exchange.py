@@ -6,6 +6,7 @@ the answers into its state. State, memory and messages are frozen dataclasses (r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -65,6 +66,8 @@ class Meter:
         trained: (tokens, pairs) that went forward and backward, by the lowest block that the backward pass entered;
             pairs is the sum over rows of tokens times the keys that they attend to.
         products: multiply-adds beyond those of adapters in the whole base, see `Fitted.products`; may be negative.
+        labels: rows by label that went into Fits, repeats counted: a curriculum by difficulty may prefer a label. They
+            are for the run's own files, and part of no message.
     """
 
     steps: int = 0
@@ -73,6 +76,7 @@ class Meter:
     forward_tokens: int = 0  # forward alone
     forward_pairs: int = 0
     products: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
 
     @property
     def trained_tokens(self) -> int:
@@ -84,8 +88,10 @@ class Meter:
         """Pairs of the same rows."""
         return sum(pairs for _, pairs in self.trained.values())
 
-    def add(self, fitted: Fitted, lowest_block: int) -> None:
+    def add(self, fit: Fit, fitted: Fitted, lowest_block: int) -> None:
         """Count one finished Fit."""
+        used = [row for batch in fit.batches for row in batch]
+        self.labels.update(fit.data.labels[used].tolist())
         self.steps += fitted.steps
         self.examples += fitted.examples
         self.products += fitted.products
