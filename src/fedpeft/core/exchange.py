@@ -18,6 +18,7 @@ from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import RecordError
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.model import Fisher as Fisher
+from fedpeft.core.model import FisherProbe as FisherProbe
 from fedpeft.core.model import Model as Model
 from fedpeft.core.model import Perturbation as Perturbation
 from fedpeft.core.model import Target as Target
@@ -28,7 +29,9 @@ from fedpeft.core.tree import Params
 
 ClientId: TypeAlias = str
 Record: TypeAlias = Any  # a frozen dataclass that `records.encode` can write
-Work: TypeAlias = "tuple[Record, Record] | Generator[Fit, Fitted, tuple[Record, Record]]"
+Steps: TypeAlias = "Generator[Fit | FisherProbe, Any, tuple[Record, Record]]"
+"""Work that waits: a Fitted for each Fit that it yields, a Fisher for each FisherProbe."""
+Work: TypeAlias = "tuple[Record, Record] | Steps"
 
 
 # --- common records ---------------------------------------------------------------------------------------------
