@@ -176,7 +176,8 @@ def _told(
         "deadline_from": "given" if deadline is not None else DEFAULT_DEADLINE,
         "under_training": fleet.under_training if fleet.plans else None,
         "plans": {
-            name: as_plain(p, fleet.examples[name]) | {"usable_bytes": room[name]} for name, p in fleet.plans.items()
+            name: as_plain(p, fleet.examples[name], job.weights) | {"usable_bytes": room[name]}
+            for name, p in fleet.plans.items()
         },
         "excluded": {name: vars(no) | {"usable_bytes": usable[name]} for name, no in fleet.excluded.items()},
         "untrained": [w.name for w in job.weights if w.name not in trained],

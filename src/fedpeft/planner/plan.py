@@ -6,7 +6,7 @@ Reference: FedPipe (arXiv 2404.06448) for what is planned; the value of a plan, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -186,8 +186,12 @@ def ranks_text(ranks: Mapping[str, int]) -> str:
     return "; ".join(told + others) or "nothing"
 
 
-def as_plain(plan: Plan, examples: int) -> dict[str, Any]:
-    """A plan as JSON can carry it, for the record of a run and for `fedpeft plan --json`."""
+def as_plain(plan: Plan, examples: int, weights: Iterable[Weight]) -> dict[str, Any]:
+    """A plan as JSON can carry it, for the record of a run and for `fedpeft plan --json`.
+
+    Args:
+        weights: all that a plan may train.
+    """
     return {
         "examples": examples,
         "bits": plan.bits,
@@ -197,6 +201,7 @@ def as_plain(plan: Plan, examples: int) -> dict[str, Any]:
         "checkpointing": plan.checkpointing,
         "ranks": dict(plan.ranks),
         "weights": ranks_text(plan.ranks),
+        "trained_numbers": sum(plan.ranks.get(w.name, 0) * (w.d_in + w.d_out) for w in weights),
         "predicted": {**vars(plan.predicted), "value": plan.predicted.value},
         "why": list(plan.why),
     }

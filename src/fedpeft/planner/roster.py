@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,17 +102,26 @@ class Roster:
         return replace(self, plans=plans, excluded=excluded, deadline_s=seconds or self.deadline_s)
 
     def told(self) -> dict[str, Any]:
-        """Deadline, scores, every plan and why, who has none, as JSON can carry it."""
+        """Deadline, scores, every plan and why, who has none, as JSON can carry it.
+
+        `under_training` is of the examples of those with a plan, `left_out` of everybody's; `trained_numbers` are those
+        of a mean machine's adapter.
+        """
         counts = {c: self.machines[c].examples for c in self.plans}
+        plans = {c: as_plain(plan, counts[c], self.job.weights) for c, plan in sorted(self.plans.items())}
+        under = under_training(self.plans, counts)
+        every = sum(r.examples for r in self.machines.values())
         trained = {name for plan in self.plans.values() for name in plan.ranks}
         few = "; ".join(f"{client} {no.reason}" for client, no in list(sorted(self.excluded.items()))[:3])
         out = f"{len(self.excluded)} of {len(self.machines)} machines cannot join: {few}" if self.excluded else ""
         return {
             **({"warning": out} if out else {}),
             "deadline_s": self.deadline_s,
-            "under_training": under_training(self.plans, counts),
+            "under_training": under,
+            "left_out": 1 - (1 - under) * sum(counts.values()) / every if every else 0.0,
+            "trained_numbers": round(statistics.fmean(p["trained_numbers"] for p in plans.values())) if plans else 0,
             "weight_scores": dict(self.job.scores),
-            "plans": {c: as_plain(plan, counts[c]) for c, plan in sorted(self.plans.items())},
+            "plans": plans,
             "excluded": {c: no.reason for c, no in sorted(self.excluded.items())},
             "untrained": sorted(self.job.scores.keys() - trained),
         }
