@@ -19,7 +19,8 @@ the score of a matrix, the value of a rank, the objective and its search, the co
 every default. Components that a machine does not train act on it, frozen (`tail`): where they are cut off, machines
 undo what they cannot carry. A warm-up step is a Fit of its own, whose gradient is taken from Adam's first moment.
 Of two settings less than 1 % apart the planner takes the one with more bits and the larger batch. Importance is
-measured on every machine, whatever the deadline of a round.
+measured before there are plans, so the deadline of a round does not bound it: `warmup_seconds` does; who has no room or
+time for it is planned for with the others' scores.
 
 Traffic per client and round: down = head at first, head and the weights ever trained later; up = head and the weights \
 of its plan
@@ -52,7 +53,7 @@ from fedpeft.planner.fleet import Search, scores_of
 from fedpeft.planner.plan import Choices, Job
 from fedpeft.planner.prices import Costs
 from fedpeft.planner.roster import Demands, Report, Roster, check_report
-from fedpeft.planner.search import warm_up_room
+from fedpeft.planner.warmup import WarmUp, warm_up_room
 
 Aggregation = Literal["svd_product", "factor_partial", "zero_pad", "stack_exact"]
 
@@ -66,9 +67,7 @@ class Ask:
 class Warmup:
     """Asks for the importance of the candidates."""
 
-    batch: int
-    bits: str
-    groups: int  # into how many groups the candidates are cut, for want of memory
+    how: WarmUp
     candidates: int  # how many there are
     params: Params  # the global adapters, applied frozen; empty before the first round
     stack: Params  # what was folded away, applied frozen
@@ -143,7 +142,8 @@ class FedPipe(Defaults):
     score: Literal["sensitivity", "sum_lambda", "uniform", "random"] = "sensitivity"  # importance of a weight
     beta1: float = 0.85  # momentum of the sensitivity
     beta2: float = 0.85  # momentum of its uncertainty
-    warmup_steps: int = 150  # K_w: steps that the importance is measured over, whatever the deadline of a round
+    warmup_steps: int = 150  # K_w: steps that the importance is measured over
+    warmup_seconds: float | None = None  # time that it may take on any machine; those with less do fewer; null: any
     warmup_rank: int = 4  # r0: triplets per weight in the warm-up
     warmup_batch: int = 8  # rows per warm-up step, fewer where memory is short
     warmup_lr: float = 3e-3  # learning rate of the warm-up
@@ -177,7 +177,7 @@ class FedPipe(Defaults):
         check_ranges(
             self,
             at_least={**counts, **zero, "top_k": 1},
-            above={"warmup_lr": 0, "round_seconds": 0},
+            above={"warmup_lr": 0, "warmup_seconds": 0, "round_seconds": 0},
             below=dict.fromkeys(("headroom", "beta1", "beta2"), 1),
         )
         if self.keep_moments and self.aggregation in ("svd_product", "stack_exact"):
@@ -258,7 +258,7 @@ class FedPipe(Defaults):
     def setup(self) -> tuple[Exchange, ...]:
         """Profiles, then importance; plans follow from both."""
         profile = Exchange("profile", Ask, Report, everyone, self.ask, self.report, self.meet, sound)
-        return (profile, self.importance("importance", self.known)) if self.measures else (profile,)
+        return (profile, self.importance("importance", self.able)) if self.measures else (profile,)
 
     def round(self) -> tuple[Exchange, ...]:
         """One round: who is new tells what it is, importance again where that is due, training."""
@@ -273,18 +273,18 @@ class FedPipe(Defaults):
 
     # --- who -----------------------------------------------------------------------------------------------------
 
-    def known(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
-        """Everybody who has told what it is."""
-        return [c for c in clients if c in state.roster.machines]
+    def able(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
+        """Everybody known who has room and time for the warm-up."""
+        return [c for c in clients if c in state.roster.machines and self.room(state.roster, c)]
 
     def unknown(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
         """Everybody who has not."""
         return [c for c in clients if c not in state.roster.machines]
 
     def due(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
-        """Everybody known, every so many rounds."""
+        """All of these, every so many rounds."""
         due = state.rounds > 0 and state.rounds % self.refresh_every == 0
-        return self.known(state, clients, rng) if due else []
+        return self.able(state, clients, rng) if due else []
 
     def pick(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
         """A cohort of those who have a plan."""
@@ -313,9 +313,11 @@ class FedPipe(Defaults):
         roster = state.roster.met(ups)
         if roster.decided:
             return replace(state, roster=roster.planned(self.demands, tuple(ups)))
-        if self.measures:
+        if not self.measures:
+            return self.with_scores(replace(state, roster=roster), self.given_scores(state, env))
+        if any(self.room(roster, c) for c in roster.machines):
             return replace(state, roster=roster)
-        return self.with_scores(replace(state, roster=roster), self.given_scores(state, env))
+        return self.weigh(replace(state, roster=roster), {}, env)  # nobody can measure anything
 
     def with_scores(self, state: State, scores: Mapping[str, float]) -> State:
         """Plans for everybody, from these scores."""
@@ -331,23 +333,27 @@ class FedPipe(Defaults):
     # --- importance ----------------------------------------------------------------------------------------------
 
     def ask_scores(self, state: State, client: ClientId) -> Warmup:
-        """With the most bits and rows that all candidates leave room for, or in groups."""
-        roster, rows = state.roster, max(1, state.roster.machines[client].examples)
-        costs = Costs(roster.whole_job, roster.machine(client), rows)
-        bits, batch, groups = warm_up_room(costs, self.warmup_rank, min(self.warmup_batch, rows))
+        """As the machine has room and time for; beside what was learnt, frozen."""
+        how = self.room(state.roster, client)
+        assert how is not None, "only who is able is asked"
         trained = tree.select(state.params, lambda name: name.rpartition(".")[0] in state.union)
-        return Warmup(batch, bits, groups, len(roster.job.weights), trained, state.stack)
+        return Warmup(how, len(state.roster.job.weights), trained, state.stack)
+
+    def room(self, roster: Roster, client: ClientId) -> WarmUp | None:
+        """The warm-up that a machine has room and time for; None: none."""
+        costs = Costs(roster.whole_job, roster.machine(client), roster.machines[client].examples)
+        return warm_up_room(costs, self.warmup_rank, self.warmup_batch, self.warmup_steps, self.warmup_seconds)
 
     def warm_up(self, down: Warmup, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Scores, Memory]]:
         """Train triplets on the candidates for a while, beside a fresh head, and score them; nothing of it is kept."""
         fresh = env.initial()
         stems = pairs.stems(fresh)
         found = dict.fromkeys(stems, 0.0)
-        for group in (stems[i :: down.groups] for i in range(down.groups)):
+        for group in (stems[i :: down.how.groups] for i in range(down.how.groups)):
             sizes = {stem: (len(fresh[f"{stem}.B"]), _width(fresh, stem)) for stem in group}
             triplets = sensitivity.fresh_triplets(env.seed, sizes, self.warmup_rank, fresh[f"{group[0]}.A"].dtype)
             params = {**triplets, **pairs.others(fresh)}
-            batches = stream_batches(env, 0, self.warmup_steps, down.batch) if len(env.data) else []
+            batches = stream_batches(env, 0, down.how.steps, down.how.batch) if len(env.data) else []
             moments, smoothed = Moments(), sensitivity.Smoothed()
             for batch in batches:
                 optimizer = AdamW(self.warmup_lr)
@@ -357,7 +363,7 @@ class FedPipe(Defaults):
                     [batch],
                     optimizer,
                     also=tuple(layer for layer in (down.params, down.stack) if layer),
-                    base=self.base(down.bits),
+                    base=self.base(down.how.bits),
                     penalty=sensitivity.Orthonormal(self.orth),
                     moments=moments,
                 )

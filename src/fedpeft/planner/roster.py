@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from fedpeft.core.errors import RecordError
@@ -54,7 +55,7 @@ class Roster:
         """Whether anybody was planned for."""
         return bool(self.plans or self.excluded)
 
-    @property
+    @cached_property
     def whole_job(self) -> Job:
         """What is planned: for the longest row that anybody has, and for the mean row of all."""
         told = [r for r in self.machines.values() if r.examples]
