@@ -45,12 +45,11 @@ from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, matc
 from fedpeft.core.fit import AdamW, Fit, Fitted, Moments
 from fedpeft.core.method import Defaults, check_ranges, mean_loss, stream_batches
 from fedpeft.core.rng import Rng, rng_for
-from fedpeft.core.tree import Params, block_of
+from fedpeft.core.tree import Params
 from fedpeft.maths import lowrank, sensitivity
-from fedpeft.planner.cost import Weight, shape_of
 from fedpeft.planner.device import DEFAULT, Profile, check_profile
 from fedpeft.planner.fleet import Search, scores_of
-from fedpeft.planner.plan import Choices, Job
+from fedpeft.planner.plan import Choices, job_of
 from fedpeft.planner.prices import Costs
 from fedpeft.planner.roster import Demands, Report, Roster, check_report
 from fedpeft.planner.warmup import WarmUp, warm_up_room
@@ -206,24 +205,9 @@ class FedPipe(Defaults):
 
     def init(self, env: ServerEnv) -> State:
         """The fresh adapter on every candidate; nobody has a plan."""
-        params, spec, config = env.initial(), env.model.spec, env.model.config
-        weights = tuple(
-            Weight(stem, block_of(stem) or 0, stem.split(".", 2)[-1], _width(params, stem), len(params[f"{stem}.B"]))
-            for stem in pairs.stems(params)
-        )
-        head = pairs.others(params)
+        params, spec = env.initial(), env.model.spec
         ranks = tuple(rank for rank in self.ranks if not isinstance(spec, Lora) or rank <= spec.rank)
-        job = Job(
-            shape_of(config, lm_head=not head),
-            weights,
-            {},
-            longest=1,
-            mean=1.0,
-            classes=max((len(t) for t in head.values()), default=None),
-            dtype="bfloat16" if config.get("dtype") == "bfloat16" else "float32",
-            head_bytes=4 * tree.count(head),
-            choices=self.choose_among(ranks),
-        )
+        job = job_of(env.model.config, params, self.choose_among(ranks))
         return State(params, Roster(job), pairs.scale_of(spec))
 
     def choose_among(self, ranks: tuple[int, ...]) -> Choices:
@@ -345,41 +329,38 @@ class FedPipe(Defaults):
         return warm_up_room(costs, self.warmup_rank, self.warmup_batch, self.warmup_steps, self.warmup_seconds)
 
     def warm_up(self, down: Warmup, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Scores, Memory]]:
-        """Train triplets on the candidates for a while, beside a fresh head, and score them; nothing of it is kept."""
-        fresh = env.initial()
-        stems = pairs.stems(fresh)
-        found = dict.fromkeys(stems, 0.0)
-        for group in (stems[i :: down.how.groups] for i in range(down.how.groups)):
-            sizes = {stem: (len(fresh[f"{stem}.B"]), _width(fresh, stem)) for stem in group}
-            triplets = sensitivity.fresh_triplets(env.seed, sizes, self.warmup_rank, fresh[f"{group[0]}.A"].dtype)
-            params = {**triplets, **pairs.others(fresh)}
-            batches = stream_batches(env, 0, down.how.steps, down.how.batch) if len(env.data) else []
-            moments, smoothed = Moments(), sensitivity.Smoothed()
-            for batch in batches:
-                optimizer = AdamW(self.warmup_lr)
-                fitted = yield Fit(
-                    params,
-                    env.data,
-                    [batch],
-                    optimizer,
-                    also=tuple(layer for layer in (down.params, down.stack) if layer),
-                    base=self.base(down.how.bits),
-                    penalty=sensitivity.Orthonormal(self.orth),
-                    moments=moments,
-                )
-                smoothed = smoothed.after(
-                    sensitivity.products(params, fitted.moments, moments, optimizer), self.beta1, self.beta2
-                )
-                params, moments = fitted.params, fitted.moments
-            if not batches:
-                continue
-            if self.score == "sum_lambda":
-                found.update({stem: float(params[f"{stem}.E"].abs().sum()) for stem in group})
-            else:
-                found.update(sensitivity.matrix_scores(smoothed.scores))
-        scores, total = torch.tensor([found[stem] for stem in stems], dtype=torch.float64), sum(found.values())
+        """Score the candidates, group by group; nothing of what was trained for it is kept."""
+        stems, found = pairs.stems(env.initial()), dict[str, float]()
+        for first in range(down.how.groups if len(env.data) else 0):
+            found |= yield from self.measured(stems[first :: down.how.groups], down, env)
+        scores, total = torch.tensor([found.get(stem, 0.0) for stem in stems], dtype=torch.float64), sum(found.values())
         seen = torch.full((len(stems),), total > 0)
         return Scores((scores / (total or 1.0)).float(), seen, len(env.data)), memory
+
+    def measured(self, group: Sequence[str], down: Warmup, env: ClientEnv) -> Generator[Fit, Fitted, dict[str, float]]:
+        """Train triplets on some candidates for a while, beside a fresh head, and score them."""
+        fresh = env.initial()
+        sizes, dtype = pairs.widths(fresh), fresh[f"{group[0]}.A"].dtype
+        triplets = sensitivity.fresh_triplets(env.seed, {s: sizes[s] for s in group}, self.warmup_rank, dtype)
+        params: Params = {**triplets, **pairs.others(fresh)}
+        moments, smoothed, optimizer = Moments(), sensitivity.Smoothed(), AdamW(self.warmup_lr)
+        for batch in stream_batches(env, 0, down.how.steps, down.how.batch):
+            fitted = yield Fit(
+                params,
+                env.data,
+                [batch],
+                optimizer,
+                also=tuple(layer for layer in (down.params, down.stack) if layer),
+                base=self.base(down.how.bits),
+                penalty=sensitivity.Orthonormal(self.orth),
+                moments=moments,
+            )
+            change = sensitivity.products(params, fitted.moments, moments, optimizer)
+            smoothed = smoothed.after(change, self.beta1, self.beta2)
+            params, moments = fitted.params, fitted.moments
+        if self.score == "sum_lambda":
+            return {stem: float(params[f"{stem}.E"].abs().sum()) for stem in group}
+        return sensitivity.matrix_scores(smoothed.scores)
 
     def weigh(self, state: State, ups: Mapping[ClientId, Scores], env: ServerEnv) -> State:
         """S_m = sum_i p_i S_im over those who have seen m, and the plans that follow."""
@@ -504,9 +485,8 @@ class FedPipe(Defaults):
         """The weight's stack with the mean of the products, exactly, as long as its rank stays under the cap."""
         before = [pairs.pair(stack, stem)] if f"{stem}.A" in stack else []
         whole = lowrank.stack([*before, *own], [*(1.0 for _ in before), *weights])
-        b, a = lowrank.halves(whole, min(self.stack_cap, len(whole[0]), whole[1].shape[1], len(whole[1])))
-        used = max(1, int(a.any(dim=1).sum()))
-        return {f"{stem}.B": b[:, :used].to(own[0][0].dtype), f"{stem}.A": a[:used].to(own[0][1].dtype)}
+        b, a = lowrank.compressed(whole, self.stack_cap)
+        return {f"{stem}.B": b.to(own[0][0].dtype), f"{stem}.A": a.to(own[0][1].dtype)}
 
     def result(self, state: State) -> Params:
         """The adapters of the weights that were ever trained, or what was folded away; and the head."""
@@ -559,19 +539,7 @@ def fits(down: Broadcast, up: Trained) -> None:
     matching(Ask(), up)
     if up.examples < 1:
         raise RecordError("an answer with params counts no example")
-    head = pairs.others(down.params)
-    want = {f"{stem}.A": (rank, d_in) for stem, (rank, _, d_in) in down.train.items()}
-    want |= {f"{stem}.B": (d_out, rank) for stem, (rank, d_out, _) in down.train.items()}
-    shapes = {**want, **{name: tuple(t.shape) for name, t in head.items()}}
-    got = {name: tuple(t.shape) for name, t in up.params.items()}
-    if got != shapes:
-        name = min(shapes.items() ^ got.items())[0]
-        raise RecordError(f"parameter {name!r} should be {shapes.get(name)} and is {got.get(name)}")
-    tree.same_dtypes(head, pairs.others(up.params))
-
-
-def _width(params: Params, stem: str) -> int:
-    return int(params[f"{stem}.A"].shape[1])
+    pairs.check(up.params, down.train, pairs.others(down.params))
 
 
 METHOD = FedPipe
