@@ -221,6 +221,18 @@ def test_halves_leave_out_what_is_negligible() -> None:
     assert not bool(b[:, 1].any()) and not bool(a[1].any()) and bool(a[0].any())
 
 
+def test_a_product_is_compressed_to_its_own_rank() -> None:
+    """Two equal halves of diag(2, 0) are one component of 2; a product of zero keeps one component of zeros."""
+    half = tensor([1], [0]), tensor([1, 0])
+    b, a = lowrank.compressed(lowrank.stack([half, half], (1.0, 1.0)), 256)
+    assert b.shape == (2, 1) and a.shape == (1, 2)
+    np.testing.assert_allclose(lowrank.product((b, a)), [[2, 0], [0, 0]], atol=1e-12)
+    whole = torch.diag(tensor([3, 2, 1])[0]), torch.eye(3).double()
+    assert lowrank.compressed(whole, 2)[1].shape == (2, 3) and lowrank.compressed(whole, 256)[1].shape == (3, 3)
+    b, a = lowrank.compressed((torch.zeros(3, 2).double(), torch.zeros(2, 3).double()), 256)
+    assert b.shape == (3, 1) and not b.any() and not a.any()
+
+
 def test_slices_keep_what_nobody_has() -> None:
     before = (torch.arange(6.0).view(2, 3).double(), torch.arange(9.0).view(3, 3).double())
     own = [

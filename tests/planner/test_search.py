@@ -17,7 +17,7 @@ from fedpeft.planner.device import DEFAULT, Profile
 from fedpeft.planner.fleet import plan_fleet, scores_of
 from fedpeft.planner.plan import Choices, Excluded, Job, Plan, Predicted, ranks_text, spans, under_training
 from fedpeft.planner.prices import Costs, Setting
-from fedpeft.planner.search import default_deadline, filled, knapsack, search, settings, warm_up_room
+from fedpeft.planner.search import default_deadline, filled, knapsack, search, settings
 
 LLAMA = {
     "model_type": "llama",
@@ -304,15 +304,6 @@ def test_the_default_deadline_is_the_median_machines_full_turn() -> None:
     assert default_deadline(job, machines) == pytest.approx(alone)
     with pytest.raises(RequestError, match="no machine can train"):
         default_deadline(job, {"a": (dataclasses.replace(MACHINE, memory_bytes=1000), 10)})
-
-
-def test_the_warm_up_is_cut_to_what_fits() -> None:
-    job = job_of(BERT, classes=4)
-    large = Costs(job, dataclasses.replace(MACHINE, memory_bytes=10**9), 100)
-    assert warm_up_room(large, 4, 8) == ("full", 8, 1)
-    small = Costs(job, dataclasses.replace(MACHINE, memory_bytes=66_000_000), 100)
-    bits, rows, groups = warm_up_room(small, 4, 8)
-    assert bits == "nf4dq" and rows == 1 and groups >= 1
 
 
 # --- all machines -------------------------------------------------------------------------------------------------

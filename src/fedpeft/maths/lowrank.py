@@ -107,6 +107,14 @@ def halves(pair: Pair, rank: int, negligible: float = NEGLIGIBLE) -> Pair:
     return pad((u[:, :kept] * root, (v[:, :kept] * root).T), rank)
 
 
+def compressed(pair: Pair, cap: int) -> Pair:
+    """The same product by as few components as it has rank, at least one, and at most `cap`; see `halves`."""
+    b, a = pair
+    left, right = halves(pair, min(cap, len(b), a.shape[1], len(a)))
+    used = max(1, int(right.any(dim=1).sum()))
+    return left[:, :used], right[:used]
+
+
 def tail(pair: Pair, ranks: Sequence[int], weights: Sequence[float]) -> Pair:
     """What those who train only the first r_i components leave as it was: sum over i of w_i B_k A_k for k >= r_i.
 
