@@ -30,6 +30,7 @@ from fedpeft.core.exchange import (
     ClientId,
     Exchange,
     Fisher,
+    FisherProbe,
     Nothing,
     Perturbation,
     ServerEnv,
@@ -159,6 +160,10 @@ class NoModel:
         token_norm: TokenNorm = "sqrt",
         also: tuple[tree.Params, ...] = (),
     ) -> Fisher:
+        """Never called: there is no loss."""
+        raise NotImplementedError
+
+    def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
         """Never called: there is no loss."""
         raise NotImplementedError
 

@@ -142,6 +142,10 @@ def test_finished_cells_of_a_study_are_collected(tmp_path):
             "metrics": {"best": best, "final": best},
         }
         manifest |= {"bytes_down": 10, "bytes_up": 20, "simulated_seconds": 1.5, "seconds": 9.0, "rounds_done": 2}
+        plan = {"examples": 9, "bits": "nf4", "batch": 2, "steps": 3, "weights": "query 0 r2", "trained_numbers": 8}
+        plan["predicted"] = {"round_s": 0.5, "under_training": 0.25, "peak_bytes": 100}
+        told = {"under_training": 0.25, "left_out": 0.5, "trained_numbers": 8, "excluded": {"b": "small"}}
+        manifest |= {"choices": {**told, "weight_scores": {}, "plans": {"a": plan}}} if label == "A" else {}
         manifest |= {"params_sha256": f"{label}{lr}", "status": "finished" if label == "A" else "running"}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         config = {"task": {"name": "t"}, "method": {"name": "fedavg", "lr": lr}, "run": {"seed": 0}}
@@ -156,6 +160,9 @@ def test_finished_cells_of_a_study_are_collected(tmp_path):
     assert [(cell["label"], cell["lr"], cell["set_up_bytes"]) for cell in cells] == [("A", 0.1, 3), ("A", 0.2, 3)]
     assert cells[1]["curve"] == [[0, {"global": 0.7}]] and cells == json.loads(out.read_text())
     assert collect.table(cells)[2] == "| t | A | 0.2 | 1 | 0.600 |  | 0 | 0 | 1.5 |"
+    assert collect.planned([cells[1]])[2] == "| t | A | 1 | 0.600 | 0.25 | 0.50 | 1.0 | 8 | 0.00 | 1.00 | 1.5 |"
+    assert cells[1]["plans"]["a"]["round_s"] == 0.5 and "weight_scores" not in cells[1]["choices"]
+    assert collect.table([{**cell, "metric": "perplexity"} for cell in cells])[2].startswith("| t | A | 0.1 | 1 |")
     assert collect.main(["--out", str(out)]) == cells, "what was kept stays"
 
 

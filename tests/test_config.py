@@ -252,7 +252,11 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
         ({"task": {"format": "cloze", "template": "{text} ."}}, "task.template '{text} .' has 0 times <mask>; format"),
         ({"task": {"format": "cloze", "label_words": ["a", "a"]}}, "task.label_words is ['a', 'a']; give a different"),
         ({"task": {"format": "cloze"}, "adapter": {"kind": "head"}}, "adapter.kind: head trains the head, and format"),
-        ({"run": {"engine": "flower"}}, "run.engine: 'flower' is not available; what exists: 'inprocess'."),
+        ({"run": {"engine": "flowers"}}, "run.engine: 'flowers' is not available; what exists: 'inprocess'."),
+        (
+            {"run": {"engine": "flower"}},
+            "run.engine: flower will connect real sites over a network and is not in this version; use inprocess",
+        ),
         (
             {"model": {"quantize": "nf3"}},
             "model.quantize: 'nf3' is not available; what exists: 'none', 'int8', 'nf4' or",
@@ -288,6 +292,10 @@ def test_model_folder_becomes_absolute_and_a_hub_id_stays(rows: Path, monkeypatc
             "run.stop.patience: 5 evaluations, one every 10 rounds (the default), do not",
         ),
         ({"task": {"labels": ["one"]}}, "task.labels: "),
+        (
+            {"method": {"name": "fedpipe"}, "model": {"quantize": "nf4"}},
+            "model.quantize: nf4 packs one base for everybody, and method.bits plans each machine's own; use none, and",
+        ),
     ],
 )
 def test_problem_names_key_value_and_remedy(source: dict[str, Any], problem: str) -> None:

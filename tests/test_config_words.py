@@ -103,7 +103,9 @@ def test_no_library_speaks_to_people(place: tuple[str, str], value: Any) -> None
         for problem in error.problems:
             own = problem.replace(repr(value), "")
             assert not LEAKS.search(own), problem
-            assert problem.startswith((f"{name}.{key}", "method.", "adapter", "partition.", "task.", "run.")), problem
+            assert problem.startswith(
+                (f"{name}.{key}", "method.", "adapter", "partition.", "task.", "run.", "proxy.")
+            ), problem
 
 
 @given(st.sampled_from(["base", "tasks", "methods", "seeds", "grid", "target"]), ANYTHING)

@@ -27,7 +27,7 @@ from torch import Tensor
 from fedpeft.core.adapter import AdaLora, AdapterSpec, Bottleneck, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
-from fedpeft.core.exchange import Fisher, Method, Perturbation, TokenNorm
+from fedpeft.core.exchange import Fisher, FisherProbe, Method, Perturbation, TokenNorm
 from fedpeft.core.federate import Done, federate
 from fedpeft.core.fit import Fit, Fitted, blocks_in
 from fedpeft.core.rng import Rng, key_for, rng_for
@@ -138,6 +138,7 @@ class ToyModel:
             self.spec = Bottleneck(size)
         self.dirt: Any = None
         self.calls: list[int] = []  # how many fits each call of fit_many was given
+        self.probes: list[int] = []  # and each call of fisher_many
 
     @property
     def config(self) -> dict[str, Any]:
@@ -271,6 +272,10 @@ class ToyModel:
             means[f"{name}.B"] = of_b.mean(dim=1).mean(dim=0, keepdim=True).float()
             means[f"{name}.A"] = of_a.mean(dim=2).mean(dim=0).float()
         return Fisher(trace.float(), means)
+
+    def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
+        self.probes.append(len(probes))
+        return [self.fisher(p.params, p.data, p.rows, p.token_norm, p.also) for p in probes]
 
     def sensitivity(
         self, params: Params, data: Points, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fedpeft.core.exchange import ClientEnv, Method, Record
+from fedpeft.core.exchange import ClientEnv, FisherProbe, Method, Record
 from fedpeft.core.fit import Fit
 
 
@@ -19,11 +19,21 @@ class Turn(NamedTuple):
 def turn(method: Method, down: Record, env: ClientEnv, memory: Record | None = None) -> Turn:
     """The client's work on the method's only exchange of a round, from its first memory unless one is given."""
     (exchange,) = method.round()
-    work: Any = exchange.work(down, method.init_client(env) if memory is None else memory, env)
+    fits, result = served(exchange.work(down, method.init_client(env) if memory is None else memory, env), env.model)
+    return Turn(fits, *result)
+
+
+def served(work: Any, model: Any) -> tuple[list[Fit], Any]:
+    """The Fits that a work, or a part of one, asks for, and what it ends with; a model gives it all that it asks."""
     fits: list[Fit] = []
+    given = None
     try:
-        fits.append(next(work))
         while True:
-            fits.append(work.send(env.model.fit(fits[-1])))
+            wanted = work.send(given)
+            if isinstance(wanted, FisherProbe):
+                (given,) = model.fisher_many([wanted])
+                continue
+            fits.append(wanted)
+            given = model.fit(wanted)
     except StopIteration as stop:
-        return Turn(fits, *stop.value)
+        return fits, stop.value

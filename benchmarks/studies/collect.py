@@ -15,7 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpeft.core.metrics import rank
+
 Cell = dict[str, Any]
+CHOICES = (  # of what a method decided by itself
+    "layers", "ratio", "ratio_from", "deadline_s", "under_training", "left_out", "trained_numbers", "excluded",
+    "untrained", "depth", "width",
+)  # fmt: skip
 
 
 def read_cell(folder: Path) -> Cell | None:
@@ -36,6 +42,7 @@ def read_cell(folder: Path) -> Cell | None:
     return {
         "task": config["task"]["name"],
         "label": manifest.get("label", config["method"]["name"]),
+        "metric": metric,
         "method": config["method"]["name"],
         "seed": config["run"]["seed"],
         "lr": config["method"].get("lr"),
@@ -54,7 +61,14 @@ def read_cell(folder: Path) -> Cell | None:
         "set_up_simulated_seconds": sum(line["simulated_seconds"] for line in set_up),
         "seconds": manifest["seconds"],
         "rounds": manifest["rounds_done"],
-        "choices": {k: v for k, v in manifest.get("choices", {}).items() if k in ("layers", "ratio", "ratio_from")},
+        "choices": {k: v for k, v in manifest.get("choices", {}).items() if k in CHOICES},
+        "plans": {
+            client: {key: plan[key] for key in ("examples", "bits", "batch", "steps", "weights", "trained_numbers")}
+            | {key: plan["predicted"][key] for key in ("round_s", "under_training", "peak_bytes")}
+            for client, plan in manifest.get("choices", {}).get("plans", {}).items()
+        },
+        "trainable_parameters": manifest.get("trainable_parameters"),
+        "round_simulated_seconds": [line["simulated_seconds"] for line in lines if line["round"]],
         "params_sha256": manifest["params_sha256"],
         "commit": manifest.get("commit"),
     }
@@ -81,6 +95,35 @@ def selected(cell: Mapping[str, Any]) -> float:
     return validation.get("personalized", validation["global"])
 
 
+def place(cell: Mapping[str, Any]) -> float:
+    """A key that puts the best cell first."""
+    return rank(cell.get("metric", "accuracy"), selected(cell))
+
+
+def planned(cells: Sequence[Cell]) -> list[str]:
+    """A row of Markdown per task and method of planned federations; none where nothing was planned.
+
+    U is of the examples of those who have a plan; `left out` counts those of the excluded too. Numbers are trained by a
+    mean machine, its head apart; a round is the longest of a run, in simulated seconds.
+    """
+    rows = [
+        "| task | method | seeds | test, global | U | left out | excluded | numbers | MB | round s | in all s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    known = [cell for cell in cells if "under_training" in cell["choices"]]
+    for task, label in sorted({(cell["task"], cell["label"]) for cell in known}):
+        own = [cell for cell in known if (cell["task"], cell["label"]) == (task, label)]
+        told = [cell["choices"] for cell in own]
+        shares = " | ".join(f"{statistics.fmean(t[key] for t in told):.2f}" for key in ("under_training", "left_out"))
+        out = statistics.fmean(len(t["excluded"]) for t in told)
+        numbers = statistics.fmean(t["trained_numbers"] for t in told)
+        longest = statistics.fmean(max(cell["round_simulated_seconds"]) for cell in own)
+        costs = f"{_average(own, 'bytes') / 1e6:.2f} | {longest:.2f} | {_average(own, 'simulated_seconds'):.1f}"
+        scores = _mean(own, "global")
+        rows.append(f"| {task} | {label} | {len(own)} | {scores} | {shares} | {out:.1f} | {numbers:.0f} | {costs} |")
+    return rows if known else []
+
+
 def table(cells: Sequence[Cell]) -> list[str]:
     """A row of Markdown per task and method: mean and range of the test scores at the chosen rate.
 
@@ -94,7 +137,7 @@ def table(cells: Sequence[Cell]) -> list[str]:
     for task, label in sorted({(cell["task"], cell["label"]) for cell in cells}):
         own = [cell for cell in cells if (cell["task"], cell["label"]) == (task, label)]
         first = min(cell["seed"] for cell in own)
-        lr = max((cell for cell in own if cell["seed"] == first), key=selected)["lr"]
+        lr = min((cell for cell in own if cell["seed"] == first), key=place)["lr"]
         chosen = [cell for cell in own if cell["lr"] == lr]
         scores = f"{_mean(chosen, 'global')} | {_mean(chosen, 'personalized')}"
         traffic = f"{_average(chosen, 'bytes') / 1e6:.0f} | {_average(chosen, 'set_up_bytes') / 1e6:.0f}"
@@ -125,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Cell]:
     before = json.loads(options.out.read_text()) if options.out.exists() else []
     cells = collect(options.studies, before)
     options.out.write_text(json.dumps(cells, indent=1) + "\n")
-    print("\n".join(table(cells)))
+    print("\n".join([*table(cells), *planned(cells)]))
     return cells
 
 

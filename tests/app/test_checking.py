@@ -13,7 +13,9 @@ import small
 import tiny
 from fedpeft import app
 from fedpeft.app import rehearsal
-from fedpeft.app.checking import weight_inputs
+from fedpeft.app.checking import rows_per_client, weight_inputs
+from fedpeft.app.federation import build
+from fedpeft.config import load_config
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Full, Lora
 from fedpeft.core.errors import ConfigError, DataError
@@ -120,6 +122,23 @@ def test_estimate_says_what_it_assumes_of_a_method_with_a_set_up(place: Path) ->
         found[name] = app.check(values)["estimate"]
     assert "the set-up is not counted" in found["fedpeptao"]["assuming_that"]
     assert "assuming_that" not in found["fedavg"]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "share"),
+    [
+        ("adalora", {"method__share": 0.5, "method__epochs": 2}, 2.0),  # of the triplets
+        ("se", {"method__share": 0.5, "method__epochs": 2}, 2.0),  # of the targets
+        ("centralized", {"method__share": 0.5, "method__epochs": 3}, 1.5),  # of the rows
+    ],
+)
+def test_only_a_share_of_the_rows_makes_fewer_rows(
+    place: Path, method: str, changes: dict[str, Any], share: float
+) -> None:
+    values = small.config(place, method__name=method, **changes)
+    del values["adapter"]
+    fed = build(load_config(values))
+    assert rows_per_client(fed) == pytest.approx(share * len(fed.whole("train")) / len(fed.clients))
 
 
 def test_nothing_is_trained_or_written(place: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -51,7 +51,7 @@ def test_unequal_machines_train_a_model_that_merges_without_a_trace(
     assert told["plans"]["000"]["bits"] == "int8" and told["plans"]["002"]["bits"] == "full"
     assert "could not join" in (done.folder / "report.html").read_text().lower()
     exchanges = [json.loads(line) for line in (done.folder / "exchanges.jsonl").read_text().splitlines()]
-    assert {e["exchange"] for e in exchanges if e["client"] == "005"} == {"profile", "importance"}
+    assert {e["exchange"] for e in exchanges if e["client"] == "005"} == {"profile"}
     folder = app.export(done.folder, tmp_path / "merged", merge=True)
     model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
     plain = transformers.AutoModel.from_pretrained(place / "tiny", add_pooling_layer=False)
@@ -63,6 +63,25 @@ def test_unequal_machines_train_a_model_that_merges_without_a_trace(
         with torch.no_grad():
             logits = model(**tokenizer(text, return_tensors="pt")).logits[0].mean(dim=0)
         assert logits.softmax(dim=0).tolist() == pytest.approx(list(row["probabilities"].values()), abs=1e-5)
+
+
+def test_a_comparison_says_what_a_deadline_leaves_undone(place: Path, tmp_path: Path) -> None:
+    """Means over the seeds of what the runs' records say; a method without plans leaves the columns empty."""
+    devices = tmp_path / "machines.toml"
+    devices.write_text(MACHINES)
+    base = small.config(place, run__devices=str(devices), run__rounds=1)
+    planned = {"name": "fedpipe", "score": "uniform", "ranks": [1, 2], "round_seconds": 0.08}
+    methods = [{"label": "Plans", **planned}, {"label": "Avg", "name": "fedavg"}]
+    done = app.compare({"base": base, "methods": methods, "seeds": [0, 1]}, out=tmp_path / "study")
+    rows = {row["label"]: row for row in done.table}
+    found = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("trades-plans-*/manifest.json")]
+    told = [manifest["choices"] for manifest in found]
+    for key in ("under_training", "left_out", "trained_numbers"):
+        assert rows["Plans"][key] == pytest.approx(sum(own[key] for own in told) / 2) and key not in rows["Avg"]
+    assert rows["Plans"]["machines_excluded"] == 1 and rows["Plans"]["left_out"] > rows["Plans"]["under_training"] > 0
+    files = (tmp_path / "study").glob("trades-plans-*/metrics.jsonl")
+    set_up = [json.loads(file.read_text().splitlines()[0])["simulated_seconds"] for file in files]
+    assert rows["Plans"]["set_up_seconds"] == pytest.approx(sum(set_up) / 2) and set_up[0] > 0
 
 
 def test_a_killed_run_ends_with_the_same_bits(place: Path, tmp_path: Path) -> None:

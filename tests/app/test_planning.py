@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
+import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +20,12 @@ from fedpeft.app import planning, profiling
 from fedpeft.core.errors import ConfigError, DataError, ModelError, RequestError
 from fedpeft.data.instructions import read_prompts
 from fedpeft.data.load import Source
+from fedpeft.models.hf import HFModel
+from fedpeft.planner.cost import shape_of, weights
 from fedpeft.planner.device import DEFAULT, as_device, load_devices, load_machines
+from fedpeft.planner.memory import parameters
+from fedpeft.planner.plan import Job
+from fedpeft.planner.prices import Costs, Setting
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LLAMA, MACHINES = str(EXAMPLES / "llama2-7b.json"), EXAMPLES / "machines.toml"
@@ -187,6 +195,41 @@ def test_speed_is_solved_from_two_sizes_and_checked_on_a_third() -> None:
     assert noisy.flops_per_s == pytest.approx(1000) and noisy.overhead_s == pytest.approx(0.2)
 
 
+def test_what_is_written_to_disk_is_synchronised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A disk that takes .1 s for 64 KiB writes at most 640 KiB a second, whatever the page cache takes."""
+    synchronised = []
+
+    def slow(descriptor: int) -> None:
+        synchronised.append(os.fstat(descriptor).st_size)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(profiling, "PROBE_BYTES", 2**16)
+    monkeypatch.setattr(os, "fsync", slow)
+    rate, free = profiling.disk(tmp_path)
+    assert synchronised == [2**16] and 0 < rate <= 10 * 2**16 and free > 0
+
+
+def test_unpacking_is_what_a_step_takes_longer() -> None:
+    """Matrices of 2 blocks with d = 8 and f = 16: 2 (4 64 + 2 128) = 1024; 8192 bytes, two passes, in .1 s of mean."""
+    config = {**profiling.SMALL, "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}
+    shape = shape_of(config)
+    assert profiling.unpacking_speed({"full": 0.3, "int8": 0.35, "nf4": 0.45}, shape) == pytest.approx(81920)
+    assert profiling.unpacking_speed({"full": 0.3, "int8": 0.2}, shape) == 0  # noise
+    assert profiling.unpacking_speed({"full": 0.3}, shape) == profiling.unpacking_speed({"int8": 0.3}, shape) == 0
+
+
+def test_a_plan_counts_what_was_measured_of_unpacking() -> None:
+    config = {**profiling.SMALL, "num_hidden_layers": 2}
+    shape = shape_of(config)
+    took = {"full": 0.3, "int8": 0.36, "nf4": 0.4}
+    machine = dataclasses.replace(DEFAULT, dequant_bytes_per_s=profiling.unpacking_speed(took, shape))
+    every = weights(shape, ("query", "value"))
+    job = Job(shape, every, {w.name: 1 / len(every) for w in every}, longest=64, mean=64.0, classes=4)
+    costs, ranks = Costs(job, machine, 10), {every[0].name: 8}
+    full, int8 = (costs.seconds(Setting(bits, 1, 0, False), ranks) for bits in ("full", "int8"))
+    assert int8 - full == pytest.approx(0.08)
+
+
 class Sink(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -218,14 +261,24 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(profiling, "REPEATS", 1)
     monkeypatch.setattr(profiling, "ROWS", 1)
     monkeypatch.setattr(profiling, "PROBE_BYTES", 2**16)
+    took = {"full": 0.1, "int8": 0.1, "nf4": 0.1, "nf4dq": 0.1}
+    real = profiling.step_seconds
+
+    def steps(model: HFModel) -> dict[str, float]:
+        assert real(model).keys() == took.keys() and min(real(model).values()) > 0
+        return {**took, "nf4": 0.1 + 3 * 2 * 4 * parameters(shape_of(model.config)).matrices / 2e9}
+
+    monkeypatch.setattr(profiling, "step_seconds", steps)
     told = profiling.profile("demo", "cpu", address, "mine")
     own = told["profile"]
     assert own.flops_per_s > 1e6 and own.memory_bytes > 1e8 and own.formats == ("full", "int8", "nf4", "nf4dq")
+    assert own.dequant_bytes_per_s == pytest.approx(2e9)
     assert told["bandwidth_measured"] and own.up_bytes_per_s > 1e3 and not told["peak_ratio_measured"]
     file = tmp_path / "device.toml"
     file.write_text(as_device(own, 9))
     machines = load_machines(file)
     assert machines["mine"][1] == 9 and machines["mine"][0].flops_per_s == pytest.approx(own.flops_per_s, rel=1e-5)
+    assert machines["mine"][0].dequant_bytes_per_s == pytest.approx(2e9)
 
 
 def test_memory_is_the_lesser_of_what_is_free_and_what_a_container_may_use(tmp_path: Path) -> None:

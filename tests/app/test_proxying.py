@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import small
 import tiny_lm
 from fedpeft import app
 from fedpeft.app.federation import build
-from fedpeft.app.holding import SCORES, Holding, hold
+from fedpeft.app.holding import SCORES, Holding, hold, key_of
 from fedpeft.app.proxying import FILE, compare, open_artefact, speak
 from fedpeft.config import load_config
 from fedpeft.core import tree
-from fedpeft.core.errors import ConfigError, ModelError, RequestError
+from fedpeft.core.errors import ConfigError, ModelError, RequestError, RunError
 from fedpeft.models.load import load_base
-from fedpeft.proxy.blackbox import CannotDo
+from fedpeft.proxy.blackbox import BackendError, CannotDo
 from fedpeft.proxy.settings import Settings
 from fedpeft.runs.store import RunFolder
 from said import config
@@ -33,6 +34,23 @@ def distilled(models: Path) -> app.Run:
 
 
 # --- a run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_model_that_falls_silent_fails_the_run_which_goes_on_when_it_is_back(
+    ran: app.Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def silent(held: Holding, *_: Any) -> Any:
+            raise BackendError("large has died; start it again")
+
+        patch.setattr(Holding, "scores", silent)
+        with pytest.raises(RunError, match="large has died; start it again") as caught:
+            app.run(config(models), out=tmp_path / "run")
+    assert isinstance(caught.value.__cause__, BackendError)
+    told = RunFolder.open(tmp_path / "run").manifest()
+    assert (told["status"], told["error"]) == ("failed", "large has died; start it again")
+    assert app.resume(tmp_path / "run").manifest["params_sha256"] == ran.manifest["params_sha256"]
 
 
 def test_alpha_is_chosen_on_validation_texts_in_every_evaluation(ran: app.Run) -> None:
@@ -312,6 +330,24 @@ def test_mistakes_are_told_before_the_first_round(
     with pytest.raises(error, match=message):
         app.run(config(models, **changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_key_is_what_a_variable_holds_without_the_blanks_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDPEFT_A_KEY", " secret\n")
+    assert key_of("FEDPEFT_A_KEY") == "secret" and key_of(None) is None
+    monkeypatch.setenv("FEDPEFT_A_KEY", " ")
+    with pytest.raises(RequestError, match="--token-env names the variable FEDPEFT_A_KEY, which is not set or empty"):
+        key_of("FEDPEFT_A_KEY", "--token-env")
+
+
+def test_rouge_l_that_is_not_installed_is_told_before_the_first_round(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)  # as if it were not there
+    with pytest.raises(RequestError, match=r"proxy\.select is rouge_l.*pip install 'fedpeft\[generate\]'"):
+        app.run(config(models, proxy__select="rouge_l"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert hold(build(load_config(config(models, proxy__select="rouge_l", proxy__alpha=1.0)))) is not None
 
 
 def test_labels_have_no_large_model(models: Path) -> None:

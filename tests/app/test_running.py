@@ -102,7 +102,7 @@ def test_one_line_per_exchange_and_client_with_the_lengths_of_the_codec(
     lines = RunFolder.open(tmp_path / "run").exchanges()
     keys = {
         "number", "round", "exchange", "attempt", "client", "bytes_down", "bytes_up", "steps", "examples", "tokens",
-        "pairs", "seconds", "simulated_seconds", "lost",
+        "pairs", "labels", "seconds", "simulated_seconds", "lost",
     }  # fmt: skip
     assert all(line.keys() == keys for line in lines)
     assert [line["bytes_up"] for line in lines] == answers
@@ -112,6 +112,8 @@ def test_one_line_per_exchange_and_client_with_the_lengths_of_the_codec(
     for line in lines:
         n = len(partition[line["client"]]["train"])
         assert (line["examples"], line["steps"]) == (2 * n, 2 * math.ceil(n / 8))
+        held = partition[line["client"]]["label_counts"]["train"]
+        assert line["labels"] == [2 * count for count in held][: len(line["labels"])] and sum(line["labels"]) == 2 * n
 
 
 def test_clients_file_has_every_clients_rows_scores_and_losses(folder: RunFolder) -> None:

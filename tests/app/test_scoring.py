@@ -17,6 +17,7 @@ from fedpeft.app.scoring import evaluate, score_global
 from fedpeft.config import load_config
 from fedpeft.core.exchange import ClientEnv
 from fedpeft.core.memories import InMemory
+from fedpeft.models.hf import HFModel
 from fedpeft.runs.store import RunFolder
 
 
@@ -72,6 +73,21 @@ def test_baselines_are_those_of_the_labels(local: tuple[Federation, RunFolder]) 
         for label in fed.data[c]["validation"].labels
     ]
     assert scored.metrics["label_prior"]["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_a_client_scores_its_own_model_and_not_the_global_one(
+    local: tuple[Federation, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed, _ = local
+    scored, score = list[int](), HFModel.score
+
+    def watched(model: HFModel, params: Any, data: Any) -> Any:
+        scored.append(len(data))
+        return score(model, params, data)
+
+    monkeypatch.setattr(HFModel, "score", watched)
+    evaluate(fed, fed.initial, "test", memories=InMemory(), versions={}, number=0, round=0)
+    assert scored == [len(fed.data[c]["test"]) for c in fed.clients if len(fed.data[c]["test"])]
 
 
 def test_personal_scores_can_be_left_out(local: tuple[Federation, RunFolder]) -> None:

@@ -45,6 +45,11 @@ from fedpeft.core.errors import ClientError, DataError, QuorumError, StoreError
         (("list", "everything"), "everything"),
         (("run",), "Missing argument"),
         (("runn",), "No such command"),
+        (("run", DEMO, "--set", "run.engine=flower"), "run.engine: flower will connect real sites over a network and"),
+        (("server", "x.yaml"), "fedpeft server will run the server of a federation of real sites and is not in this"),
+        (("client", "--help"), "fedpeft client will run one site of a federation and is not in this version; use"),
+        (("keys", "new"), "fedpeft keys will make and list the keys"),
+        (("status",), "fedpeft status will tell the live state of a federation of real sites and is not in this"),
     ],
 )
 def test_wrong_request_is_told_with_code_2_and_no_traceback(
@@ -94,8 +99,9 @@ def test_failed_run_is_one_line_with_code_1(fake: FakeApp, error: Exception) -> 
     assert "Traceback" not in result.output
 
 
-def test_failed_run_that_left_a_state_says_how_to_go_on(fake: FakeApp) -> None:
-    fake.error = QuorumError("too few clients answered.")
+@pytest.mark.parametrize("end", [".", ""])
+def test_failed_run_that_left_a_state_says_how_to_go_on(fake: FakeApp, end: str) -> None:
+    fake.error = QuorumError(f"too few clients answered{end}")
     fake.leave = lambda folder: (folder.mkdir(), (folder / "config.yaml").touch())[0]
     result = call("run", DEMO, "--out", "here")
     assert result.stderr.splitlines()[-1] == "error: too few clients answered. Go on with: fedpeft resume here"

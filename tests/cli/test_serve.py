@@ -77,8 +77,8 @@ def test_the_command_passes_on_what_it_was_told(run, opened, monkeypatch):
     [
         ("", "say what to serve: fedpeft serve RUN_DIR"),
         ("RUN --host 0.0.0.0", "--host 0.0.0.0 can be reached from other machines, and there is no key"),
-        ("RUN --api-key-env NOBODY_SET_THIS", "--api-key-env names NOBODY_SET_THIS, which is not set or empty"),
-        ("RUN --token-env NOBODY_SET_THIS", "--token-env names NOBODY_SET_THIS"),
+        ("RUN --api-key-env NOBODY_SET_THIS", "names the variable NOBODY_SET_THIS, which is not set or empty"),
+        ("RUN --token-env NOBODY_SET_THIS", "--token-env names the variable NOBODY_SET_THIS"),
         ("RUN --speculate -1", "--speculate -1 drafts nothing"),
         ("RUN --max-batch 0", "max_batch 0 serves nobody"),
         ("RUN --max-queue 0", "max_queue 0 serves nobody"),

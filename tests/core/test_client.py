@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from fedpeft.core.client import Job, Metered, answer, protocol, reason, run_jobs
 from fedpeft.core.cohort import everyone
 from fedpeft.core.errors import ClientError, DivergedError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import ClientEnv, Exchange, Meter, Model, Nothing, Weights
+from fedpeft.core.exchange import ClientEnv, Exchange, Fisher, FisherProbe, Meter, Model, Nothing, Weights
 from fedpeft.core.fit import SGD, Fit, Fitted, Moments
 from fedpeft.core.method import Defaults
 
@@ -35,6 +36,11 @@ class Counting:
         if f.params["w"] < 0:
             return DivergedError("the loss is not finite")
         return Fitted({"w": f.params["w"] + 1}, (0.5, 1.5), 2, 7, Moments(2), tokens=30, pairs=90)
+
+    def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
+        self.waves.append(-len(probes))
+        wrong = ClientError("there is no row 5")
+        return [wrong if 5 in p.rows else Fisher(p.params["w"] * 0 + 9.0, {}) for p in probes]
 
     def lowest_block(self, names: Any) -> int:
         return 1
@@ -201,7 +207,9 @@ def test_the_meter_counts_fits_and_forward_passes() -> None:
 
     one = job(work)
     run_jobs([one], Counting())
-    assert one.env.meter == Meter(steps=4, examples=14, trained={1: (60, 180)}, forward_tokens=27, forward_pairs=105)
+    labels = Counter({0: 2})  # of row 0, twice
+    wanted = Meter(steps=4, examples=14, trained={1: (60, 180)}, forward_tokens=27, forward_pairs=105, labels=labels)
+    assert one.env.meter == wanted
 
 
 def test_the_meter_counts_probes() -> None:
@@ -214,6 +222,35 @@ def test_the_meter_counts_probes() -> None:
 
     one = job(work)
     assert one.env.meter == Meter(trained={1: (2 * 2 * 3, 2 * 2 * 9)}, forward_tokens=7, forward_pairs=29)
+
+
+def test_probes_come_before_fits_and_are_counted() -> None:
+    """One looks at its rows before it trains, another trains twice: their first Fits are still one wave."""
+
+    def looks(down: Weights, memory: Any, env: ClientEnv) -> Any:
+        found = yield FisherProbe(down.params, env.data, [0, 2])
+        fitted = yield Fit(down.params, env.data, [[0]], SGD())
+        return Weights({"w": fitted.params["w"] + found.trace}), memory
+
+    jobs, model = [job(looks), job(fit_times(2)), job(looks, -1.0)], Counting()
+    run_jobs(jobs, model)
+    assert model.waves == [-2, 3, 1]
+    assert jobs[0].result is not None and jobs[0].result[0].params["w"] == 9.0 + 1
+    assert jobs[0].env.meter.trained == {1: (30 + 7, 90 + 29)}
+    assert isinstance(jobs[2].error, DivergedError)
+
+
+def test_a_probe_that_fails_is_thrown_into_its_own_work() -> None:
+    def looks(down: Weights, memory: Any, env: ClientEnv) -> Any:
+        try:
+            yield FisherProbe(down.params, env.data, [5])
+        except ClientError:
+            return Weights({}), memory
+
+    lost, kept = job(looks), job(fit_times(1))
+    run_jobs([lost, kept], Counting())
+    assert lost.result is not None and lost.result[0] == Weights({})
+    assert kept.result is not None and lost.env.meter == Meter()
 
 
 def test_a_failed_fit_costs_nothing() -> None:

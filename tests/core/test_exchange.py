@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
+import toy
 from fedpeft.core.errors import RecordError
 from fedpeft.core.exchange import Call, ClientEnv, Meter, Nothing, ServerEnv, Update, Weights, anything, matching
-from fedpeft.core.fit import Fitted, Moments
+from fedpeft.core.fit import SGD, Fit, Fitted, Moments
 from fedpeft.core.rng import rng_for
 
 SENT = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
@@ -60,11 +62,14 @@ def test_the_training_data_of_a_client() -> None:
 
 
 def test_a_meter_adds_what_fits_cost() -> None:
+    """Rows 0 and 3 have the label 1, row 1 has 0: three rows of the one, two of the other."""
     meter = Meter(steps=1, forward_tokens=5)
-    meter.add(Fitted({}, (1.0, 2.0, 6.0), 3, 20, Moments(), tokens=100, pairs=900), lowest_block=2)
+    fit = Fit(toy.params(0, 0), toy.points([1, 0], [-1, 0], [0, 0], [2, 2]), [[0, 1], [3], [1, 0]], SGD(1.0))
+    fitted = Fitted({}, (1.0, 2.0, 6.0), 3, 20, Moments(), tokens=100, pairs=900)
+    meter.add(fit, fitted, lowest_block=2)
     meter.train(1, 1, 2)
     meter.train(7, 49, 0)
-    assert meter == Meter(4, 20, {2: (101, 901), 0: (7, 49)}, 5, 0)
+    assert meter == Meter(4, 20, {2: (101, 901), 0: (7, 49)}, 5, 0, labels=Counter({1: 3, 0: 2}))
     assert (meter.trained_tokens, meter.trained_pairs) == (108, 950)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -250,6 +250,34 @@ def test_the_quorum_error_says_what_where_and_what_to_do() -> None:
 def test_one_answer_is_needed_however_low_the_quorum() -> None:
     with pytest.raises(QuorumError, match="0 of 3"):
         run(Fake(lambda client, call: "out"), quorum=1e-12)
+
+
+def test_an_exchange_may_need_nobody() -> None:
+    """Its own quorum of 0 stands before the run's: nobody's answer leaves the state, and nobody is asked again."""
+
+    @dataclass(frozen=True)
+    class Inviting(Adding):
+        def setup(self) -> Sequence[Exchange]:
+            return (replace(super().setup()[0], quorum=0.0),)
+
+    transport = Fake(lambda client, call: "out" if client != "a" else None)
+    (hello,) = run(transport, Inviting(cohort=0), rounds=0, quorum=1.0)
+    assert hello.answered == ("a",) and set(hello.versions) == {"a"} and hello.state != Number(0.5)
+    transport = Fake(lambda client, call: "out")
+    (hello,) = run(transport, Inviting(), rounds=0, quorum=1.0)
+    assert (hello.answered, hello.versions, hello.state) == ((), {}, Number(0.5))
+    assert len(transport.calls) == 1 and [r.lost for r in hello.receipts] == ["out"] * 3
+
+
+def test_an_exchange_may_need_more_than_the_run() -> None:
+    @dataclass(frozen=True)
+    class Strict(Adding):
+        def setup(self) -> Sequence[Exchange]:
+            return (replace(super().setup()[0], quorum=1.0),)
+
+    transport = Fake(lambda client, call: "out" if client == "a" else None)
+    with pytest.raises(QuorumError, match=r"5 of 6 clients answered .* below the quorum of 1 "):
+        run(transport, Strict(cohort=0), quorum=0.5)
 
 
 def test_a_pick_of_nobody_leaves_the_state_and_goes_on() -> None:

@@ -147,21 +147,14 @@ def test_a_draw_is_the_inverse_of_the_distribution() -> None:
 
 
 def test_acceptance_and_residual_by_hand() -> None:
+    """Drafts from q are accepted with probability .2 + .3 + .1; with what is drawn after a rejection that gives c."""
     c, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.7, 0.1])
-    assert m.acceptance(c, q) == pytest.approx(0.6)
+    accepted = torch.tensor([float(q[token]) * m.acceptable(c, q, token) for token in range(3)])
+    close(accepted, [0.2, 0.3, 0.1])
     assert m.acceptable(c, q, 1) == pytest.approx(0.428571, abs=1e-6) and m.acceptable(c, q, 0) == 1
     close(m.residual(c, q), [0.75, 0, 0.25])
     assert torch.equal(m.residual(c, c), c)
-    marginal = torch.minimum(c, q) + (1 - m.acceptance(c, q)) * m.residual(c, q)
-    close(marginal, c.tolist())
-    assert m.tokens_per_call(0.6, 4) == pytest.approx(2.3056)
-    assert m.tokens_per_call(1, 4) == 5 and m.tokens_per_call(0, 4) == 1
-
-
-def test_tokens_per_call_by_counting() -> None:
-    rng = np.random.default_rng(0)
-    accepted = np.cumprod(rng.random((100_000, 4)) < 0.6, axis=1).sum(axis=1)
-    assert m.tokens_per_call(0.6, 4) == pytest.approx(float(accepted.mean()) + 1, abs=0.02)
+    close(accepted + (1 - accepted.sum()) * m.residual(c, q), c.tolist())
 
 
 # --- curve and distillation -------------------------------------------------------------------------------------
@@ -184,8 +177,12 @@ def test_distillation_by_hand() -> None:
     assert float(m.distillation_loss(m.teacher(z), student)) == pytest.approx(0.058892, abs=1e-6)
     mixed = m.distillation_loss(m.teacher(z), student, torch.tensor([2]), share=0.25)
     assert float(mixed) == pytest.approx(0.25 * 0.058892 + 0.75 * math.log(3), abs=1e-5)
-    bare = m.distillation_loss(m.teacher(z), student, torch.tensor([-100]), share=0.25)
+    bare = m.distillation_loss(m.teacher(z), student, torch.tensor([m.NO_TOKEN]), share=0.25)
     assert float(bare) == pytest.approx(0.25 * 0.058892, abs=1e-5)
+    two, said = z.repeat(2, 1), torch.tensor([2, m.NO_TOKEN])
+    for reduction, times in (("mean", 0.5), ("sum", 1.0)):
+        found = m.distillation_loss(m.teacher(two), student.repeat(2, 1), said, 0.25, reduction=reduction)
+        assert float(found) == pytest.approx(times * (float(mixed) + float(bare)), rel=1e-5)
 
 
 def test_distillation_against_torch_and_its_gradient() -> None:

@@ -105,6 +105,55 @@ def test_a_refit_is_the_least_squares_solution(drawn: tuple[int, int, int, int],
     np.testing.assert_allclose(got.numpy(), wanted, atol=1e-6 * max(1, np.abs(wanted).max()))
 
 
+def cosine(x: Array, y: Array) -> float:
+    return float((x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
+@given(shape)
+def test_a_turned_factor_reaches_the_largest_cosine(drawn: tuple[int, int, int, int]) -> None:
+    """With λ = 0 that is ||M P|| / ||M||, P the projection onto the rows of A; from within a right angle of M."""
+    d_out, d_in, rank, seed = drawn
+    rng = np.random.default_rng(seed)
+    target, b = rng.normal(size=(d_out, d_in)), rng.normal(size=(d_out, rank))
+    a = np.linalg.qr(rng.normal(size=(d_in, min(rank, d_in))))[0].T * rng.uniform(0.5, 2, size=(min(rank, d_in), 1))
+    b = b[:, : len(a)] * np.sign(np.sum(b[:, : len(a)] @ a * target))
+    towards = torch.from_numpy(target), torch.eye(d_in).double()
+    change = lowrank.turn((torch.from_numpy(b), torch.from_numpy(a)), towards, 0.0).numpy()
+    best = np.linalg.norm(target @ np.linalg.pinv(a) @ a) / np.linalg.norm(target)
+    assert cosine((b + change) @ a, target) == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 0.5])
+def test_a_turned_factor_is_at_rest(seed: int, ridge: float) -> None:
+    """Central differences of 1 - cos + λ ||ΔB|| in dense arithmetic vanish; or ΔB = 0, where they are at most λ."""
+    rng, (d_out, d_in, rank) = np.random.default_rng(seed), (7, 12, 3)
+    b, a, stray = (rng.normal(size=s) for s in ((d_out, rank), (rank, d_in), (d_out, d_in)))
+    target = b @ a / np.linalg.norm(b @ a) + 0.5 * stray / np.linalg.norm(stray)
+    towards = torch.from_numpy(target), torch.eye(d_in).double()
+    change = lowrank.turn((torch.from_numpy(b), torch.from_numpy(a)), towards, ridge).numpy()
+
+    def value(delta: Array, ridge: float) -> float:
+        return 1 - cosine((b + delta) @ a, target) + ridge * float(np.linalg.norm(delta))
+
+    assert value(change, ridge) <= value(0 * change, ridge) + 1e-12
+    steps = np.eye(b.size).reshape(-1, *b.shape) * 1e-5
+    own = ridge if change.any() else 0.0
+    slopes = [(value(change + step, own) - value(change - step, own)) / 2e-5 for step in steps]
+    assert np.linalg.norm(slopes) < (1e-4 if change.any() else ridge + 1e-6)
+
+
+def test_turning_by_hand() -> None:
+    """B = (1, 0), A = 1, M = (0, 1): the slope at B is (0, 1). With λ above 1 nothing moves; zeros have no angle."""
+    pair, towards = (torch.tensor([[1.0], [0.0]]), torch.ones(1, 1)), (torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
+    assert not lowrank.turn(pair, towards, 1.01).any()
+    turned = pair[0] + lowrank.turn(pair, towards, 0.0)
+    assert cosine(turned.numpy(), towards[0].numpy()) == pytest.approx(1, abs=1e-6)
+    zero = torch.zeros(2, 1), torch.ones(1, 1)
+    assert not lowrank.turn(zero, towards, 0.0).any() and not lowrank.turn(pair, zero, 0.0).any()
+    assert not lowrank.turn(pair, (2 * pair[0], pair[1]), 0.0).any(), "the direction is right, whatever the length"
+
+
 def test_what_has_less_rank_is_padded_with_zeros() -> None:
     b, a = lowrank.truncate((torch.ones(3, 1), torch.ones(1, 2)), 4)
     assert b.shape == (3, 4) and a.shape == (4, 2) and not b[:, 1:].any() and not a[1:].any()
@@ -170,6 +219,18 @@ def test_halves_are_exact_while_the_rank_lasts_and_share_the_singular_values(ran
 def test_halves_leave_out_what_is_negligible() -> None:
     b, a = lowrank.halves((torch.diag(tensor([1, 1e-7])[0]), torch.eye(2).double()), 2)
     assert not bool(b[:, 1].any()) and not bool(a[1].any()) and bool(a[0].any())
+
+
+def test_a_product_is_compressed_to_its_own_rank() -> None:
+    """Two equal halves of diag(2, 0) are one component of 2; a product of zero keeps one component of zeros."""
+    half = tensor([1], [0]), tensor([1, 0])
+    b, a = lowrank.compressed(lowrank.stack([half, half], (1.0, 1.0)), 256)
+    assert b.shape == (2, 1) and a.shape == (1, 2)
+    np.testing.assert_allclose(lowrank.product((b, a)), [[2, 0], [0, 0]], atol=1e-12)
+    whole = torch.diag(tensor([3, 2, 1])[0]), torch.eye(3).double()
+    assert lowrank.compressed(whole, 2)[1].shape == (2, 3) and lowrank.compressed(whole, 256)[1].shape == (3, 3)
+    b, a = lowrank.compressed((torch.zeros(3, 2).double(), torch.zeros(2, 3).double()), 256)
+    assert b.shape == (3, 1) and not b.any() and not a.any()
 
 
 def test_slices_keep_what_nobody_has() -> None:

@@ -12,10 +12,10 @@ import toy
 from fedpeft import methods
 from fedpeft.core import pairs
 from fedpeft.core.exchange import ClientEnv, ServerEnv, Update
-from fedpeft.core.fit import Fit
 from fedpeft.maths import lowrank
 from fedpeft.methods.flexlora import FlexLora
 from fedpeft.methods.slora import SLora, State, numbers, scattered, under_mask
+from turns import served
 
 
 @pytest.mark.parametrize("size", [560, 880, 1120, 1600])
@@ -83,14 +83,7 @@ def test_delta_lora_has_no_dropout_at_any_step(start_steps: int) -> None:
     model = toy.ToyModel(rank=2, dropout=0.3)
     here = ClientEnv("a", model, {"train": toy.points(*np.ones((8, 3)))}, 0, 3, 1, "train")
     down = method.send(method.init(ServerEnv(model, ("a",), 0, 3)), "a")
-    work, fits = method.train(down, method.init_client(here), here), []
-    try:
-        fit: Fit = next(work)
-        while True:
-            fits.append(fit)
-            fit = work.send(model.fit(fit))
-    except StopIteration:
-        pass
+    fits, _ = served(method.train(down, method.init_client(here), here), model)
     assert [fit.dropout for fit in fits] == [0.0] * (2 if start_steps else 1)
 
 

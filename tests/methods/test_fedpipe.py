@@ -91,6 +91,17 @@ def test_who_comes_late_is_planned_for_with_the_deadline_and_the_scores_as_they_
     assert {c: after.roster.plans[c] for c in before.roster.plans} == dict(before.roster.plans)
 
 
+def test_who_never_answers_is_asked_again_in_every_round_and_stops_nobody() -> None:
+    own = method()
+    transport = engine(own, {})
+    transport.fault = lambda client, call: "away" if client == "c3" else None
+    done = run(own, transport)
+    joins = [step for step in done if step.exchange == "join"]
+    assert [(step.cohort, step.answered, len(step.receipts)) for step in joins] == [(("c3",), (), 1)] * 2
+    assert set(done[-1].state.roster.plans) == {"c0", "c1", "c2"} and done[-1].round == 2
+    assert all("c3" not in step.cohort for step in done if step.exchange == "train")
+
+
 def test_a_machine_that_changes_gets_another_plan() -> None:
     own = method(round_seconds=0.02)
     transport = engine(own, dict.fromkeys(("c0", "c1", "c2", "c3"), FAST))
@@ -169,7 +180,7 @@ def test_the_warm_up_finds_the_block_in_which_something_is_to_be_learnt(score: s
     ask = own.ask_scores(state, "c0")
     work = own.warm_up(ask, Memory(), env)
     fit = next(work)
-    assert fit.base == "" and len(fit.batches) == 1 and len(fit.batches[0]) == ask.batch
+    assert fit.base == "" and len(fit.batches) == 1 and len(fit.batches[0]) == ask.how.batch
     try:
         while True:
             fit = work.send(env.model.fit(fit))
@@ -177,6 +188,25 @@ def test_the_warm_up_finds_the_block_in_which_something_is_to_be_learnt(score: s
         up, memory = stop.value
     assert float(up.scores[0]) > 0.8 and float(up.scores.sum()) == pytest.approx(1) and memory == Memory()
     scored(ask, up)
+
+
+def test_who_has_no_time_for_a_warm_up_is_planned_for_with_the_others_scores() -> None:
+    """A step of eight rows takes 1.2e-5 s on a fast machine and 1 ms on a slow one."""
+    machines = {"c0": FAST, "c1": SLOW, "c2": FAST, "c3": SLOW}
+    own = method(warmup_seconds=0.004, warmup_steps=10)
+    done = run(own, engine(own, machines), rounds=1)
+    measured = next(step for step in done if step.exchange == "importance")
+    assert set(measured.cohort) == {"c0", "c2"}
+    assert set(measured.state.roster.plans) == set(machines) and not measured.state.warning
+
+
+def test_where_nobody_can_measure_importance_all_weights_count_the_same_and_that_is_said() -> None:
+    own = method(warmup_seconds=1e-6)
+    done = run(own, engine(own, {}), rounds=1)
+    assert [len(step.cohort) for step in done if step.exchange == "importance"] == [0]
+    state = done[-1].state
+    assert set(state.roster.job.scores.values()) == {0.5} and "all count the same" in own.choices(state)["warning"]
+    assert set(state.roster.plans) == {"c0", "c1", "c2", "c3"}
 
 
 def test_a_refreshed_importance_stands_on_what_was_learnt() -> None:

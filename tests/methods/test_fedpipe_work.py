@@ -20,6 +20,7 @@ from fedpeft.maths.sensitivity import Orthonormal
 from fedpeft.methods.fedpipe import FedPipe, Memory, Scores, State, Trained, Warmup
 from fedpeft.planner.device import DEFAULT, Profile
 from fedpeft.planner.roster import Report
+from fedpeft.planner.warmup import WarmUp
 
 MODEL: dict[str, Any] = {"width": 6, "dtype": "float64", "blocks": 2, "rank": 4}
 FIRST, SECOND = "block.0.w", "block.1.w"
@@ -223,7 +224,7 @@ def test_a_warm_up_is_asked_for_with_what_was_learnt_and_no_more_rows_than_there
     own = method()
     state = dataclasses.replace(planned(own, {FIRST: 2}, rows=rows), union=(SECOND,))
     down = own.ask_scores(state, "c0")
-    assert (down.batch, down.bits, down.groups, down.candidates) == (batch, "full", 1, 2)
+    assert (down.how, down.candidates) == (WarmUp("full", batch, 1, 3), 2)
     assert same(down.params, {f"{SECOND}.{side}": state.params[f"{SECOND}.{side}"] for side in "AB"})
     assert same(down.stack, state.stack)
 
@@ -232,7 +233,7 @@ def test_a_warm_up_is_asked_for_with_what_was_learnt_and_no_more_rows_than_there
 def test_every_field_of_the_fits_of_a_warm_up(bits: str, groups: int) -> None:
     own, env = method(orth=0.4, warmup_lr=0.07, warmup_rank=3), client()
     state = planned(own, {FIRST: 2})
-    down = dataclasses.replace(own.ask_scores(state, "c0"), bits=bits, groups=groups, batch=2)
+    down = dataclasses.replace(own.ask_scores(state, "c0"), how=WarmUp(bits, 2, groups, 3))
     steps, up = warmed(own, down, env)
     assert len(steps) == 3 * groups and bool(up.seen.all()) and up.examples == 5
     batches = stream_batches(env, 0, 3, 2)

@@ -25,7 +25,7 @@ from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import ClientEnv, ServerEnv, Update
 from fedpeft.core.federate import Done, Start, federate
 from fedpeft.core.fit import SGD, AdamW, Fit, Fitted
-from fedpeft.core.tree import block_of
+from fedpeft.core.tree import Params, block_of
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.maths import curriculum, spectrum
 from fedpeft.methods.fedavg import FedAvg
@@ -33,6 +33,7 @@ from fedpeft.methods.fibecfed import FibecFed, Memory, Scores, State, Task
 from fedpeft.models.hf import HFModel
 from fedpeft.models.readouts.cloze import ClozeReadout
 from transports import Recording
+from turns import served
 
 SAME: dict[str, Any] = {"cohort": 3, "epochs": 2, "batch_size": 4, "lr": 5e-3}
 COLD: dict[str, Any] = {**SAME, "warmup_rounds": 0}
@@ -228,15 +229,7 @@ def test_a_measured_share_is_that_of_the_dense_hessian(count: Any) -> None:
     params, data = tiny.params(model, tiny.place()), tiny.examples(tiny.place(1), 8)
     client = ClientEnv("a", model, {"train": data}, 0, 5)
     method = FibecFed(gal_count=count, batch_size=8)
-    work = method.measure(params, client)
-    fits: list[Fit] = []
-    try:
-        fit = next(work)
-        while True:
-            fits.append(fit)
-            fit = work.send(model.fit(fit))
-    except StopIteration as stop:
-        got = stop.value
+    fits, got = served(method.measure(params, client), model)
     rows, names = data.epochs(1, 8, client.rng("batch"))[0], ["block.1.query.B"]
     product = model.hessian(params, data, rows, names)
     unit = torch.eye(tiny.WIDTH, dtype=torch.float64)
@@ -397,23 +390,29 @@ def client(rows: int = 10, round: int = 1, rounds: int = 10, model: Any = None) 
     return ClientEnv("a", model or tiny.model("bert"), {"train": data}, 0, rounds, round, "train")
 
 
+def ordered(method: FibecFed, params: Params, here: ClientEnv) -> Memory:
+    """The memory that has its examples in order."""
+    memory: Memory = served(method.ordered(params, Memory(), here), here.model)[1]
+    return memory
+
+
 def test_rows_are_ranked_by_the_trace_of_their_fisher_information() -> None:
     here = client()
     params = tiny.params(here.model, tiny.place())
-    memory = FibecFed(batch_size=4).ordered(params, Memory(), here)
+    memory = ordered(FibecFed(batch_size=4), params, here)
     trace = here.model.fisher(params, here.data, range(10)).trace
     assert bool((trace[memory.rows].diff() >= 0).all()) and memory.ends.tolist() == [4, 8, 10]
-    turned = FibecFed(batch_size=4, difficulty="reverse").ordered(params, Memory(), here)
+    turned = ordered(FibecFed(batch_size=4, difficulty="reverse"), params, here)
     assert turned.rows.tolist() == memory.rows.tolist()[::-1]
-    length = FibecFed(difficulty="length").ordered(params, Memory(), here).rows
+    length = ordered(FibecFed(difficulty="length"), params, here).rows
     assert bool((torch.from_numpy(here.data.lengths)[length].diff() >= 0).all())
     losses = here.model.losses(params, here.data, range(10))
-    assert bool((losses[FibecFed(difficulty="loss").ordered(params, Memory(), here).rows].diff() >= 0).all())
+    assert bool((losses[ordered(FibecFed(difficulty="loss"), params, here).rows].diff() >= 0).all())
     expected = torch.nn.functional.cross_entropy(
         here.model.logits(params, here.data), torch.from_numpy(here.data.labels), reduction="none"
     )
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    chance = FibecFed(difficulty="random").ordered(params, Memory(), here).rows.tolist()
+    chance = ordered(FibecFed(difficulty="random"), params, here).rows.tolist()
     assert sorted(chance) == list(range(10)) and chance != memory.rows.tolist()
 
 
@@ -423,17 +422,17 @@ def test_batches_of_every_kind() -> None:
     params = tiny.params(here.model, tiny.place())
     trace = here.model.fisher(params, here.data, range(18)).trace.tolist()
     samples = FibecFed(batch_size=4, epochs=2)
-    memory = samples.ordered(params, Memory(), here)
+    memory = ordered(samples, params, here)
     used = samples.in_use(memory, here)
     easiest = sorted(range(18), key=lambda row: trace[row])[:12]
     assert len(used) == 6 and sorted(r for b in used[:3] for r in b) == sorted(easiest)
     assert used[:3] != used[3:] and sorted(r for b in used[3:] for r in b) == sorted(easiest)
     whole = FibecFed(batch_size=4, epochs=2, batching="sorted_batches")
-    parts = whole.in_use(whole.ordered(params, Memory(), here), here)
+    parts = whole.in_use(ordered(whole, params, here), here)
     order = sorted(range(18), key=lambda row: trace[row])
     assert sorted(parts[:3]) == sorted([order[:4], order[4:8], order[8:12]])
     fixed = FibecFed(batch_size=4, epochs=2, batching="fixed_random")
-    memory = fixed.ordered(params, Memory(), here)
+    memory = ordered(fixed, params, here)
     begins = [0, *memory.ends.tolist()]
     batches = [memory.rows.tolist()[a:b] for a, b in pairwise(begins)]
     means = [np.mean([trace[row] for row in batch]) for batch in batches]
@@ -452,7 +451,7 @@ def test_labels_in_their_own_proportions() -> None:
     params = model.init(tiny.place())
     params["head.bias"] = torch.tensor([2.0, 0.0])
     here = ClientEnv("a", model, {"train": data}, 0, 10, 1, "train")
-    plain, fair = (FibecFed(stratify_labels=s).ordered(params, Memory(), here).rows for s in (False, True))
+    plain, fair = (ordered(FibecFed(stratify_labels=s), params, here).rows for s in (False, True))
     count = 48
     assert (data.labels[plain[:count]] == 0).mean() >= 0.8
     assert abs((data.labels[fair[:count]] == 0).mean() - 0.5) <= 8 / count
@@ -465,11 +464,8 @@ def test_an_order_is_made_once_or_again_after_some_visits() -> None:
         params = tiny.params(here.model, tiny.place())
         task = Task({n: t for n, t in params.items() if block_of(n) in (None, 0)}, None, (0,))
         for _ in range(4):
-            work = method.train(task, memory, here)
-            fit = next(work)
-            with pytest.raises(StopIteration) as stop:
-                work.send(here.model.fit(fit))
-            before, memory = memory, stop.value.value[1]
+            _, (_, after) = served(method.train(task, memory, here), here.model)
+            before, memory = memory, after
             visits.append(memory.visits - 1)
             if not every and len(before.rows):
                 assert torch.equal(before.rows, memory.rows)
@@ -482,16 +478,16 @@ def test_momentum_of_the_rows_information() -> None:
     class Says(toy.ToyModel):
         value = 1.0
 
-        def fisher(self, params: Any, data: Any, rows: Any, token_norm: Any = "sqrt") -> Any:
-            found = super().fisher(params, data, rows, token_norm)
+        def fisher(self, params: Any, data: Any, rows: Any, token_norm: Any = "sqrt", also: Any = ()) -> Any:
+            found = super().fisher(params, data, rows, token_norm, also)
             return replace(found, rows={name: torch.full_like(t, self.value) for name, t in found.rows.items()})
 
     model = Says(blocks=1, rank=2, width=5)
     here = ClientEnv("a", model, {"train": toy.points([1.0] * 5, [2.0] * 5)}, 0, 4, 1, "train")
     params, method = model.init(tiny.place()), FibecFed()
-    first = method.information(params, params, Memory(), [[0, 1]], here)
+    _, first = served(method.information(params, params, Memory(), [[0, 1]], here), model)
     model.value = 0.0
-    second = method.information(params, params, Memory(fisher=first), [[0, 1]], here)
+    _, second = served(method.information(params, params, Memory(fisher=first), [[0, 1]], here), model)
     assert all(bool((t == 1).all()) for t in first.values()) and first.keys() == pairs.factors(params).keys()
     assert all(t.tolist() == pytest.approx([0.9] * len(t)) for t in second.values())
     draw = torch.from_numpy(np.random.default_rng(0).random((3, 4, 6)))  # of three visits, numbers of a matrix
@@ -500,7 +496,7 @@ def test_momentum_of_the_rows_information() -> None:
         whole = 0.9 * whole + 0.1 * visit
         kept = curriculum.blended(kept, {"block.0.w.A": visit.mean(dim=1)}, 0.9)
     torch.testing.assert_close(kept["block.0.w.A"], whole.mean(dim=1), rtol=1e-6, atol=0)
-    assert not FibecFed(rho=1.0).information(params, params, Memory(), [[0]], here)
+    assert not served(FibecFed(rho=1.0).information(params, params, Memory(), [[0]], here), model)[1]
 
 
 # --- planted ----------------------------------------------------------------------------------------------------------

@@ -14,9 +14,12 @@ from torch import Tensor
 import toy
 from fedpeft.core import tree
 from fedpeft.core.exchange import ClientEnv, ServerEnv, Update
+from fedpeft.core.federate import federate
 from fedpeft.core.fit import Fit
 from fedpeft.core.tree import block_of
+from fedpeft.engines.inprocess import InProcess
 from fedpeft.methods.fibecfed import FibecFed, Memory, Probe, Task
+from turns import served
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
@@ -47,14 +50,8 @@ def asked(round: int = 1, rows: int = 20) -> ClientEnv:
 
 def ended(work: Any, model: Any) -> tuple[list[Fit], Any, Any]:
     """The Fits of a work, its answer and the memory that it leaves."""
-    fits: list[Fit] = []
-    try:
-        fit = next(work)
-        while True:
-            fits.append(fit)
-            fit = work.send(model.fit(fit))
-    except StopIteration as stop:
-        return fits, *stop.value
+    fits, (up, memory) = served(work, model)
+    return fits, up, memory
 
 
 @pytest.mark.parametrize(
@@ -153,8 +150,24 @@ def test_a_local_head_starts_where_the_warm_up_ended() -> None:
 
 def test_without_a_curriculum_nothing_is_ranked() -> None:
     here = asked()
-    memory = FibecFed(beta=1.0, batch_size=4).ordered(here.initial(), Memory(), here)
+    _, memory = served(FibecFed(beta=1.0, batch_size=4).ordered(here.initial(), Memory(), here), here.model)
     assert not here.model.asked and memory.rows.tolist() == list(range(20))  # type: ignore[attr-defined]
     assert len(FibecFed(beta=1.0, batch_size=4, epochs=1).in_use(memory, here)) == 5
-    FibecFed(beta=1.0, batch_size=4, batching="sorted_batches").ordered(here.initial(), Memory(), here)
+    whole = FibecFed(beta=1.0, batch_size=4, batching="sorted_batches")
+    served(whole.ordered(here.initial(), Memory(), here), here.model)
     assert here.model.asked, "whole batches are of the order"  # type: ignore[attr-defined]
+
+
+def test_a_late_client_ranks_with_its_cohort() -> None:
+    """Whoever is new ranks while the others look at rows in use, and looks at its own in a second call."""
+    method = FibecFed(cohort=2, batch_size=4, warmup_rounds=0, layers_by="first", epochs=1)
+    data = {f"c{i}": {"train": asked(rows=9 + i).data} for i in range(3)}
+    model = asked().model
+    engine = InProcess(lambda: method, model, data, 0, batch=10)  # type: ignore[arg-type]
+    seen: set[str] = set()
+    for done in federate(method, engine, model, rounds=4, seed=0):
+        new = [client for client in done.answered if client not in seen]
+        assert model.probes == [2, *([len(new)] if new else [])] and model.calls == [2]  # type: ignore[attr-defined]
+        seen |= {*done.answered}
+        model.probes.clear(), model.calls.clear()  # type: ignore[attr-defined]
+    assert seen == data.keys(), "one of them came late"

@@ -104,6 +104,32 @@ def test_golden_errors_of_the_servers() -> None:
         assert error(product(flex), wanted) == pytest.approx(expected, abs=1e-6)
 
 
+def test_lora_fair_by_the_papers_objective() -> None:
+    """The angle to M is the least that B can reach over the same Ā; the length of M is not kept."""
+    ups, wanted = golden(), target(golden())
+    means = {kind: LoraFair(objective=kind, ridge=0.0) for kind in ("squared", "cosine")}  # type: ignore[arg-type]
+    done = {kind: method.average(method.init(ranked(2)), ups, env()).params for kind, method in means.items()}
+    plain = product(FedAvg().average(FedAvg().init(ranked(2)), ups, env()).params)
+    angle = {kind: cosine(product(params), wanted) for kind, params in done.items()}
+    assert angle["cosine"] == pytest.approx(angle["squared"], abs=1e-6), "the nearest product has the least angle"
+    assert angle["cosine"] > cosine(plain, wanted) + 0.1
+    assert torch.equal(done["cosine"][f"{SLOT}.A"], done["squared"][f"{SLOT}.A"])
+    assert not np.allclose(product(done["cosine"]), product(done["squared"]), rtol=0.01)
+    small = LoraFair(objective="cosine", ridge=0.1)
+    kept = small.average(small.init(ranked(2)), ups, env()).params
+    moved = [float((p[f"{SLOT}.B"] - tree_mean(ups)).norm()) for p in (kept, done["cosine"])]
+    assert 0 < moved[0] < moved[1]
+
+
+def tree_mean(ups: Mapping[str, Update]) -> Tensor:
+    """B̄."""
+    return tree.mean((up.params, up.examples) for up in ups.values())[f"{SLOT}.B"]
+
+
+def cosine(x: Any, y: Any) -> float:
+    return float((x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
 def test_golden_norms_of_hetlora() -> None:
     ups = golden((1, 2, 4))
     state = HetLora().average(HetLora().init(env()), ups, env())

@@ -22,13 +22,17 @@ from fedpeft.core.changes import News
 from fedpeft.core.difficulty import difficulties
 from fedpeft.core.errors import ConfigError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Call, ClientEnv, ServerEnv, Weights
+from fedpeft.core.exchange import Call, ClientEnv, FisherProbe, ServerEnv, Update, Weights
 from fedpeft.core.federate import Done, Start, federate
 from fedpeft.core.fit import Fit, Soften
 from fedpeft.core.memories import InMemory
 from fedpeft.core.method import plain, rebuild
+from fedpeft.core.tree import Params
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.maths import curriculum
+from fedpeft.methods._schedule import with_schedule
+from fedpeft.methods.fedavg import FedAvg
+from turns import served
 
 SAME: dict[str, Any] = {"cohort": 3, "epochs": 2, "batch_size": 4, "lr": 5e-3}
 KINDS = ("fisher", "loss", "random", "rarity", "length", "two_stage")
@@ -172,14 +176,14 @@ def test_a_client_that_fails_in_its_work_is_told_so() -> None:
 def work(method: Any, exchange: int, down: Any, here: ClientEnv, memory: Any = None) -> tuple[list[Fit], Any]:
     """The Fits that a client's work asks for, and the memory that it leaves."""
     steps = method.round()[exchange].work(down, memory or method.init_client(here), here)
-    fits: list[Fit] = []
-    try:
-        fit = next(steps)
-        while True:
-            fits.append(fit)
-            fit = steps.send(here.model.fit(fit))
-    except StopIteration as stop:
-        return fits, stop.value[1]
+    fits, (_, left) = served(steps, here.model)
+    return fits, left
+
+
+def measured(kind: Any, params: Params, here: ClientEnv, also: tuple[Params, ...] = ()) -> list[float]:
+    """How difficult the client's rows are."""
+    found: list[float] = served(difficulties(kind, params, here, also=also), here.model)[1]
+    return found
 
 
 def place(rows: int = 20, round: int = 1, rounds: int = 10, **model: Any) -> ClientEnv:
@@ -245,11 +249,53 @@ def test_rows_are_ranked_by_the_model_that_trains_on_them(name: str, kind: str) 
     fits, memory = work(method, 0, down, here)
     fit = fits[0]
     assert fit.also and fit.also[0].keys() == delta.keys()
-    known = {
-        also: difficulties(kind, fit.params, here, also=fit.also if also else ())  # type: ignore[arg-type]
-        for also in (True, False)
-    }
+    known = {also: measured(kind, fit.params, here, fit.also if also else ()) for also in (True, False)}
     assert memory.rows.tolist() == curriculum.easy_first(known[True]) != curriculum.easy_first(known[False])
+
+
+def test_a_cohort_ranks_its_rows_together() -> None:
+    """Those who have no order yet, in one call: all three of the first round, nobody later; and to the same orders."""
+    method = methods.build("fedavg", {**SAME, "cohort": 0, "schedule": "fisher"})
+    data = {f"c{i}": {"train": place(9 + i).data} for i in range(3)}
+    found = []
+    for batch in (1, 10):
+        engine = InProcess(lambda: method, place().model, data, 0, batch=batch)
+        last = list(federate(method, engine, engine.model, rounds=3, seed=0))[-1]
+        orders = [engine.memories.load(c, last.versions[c], method.memory).rows.tolist() for c in data]  # type: ignore[attr-defined]
+        found.append((records.encode(last.state), orders, engine.model.probes, engine.model.calls))  # type: ignore[attr-defined]
+    assert found[0][:2] == found[1][:2]
+    assert [own[2] for own in found] == [[1, 1, 1], [3]] and found[1][3] == [3, 3, 3]
+
+
+def test_work_that_looks_at_its_rows_itself_is_ranked_too() -> None:
+    """Its own question is answered before its first Fit shows what it trains."""
+
+    class Looks(FedAvg):
+        __module__ = FedAvg.__module__
+
+        def train(self, down: Any, memory: Any, env: ClientEnv) -> Any:
+            yield FisherProbe(down.params, env.data, [0])
+            return (yield from super().train(down, memory, env))
+
+        def round(self) -> Any:
+            return tuple(replace(e, work=self.train) for e in super().round())
+
+    here = place()
+    method = with_schedule(Looks)(**SAME, schedule="fisher")
+    fits, memory = work(method, 0, sent(method, here), here)
+    assert memory.rows.tolist() == curriculum.easy_first(measured("fisher", here.initial(), here))
+    assert {row for batch in rows_of(fits) for row in batch} == set(memory.rows.tolist()[:12])
+    assert here.model.probes == [1, 1, 1, 1], "twice its own, the order, and this test's"  # type: ignore[attr-defined]
+
+    class Leaves(Looks):
+        __module__ = FedAvg.__module__
+
+        def train(self, down: Any, memory: Any, env: ClientEnv) -> Any:
+            yield FisherProbe(down.params, env.data, [0])
+            return Update(down.params, 1, 0.0), memory
+
+    idle = with_schedule(Leaves)(**SAME, schedule="fisher")
+    assert work(idle, 0, sent(idle, here), here)[0] == []
 
 
 def test_rows_are_ranked_once() -> None:
@@ -259,7 +305,7 @@ def test_rows_are_ranked_once() -> None:
     other = Weights({name: t + 5 for name, t in sent(method, here).params.items()})
     fits, second = work(method, 0, other, replace(here, round=2), first)
     assert second.rows.tolist() == first.rows.tolist()
-    assert difficulties("loss", other.params, here) != difficulties("loss", sent(method, here).params, here)
+    assert measured("loss", other.params, here) != measured("loss", sent(method, here).params, here)
     assert {row for batch in rows_of(fits) for row in batch} <= set(first.rows.tolist()[:13])
 
 

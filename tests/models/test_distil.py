@@ -19,6 +19,8 @@ from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import Target
 from fedpeft.core.fit import SGD, AdamW, Fit
 from fedpeft.core.rng import rng_for
+from fedpeft.maths import logits
+from fedpeft.maths.logits import NO_TOKEN
 from fedpeft.models import distil as maths
 from fedpeft.models.hf import HFModel
 from fedpeft.models.readouts.generate import GenerateReadout
@@ -121,7 +123,7 @@ def test_the_loss_by_hand() -> None:
     own = model("llama")
     lesson = maths._Lesson(own, own.readout.lm, lambda rows: Target(torch.zeros(1, 3)), 1.0, 1.0)
     teacher = Target(torch.tensor([[0.5, 0.25, 0.25]]).log())
-    uniform, nobody = torch.zeros(1, 3), torch.tensor([-1])
+    uniform, nobody = torch.zeros(1, 3), torch.tensor([NO_TOKEN])
     assert float(lesson._loss(uniform, teacher, nobody)) == pytest.approx(0.058892, abs=1e-6)
     warm = maths._Lesson(own, own.readout.lm, lesson.teach, 2.0, 1.0)
     assert float(warm._loss(uniform, teacher, nobody)) == pytest.approx(0.056882, abs=1e-6)
@@ -141,6 +143,20 @@ def test_padding_of_the_students_vocabulary_counts_for_nothing(share: float) -> 
     teacher, real = full.logits.log_softmax(1), student[:, :3].log_softmax(1)
     wanted = share * (teacher.exp() * (teacher - real)).sum() - (1 - share) * real[0, 1]
     assert losses == pytest.approx([float(wanted)] * 2, rel=1e-5)
+
+
+def test_the_loss_that_trains_is_that_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's loss changes with `distillation_loss`, so that what is tested there is what trains."""
+    own = model("llama")
+    scores = teacher_of(own.readout.lm.vocabulary, some=False)[0]
+
+    def teach(rows: Sequence[int]) -> Target:
+        return Target(torch.cat([scores[row] for row in rows]))
+
+    fit = Fit(own.init(rng_for(0, "adapter")), data(), [[0, 3]], SGD(0.0))
+    before, formula = own.distil(fit, teach, 2.0, 0.5).loss, logits.distillation_loss
+    monkeypatch.setattr(logits, "distillation_loss", lambda *given, **named: 3 * formula(*given, **named))
+    assert own.distil(fit, teach, 2.0, 0.5).loss == pytest.approx(3 * before, rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", [Lora(rank=4), Full()])

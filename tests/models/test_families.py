@@ -11,6 +11,7 @@ from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import ModelError
 from fedpeft.core.fit import SGD, Fit
 from fedpeft.models.families import FAMILIES, Slot, choose, is_decoder, linear_size, slots
+from fedpeft.planner import cost
 
 
 @pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
@@ -32,6 +33,13 @@ def test_sizes_follow_the_family() -> None:
     assert llama["block.1.down"] == Slot("block.1.down", "layers.1.mlp.down_proj", 48, 32, 0, 32)
     assert [gpt2[f"block.0.{k}"].offset for k in ("query", "key", "value")] == [0, 32, 64]
     assert gpt2["block.0.value"] == Slot("block.0.value", "h.0.attn.c_attn", 32, 32, 64, 96)
+
+
+def test_the_planner_knows_the_same_families() -> None:
+    assert FAMILIES.keys() == cost.FAMILIES.keys()
+    for name, (_, kinds) in FAMILIES.items():
+        same = [other for other, family in cost.FAMILIES.items() if family == cost.FAMILIES[name]]
+        assert all(FAMILIES[other][1] is kinds for other in same), "one place for the projections of a planner's family"
 
 
 def test_decoders_are_known() -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import tiny
 import tiny_lm
+from fedpeft.core import pairs
 from fedpeft.core.adapter import Lora, Prefix
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
+from fedpeft.core.exchange import FisherProbe
 from fedpeft.core.fit import SGD, Fit
 from fedpeft.core.tree import Params
 from fedpeft.models import fisher as module
@@ -61,6 +63,11 @@ def test_it_is_the_square_of_every_samples_own_gradient(family: str, budget: int
     torch.testing.assert_close(got.trace, alone, rtol=1e-5, atol=0)
 
 
+def watched(body: torch.nn.Module) -> Any:
+    """Enough of a base for the hooks."""
+    return type("Body", (), {"module": body})
+
+
 def test_golden_numbers_of_one_module() -> None:
     """X, G, A, B and c of the specification: ∂B (2, -6), ∂A (8, -4), f 120; row means A (40), B (4, 36)."""
     linear = torch.nn.Linear(2, 2, bias=False)
@@ -68,11 +75,12 @@ def test_golden_numbers_of_one_module() -> None:
     body.add_module("linear", linear)
     slot = module.Slot("block.0.query", "linear", 2, 2, 0, 2)
     for b, f, rows in (([[3.0], [1.0]], 120.0, {"A": [40.0], "B": [4.0, 36.0]}), ([[0.0], [0.0]], 40.0, {"A": [0.0]})):
-        params = {"block.0.query.A": torch.tensor([[1.0, 2.0]]), "block.0.query.B": torch.tensor(b)}
-        fake: Any = type("Fake", (), {"scale": 2.0, "device": tiny.CPU, "base": type("Base", (), {"module": body})})
-        with module._taps(fake, params, {"block.0.query": slot}) as found:
+        params = {"block.0.query.A": torch.tensor([[[1.0, 2.0]]]), "block.0.query.B": torch.tensor([b])}
+        taps = module._Taps(2.0, params)
+        with taps.on(watched(body), {"block.0.query": slot}):
             y = linear(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]))
             y.backward(torch.tensor([[[1.0, 1.0], [0.0, -1.0]]]))
+        found = taps.found
         assert float(sum(g.square().sum() for g in found.values())) == f
         for side, own in rows.items():
             assert found[f"block.0.query.{side}"].square().mean(dim=2)[0].tolist() == own
@@ -84,12 +92,12 @@ def test_a_module_that_is_called_again_adds_up_before_squaring() -> None:
     body = torch.nn.Module()
     body.add_module("linear", linear)
     slot = module.Slot("block.0.query", "linear", 2, 2, 0, 2)
-    params = {"block.0.query.A": torch.tensor([[1.0, 2.0]]), "block.0.query.B": torch.tensor([[3.0], [1.0]])}
-    fake: Any = type("Fake", (), {"scale": 1.0, "device": tiny.CPU, "base": type("Base", (), {"module": body})})
-    with module._taps(fake, params, {"block.0.query": slot}) as found:
+    params = {"block.0.query.A": torch.tensor([[[1.0, 2.0]]]), "block.0.query.B": torch.tensor([[[3.0], [1.0]]])}
+    taps = module._Taps(1.0, params)
+    with taps.on(watched(body), {"block.0.query": slot}):
         x = torch.ones(1, 1, 2)
         (linear(x).sum() - linear(x).sum()).backward()
-    assert not any(g.any() for g in found.values())
+    assert taps.found and not any(g.any() for g in taps.found.values())
 
 
 def test_a_zero_b_gives_a_zero_gradient_of_a() -> None:
@@ -148,6 +156,55 @@ def test_it_needs_factors() -> None:
     params = {n: t.double() for n, t in model.init(tiny.place()).items()}
     with pytest.raises(FitError, match="is of LoRA's factors, and there are none"):
         model.fisher(params, tiny.examples(tiny.place(1), 3), [0])
+
+
+@pytest.mark.parametrize("budget", [2048, 60])
+def test_clients_share_passes_and_get_their_own(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors and ranks of their own, a slot that one lacks, a delta that one alone has, equal params, other norms."""
+    model = tiny.model("bert", Lora(rank=4, alpha=6.0), budget=budget)
+    full = tiny.params(model, tiny.place())
+    other = {name: t + 0.1 for name, t in full.items()}
+    low = {**pairs.others(other), **pairs.factors(pairs.cut(other, 2))}
+    part = {name: t for name, t in other.items() if "block.1.value" not in name}
+    stem, draw = "delta.block.1.query", tiny.place(5)
+    sizes = ((f"{stem}.left", (tiny.WIDTH, 2)), (f"{stem}.right", (2, tiny.WIDTH)))
+    delta = {name: torch.from_numpy(draw.normal(size=size)) for name, size in sizes}
+    of = tiny.examples(tiny.place(1), 9)
+    probes = [
+        FisherProbe(full, of, range(9)),
+        FisherProbe(dict(full), tiny.examples(tiny.place(2), 4), [3, 1]),
+        FisherProbe(low, tiny.examples(tiny.place(3), 6), range(6), "sum"),
+        FisherProbe(part, of, [0, 2], "mean", (delta,)),
+    ]
+    passes: list[int] = []
+    seen = model.seen
+    monkeypatch.setattr(model, "seen", lambda b, s, items, step: passes.append(len(items)) or seen(b, s, items, step))
+    together = model.fisher_many(probes)
+    shared = len(passes)
+    for probe, got in zip(probes, together, strict=True):
+        alone = model.fisher(probe.params, probe.data, probe.rows, probe.token_norm, probe.also)
+        assert_same(got, (alone.trace, alone.rows))
+    assert shared < len(passes) - shared and sum(passes[:shared]) == 19
+    assert together[2].rows["block.0.query.A"].shape == (2,)  # type: ignore[union-attr]
+    assert "block.1.value.A" not in together[3].rows  # type: ignore[union-attr]
+
+
+def test_a_client_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's params are wrong; another's rows are too many for the memory, so that everybody is taken alone."""
+    model = tiny.model("bert")
+    params, data = tiny.params(model, tiny.place()), tiny.examples(tiny.place(1), 9)
+    good, bad, large = (FisherProbe(params, data, rows) for rows in ([0, 1], [12], range(9)))
+    seen = model.seen
+
+    def short(base: Any, stack: Any, items: Any, step: int) -> Any:
+        if len(items) > 4:
+            raise MemoryError("out of memory")
+        return seen(base, stack, items, step)
+
+    monkeypatch.setattr(model, "seen", short)
+    found = model.fisher_many([good, bad, large])
+    assert_same(found[0], (lambda own: (own.trace, own.rows))(model.fisher(params, data, [0, 1])))
+    assert isinstance(found[1], FitError) and "row 12" in str(found[1]) and isinstance(found[2], MemoryError)
 
 
 def test_what_acts_beside_the_params_is_in_it() -> None:

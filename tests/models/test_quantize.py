@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import tiny
 from fedpeft.core.errors import ModelError
+from fedpeft.core.packing import Format, format_of
 from fedpeft.models import quantize
 from fedpeft.models.families import linear_size
-from fedpeft.models.quantize import Format, QuantisedLinear, format_of, normal_float, pack, rounded, unpack
+from fedpeft.models.quantize import QuantisedLinear, normal_float, pack, rounded, unpack
 
 NF4 = (
     "-1 -.696193 -.525073 -.394917 -.284441 -.184773 -.091050 0 "

@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft.planner.cost import Step, Weight, shape_of, step_flops
 from fedpeft.planner.device import Profile
-from fedpeft.planner.memory import WEIGHT_ERROR, base_bytes, peak_memory
+from fedpeft.planner.memory import WEIGHT_ERROR, parameters, peak_memory
 from fedpeft.planner.plan import Choices, Job, Plan
 from fedpeft.planner.prices import Costs, Setting
 from fedpeft.planner.search import priced, search
@@ -88,9 +88,9 @@ def step_of(ranks: dict[str, int], bits: str, tokens: int, recompute: bool) -> S
 def test_a_step_and_what_is_predicted_of_a_plan(
     ranks: dict[str, int], recompute: bool, bits: str, unpacked: bool
 ) -> None:
-    """t = overhead + operations of a mean row / speed + twice the packed base / speed of unpacking."""
+    """t = overhead + operations of a mean row / speed + unpacked matrices / speed, forward, backward and once more."""
     costs, setting = Costs(JOB, MACHINE, 100), Setting(bits, 4, 0, recompute)
-    unpacking = 2 * base_bytes(SHAPE, bits, "float32") / 5e5 if unpacked else 0.0
+    unpacking = (3 if recompute else 2) * 4 * parameters(SHAPE).matrices / 5e5 if unpacked else 0.0
     step_s = 0.25 + step_flops(SHAPE, step_of(ranks, bits, 24, recompute)).total / 2e6 + unpacking
     assert costs.seconds(setting, ranks) == pytest.approx(step_s, rel=1e-12)
     if unpacked:

@@ -100,6 +100,19 @@ def test_no_more_weights_are_covered_than_there_are() -> None:
     assert plans["a"].ranks.keys() == {w.name for w in EVERY}
 
 
+def test_what_is_told_counts_what_is_trained_and_what_is_left_out() -> None:
+    """Of 100 rows, 50 are of who cannot join and 50 of who trains every weight, half of them in time: 1/4 is used."""
+    narrow = {**NARROW, "ranks": (2,), "depths": (0.0,)}
+    out = report(dataclasses.replace(MACHINE, memory_bytes=1000))
+    roster = roster_of(job_of(**narrow), a=report(), b=out).planned(Demands())
+    plan = roster.plans["a"]
+    half = dataclasses.replace(plan, predicted=dataclasses.replace(plan.predicted, under_training=0.5))
+    told = dataclasses.replace(roster, plans={"a": half}).told()
+    assert told["under_training"] == pytest.approx(0.5) and told["left_out"] == pytest.approx(0.75)
+    assert told["trained_numbers"] == sum(2 * (w.d_in + w.d_out) for w in EVERY)
+    assert told["plans"]["a"]["trained_numbers"] == told["trained_numbers"] and list(told["excluded"]) == ["b"]
+
+
 # --- who comes late -----------------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 import trios
+from fedpeft.core.errors import StoreError
 from fedpeft.proxy.blackbox import CannotDo, Full
 from fedpeft.proxy.recorded import Recorded, ask
 from fedpeft.proxy.scoring import alpha_curve, score
@@ -87,6 +89,24 @@ def test_a_killed_recording_is_made_again(tmp_path: Path) -> None:
         own.forced([0])
     assert not list(tmp_path.glob("*.scores"))
     torch.testing.assert_close(recorded(tmp_path).forced([0]).logits, recorded().forced([0]).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_full_disk_is_an_error_that_names_it_and_leaves_nothing(tmp_path: Path, few: bool) -> None:
+    """The file may have half of its bytes: the first rows are written, and what follows is refused."""
+    own = recorded(tmp_path / "kept", most_bytes=100, whole=False) if few else recorded(tmp_path / "kept")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (own.size_bytes // 2, before[1]))
+    try:
+        with pytest.raises(StoreError, match=r"large model said in .*kept: File too large; free space there .* resume"):
+            own.forced([0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "kept").iterdir())
+    assert len(own.forced([0]).logits) == max(1, len(TEXTS[0]) - STARTS[0])
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cannot keep .*file: File exists"):
+        recorded(tmp_path / "file").forced([0])
 
 
 def test_curves_and_scores_take_what_is_remembered(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from fedpeft.core.exchange import Meter, Receipt
@@ -23,6 +25,13 @@ def test_a_receipt_by_hand():
     # with the adapter in the upper block alone, training costs 3712; both fits together cost the sum
     assert clock.flops(Meter(trained={1: (5, 13)})) == 3712
     assert clock.flops(Meter(trained={0: (5, 13), 1: (5, 13)})) == 5248 + 3712
+
+
+def test_every_step_costs_what_a_machine_says_that_it_costs_besides_its_operations():
+    slow = Clock(SHAPE, {"a": dataclasses.replace(SLOW, step_overhead_s=0.25)})
+    meter = Meter(steps=6, trained={1: (5, 13)})
+    receipt = Receipt("a", bytes_down=100, bytes_up=30, meter=meter)
+    assert slow(receipt) == pytest.approx(Clock(SHAPE, {"a": SLOW})(receipt) + 1.5)
 
 
 def test_a_client_without_profile_has_the_default():

@@ -374,6 +374,25 @@ def test_columns_are_as_high_as_the_client_has_rows(tmp_path: Path) -> None:
         assert sum(heights) == pytest.approx(100 * sum(counts[client[1]]) / most, abs=0.01)
 
 
+def test_labels_that_a_curriculum_prefers_are_told(tmp_path: Path) -> None:
+    """Of 8 rows in round 1 six have their client's own most frequent label, of 20 in round 2 twelve."""
+    with RunFolder.create(tmp_path / "run") as run:
+        held = {"a": {"label_counts": {"train": [4, 4]}}, "b": {"label_counts": {"train": [1, 4]}}}
+        run.save_partition({"labels": ["no", "yes"], "clients": held, "sha256": "f" * 64})
+        run.update_manifest(status="finished")
+        lines = [(1, "a", [3, 1], None), (1, "b", [1, 3], None), (2, "a", [5, 5], None), (2, "b", [3, 7], None)]
+        for number, (r, client, labels, lost) in enumerate([*lines, (2, "c", [9, 0], "late"), (0, "a", [2], None)]):
+            told = {"number": number, "round": r, "client": client, "labels": labels, "lost": lost}
+            run.append_exchanges([told])
+        for method in ({"name": "fedavg"}, {"name": "fedavg", "schedule": "fisher"}, {"name": "fibecfed"}):
+            run.save_config({"method": method, "run": {"rounds": 2, "seed": 0}})
+            page = report(tmp_path, run.path)
+            assert ("Which labels were trained on" in page.headings) is (len(method) > 1 or method["name"] != "fedavg")
+    said = "0.75 of what it trains on in round 1 (0.62 of all its rows) and 0.60 in round 2."
+    assert said in page.text and "round 1: 8 rows (no 4, yes 4)" in page.text
+    assert "round 2: 20 rows (no 8, yes 12)" in page.text and "round 0" not in page.text
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a folder"):
         write_report([tmp_path / "nothing"], tmp_path / "report.html")

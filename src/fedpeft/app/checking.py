@@ -96,8 +96,7 @@ def _answers(fed: Federation) -> dict[str, Any]:
 
 
 def _estimate(fed: Federation) -> dict[str, Any]:
-    rounds, clients = fed.config.run.rounds, len(fed.clients)
-    cohort = min(int(getattr(fed.method, "cohort", 0)) or clients, clients)
+    rounds, cohort = fed.config.run.rounds, fed.cohort
     together = min(cohort, batching(fed.config))
     played = rehearse(fed)
     costs = _by_the_first_round(fed, cohort) if played is None else {
@@ -142,12 +141,8 @@ def row_lengths(fed: Federation) -> NDArray[np.int64]:
 
 
 def rows_per_client(fed: Federation) -> float:
-    """Rows that a mean client trains on in one round, repeats counted, as the method's usual fields say."""
-    method: Any = fed.method
-    mean = len(fed.whole("train")) / len(fed.clients)
-    if (steps := getattr(method, "steps", None)) is not None:
-        return float(steps * min(method.batch_size, mean))
-    return float(mean * getattr(method, "epochs", 1) * getattr(method, "share", 1.0))
+    """Rows that a mean client trains on in one round, repeats counted."""
+    return float(fed.method.rows_of_round(len(fed.whole("train")) / len(fed.clients)))
 
 
 def bytes_down(fed: Federation) -> int:

@@ -72,6 +72,11 @@ class Federation:
         return sorted(self.data)
 
     @property
+    def cohort(self) -> int:
+        """How many clients take part in a round: the method's field of that name, 0 or none for all."""
+        return min(int(getattr(self.method, "cohort", 0)) or len(self.data), len(self.data))
+
+    @property
     def metric(self) -> str:
         """The score that selects."""
         return self.task.metric

@@ -38,6 +38,7 @@ from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
 from fedpeft.runs.history import LARGE, PROXY
 from fedpeft.runs.metrics import metrics_of
+from fedpeft.runs.texts import rouge_available
 
 if TYPE_CHECKING:
     from fedpeft.models.readouts.generate import GenerateReadout
@@ -234,8 +235,8 @@ def hold(fed: Federation) -> Holding | None:
     """Open the large model and read the public texts; None where the configuration names no large model.
 
     Raises:
-        RequestError: a model that cannot be opened or reads other tokens, no key, no validation texts, or texts that
-            are longer than it reads.
+        RequestError: a model that cannot be opened or reads other tokens, no key, no validation texts, texts that are
+            longer than it reads, or no ROUGE-L where that is to choose.
         CannotDo: it cannot give what the run needs.
     """
     from fedpeft.proxy.backends import open_backend
@@ -250,6 +251,11 @@ def hold(fed: Federation) -> Holding | None:
         raise ConfigError(
             ["proxy.alpha: auto is chosen on texts that the server has; give task.validation, or a number (--alpha)."]
         )
+    if proxy.alpha == "auto" and proxy.select == "rouge_l" and not rouge_available():
+        raise RequestError(
+            "proxy.select is rouge_l, and what computes ROUGE-L is not installed; pip install 'fedpeft[generate]', or "
+            "use another proxy.select"
+        )
     Speaker(fed.model, fed.initial)  # an adapter that cannot speak token by token is refused before anything is trained
     large = open_backend(proxy.large, token=key_of(proxy.token_env), top_k=proxy.top_k)
     vocab = check_tokenizers(fed.base.tokenizer, large, (prompting.end,), lm.vocabulary)
@@ -262,12 +268,12 @@ def hold(fed: Federation) -> Holding | None:
 
 
 def key_of(variable: str | None, named: str = "proxy.token_env") -> str | None:
-    """The large model's key. Raises RequestError where the variable that should hold it is not set."""
+    """The key that a variable holds, without blanks around it. Raises RequestError where it holds none."""
     if variable is None:
         return None
-    key = os.environ.get(variable)
+    key = os.environ.get(variable, "").strip()
     if not key:
-        raise RequestError(f"{named} names the variable {variable}, which is not set; set it to the key")
+        raise RequestError(f"{named} names the variable {variable}, which is not set or empty; set it to the key first")
     return key
 
 

@@ -322,6 +322,7 @@ def exchange_lines(done: Done) -> Iterator[dict[str, Any]]:
             "examples": receipt.meter.examples,
             "tokens": receipt.meter.trained_tokens + receipt.meter.forward_tokens,
             "pairs": receipt.meter.trained_pairs + receipt.meter.forward_pairs,
+            "labels": [receipt.meter.labels[k] for k in range(1 + max(receipt.meter.labels, default=-1))],
             "seconds": receipt.seconds,
             "simulated_seconds": receipt.simulated_seconds,
             "lost": receipt.lost,

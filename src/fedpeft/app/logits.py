@@ -51,7 +51,7 @@ def serve_logits(serving: LogitServing, begun: Callable[[str, str], None] = lamb
         RequestError: a host without a key, a key that is not there, an address that is taken.
         ModelError: a model that cannot be loaded.
     """
-    from fedpeft.app.serving import secret
+    from fedpeft.app.holding import key_of
     from fedpeft.proxy.guard import check_host
     from fedpeft.proxy.inprocess import load_inprocess
     from fedpeft.proxy.listening import address, bind, listen
@@ -60,7 +60,7 @@ def serve_logits(serving: LogitServing, begun: Callable[[str, str], None] = lamb
 
     if serving.max_batch < 1:
         raise RequestError(f"--max-batch is {serving.max_batch}; give at least 1")
-    key = secret(serving.key_env, "--api-key-env")
+    key = key_of(serving.key_env, "--api-key-env")
     check_host(serving.host, key)
     with bind(serving.host, serving.port) as sock:
         model = load_inprocess(serving.model, serving.dtype, serving.device, max_batch=serving.max_batch)

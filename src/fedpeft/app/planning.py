@@ -99,41 +99,27 @@ def plan(
         RequestError: whatever cannot be met, with what to change.
     """
     _check(tokens, deadline, classes, cover, loop, fix)
-    config = read_config(model)
-    machines = load_machines(devices)
+    config, machines = read_config(model), load_machines(devices)
     shape = shape_of(config, lm_head=classes is None)
-    own = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if own not in ("float32", "bfloat16", "float16"):
-        raise RequestError(f"--dtype is {own!r}; use float32 or bfloat16")
     fixed = _fixed(fix) if fix else {}
-    chosen = fixed.get("kinds", tuple(kinds))
-    every = weights(shape, _known(chosen, shape))
+    every = weights(shape, _known(fixed.get("kinds", tuple(kinds)), shape))
     if cover > len(every):
         raise RequestError(f"--cover is {cover}, and there are {len(every)} candidate weights; give at most that many")
     found = None if scores is None else _scores(scores, {w.name for w in every}, shape.layers)
     job = Job(
         shape,
         every,
-        dict.fromkeys((w.name for w in every), 1 / len(every))
-        if found is None
-        else {w.name: found.get(w.name, 0.0) for w in every},
+        {w.name: 1 / len(every) if found is None else found.get(w.name, 0.0) for w in every},
         longest=tokens,
         mean=float(tokens),
         classes=classes,
-        dtype="bfloat16" if own == "float16" else own,
+        dtype=_dtype(config, dtype),
         head_bytes=4 * (shape.hidden + 1) * (classes or 0),
         choices=choices or Choices(),
     )
-    facts = {
-        "model": model,
-        "parameters": parameters(shape).total,
-        "tokens": tokens,
-        "most_tokens": _longest(config, shape),
-        "dtype": job.dtype,
-        "scores": "all alike" if found is None else str(scores),
-        "candidates": len(every),
-        "unscored": [] if found is None else [w.name for w in every if w.name not in found],
-    }
+    unscored = [] if found is None else [w.name for w in every if w.name not in found]
+    of_scores = {"scores": "all alike" if found is None else str(scores), "unscored": unscored}
+    facts = {"model": model, "most_tokens": _longest(config, shape), **_facts(job), **of_scores}
     if fixed:
         return facts | {"fixed": _priced(job, machines, fixed, loop)}
     fleet = plan_fleet(job, machines, deadline, search, cover)
@@ -157,6 +143,19 @@ def _check(tokens: int, deadline: float | None, classes: int | None, cover: int,
         )
 
 
+def _facts(job: Job) -> dict[str, Any]:
+    size, count = parameters(job.shape).total, len(job.weights)
+    return {"parameters": size, "tokens": job.longest, "dtype": job.dtype, "candidates": count}
+
+
+def _dtype(config: Mapping[str, Any], given: str | None) -> str:
+    """Of the base as it is loaded: what was given, else what its configuration says, else float32."""
+    own = given or str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if own not in ("float32", "bfloat16", "float16"):
+        raise RequestError(f"--dtype is {own!r}; use float32 or bfloat16")
+    return "bfloat16" if own == "float16" else own
+
+
 def _longest(config: Mapping[str, Any], shape: Shape) -> int | None:
     """How many tokens the model was made for; None where its configuration says nothing of it."""
     positions = config.get("max_position_embeddings") or config.get("n_positions")
@@ -176,7 +175,8 @@ def _told(
         "deadline_from": "given" if deadline is not None else DEFAULT_DEADLINE,
         "under_training": fleet.under_training if fleet.plans else None,
         "plans": {
-            name: as_plain(p, fleet.examples[name]) | {"usable_bytes": room[name]} for name, p in fleet.plans.items()
+            name: as_plain(p, fleet.examples[name], job.weights) | {"usable_bytes": room[name]}
+            for name, p in fleet.plans.items()
         },
         "excluded": {name: vars(no) | {"usable_bytes": usable[name]} for name, no in fleet.excluded.items()},
         "untrained": [w.name for w in job.weights if w.name not in trained],

@@ -1,16 +1,18 @@
 """What this machine is, measured: memory, training speed, disk, bandwidth; as a device profile.
 
 Speed is measured with fedpeft's own training loop on random weights: steps of b and of 2 b rows give the operations per
-second and what a step costs besides, and a third size checks both. Operations are those that the planner counts.
+second and what a step costs besides, and a third size checks both. Operations are those that the planner counts. What a
+step of one row takes longer on a quantised base is the time of unpacking it.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,12 @@ from fedpeft.core.examples import Examples
 from fedpeft.core.fit import AdamW, Fit
 from fedpeft.core.rng import rng_for
 from fedpeft.models.hf import HFModel
-from fedpeft.models.load import Base, freeze, resolve_device
-from fedpeft.planner.cost import Step, shape_of, step_flops, weights
+from fedpeft.models.load import freeze, resolve_device
+from fedpeft.planner.activations import DTYPE_BYTES
+from fedpeft.planner.cost import Shape, Step, shape_of, step_flops, weights
 from fedpeft.planner.device import DEFAULT, FORMATS, Profile
-from fedpeft.planner.memory import peak_memory
+from fedpeft.planner.memory import parameters, peak_memory
+from fedpeft.planner.prices import PASSES
 
 SMALL: dict[str, Any] = {  # measured where no model is given
     "model_type": "bert",
@@ -82,6 +86,7 @@ def profile(
     trained, predicted = _model(config, where)
     speed = measure_speed(trained, config)
     ratio = _peak_ratio(trained, predicted, where)
+    took = step_seconds(trained)
     free, context = free_memory(where)
     up, down = (0.0, 0.0) if address is None else bandwidth(address)
     found = Profile(
@@ -93,7 +98,8 @@ def profile(
         peak_ratio=ratio or 1.0,
         up_bytes_per_s=up or DEFAULT.up_bytes_per_s,
         down_bytes_per_s=down or DEFAULT.down_bytes_per_s,
-        formats=tuple(f for f in FORMATS if works(trained, f)),
+        dequant_bytes_per_s=unpacking_speed(took, shape_of(trained.config)),
+        formats=tuple(took),
     )
     written, room = disk()
     return {
@@ -146,13 +152,19 @@ def measure_speed(model: HFModel, config: dict[str, Any]) -> Speed:
     times: list[list[float]] = [[] for _ in counts]
     for turn in range(REPEATS + 1):
         for own, fit in zip(times, fits, strict=True):
-            start = time.perf_counter()
-            model.fit(fit)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
+            seconds = _timed(model, fit)
             if turn:  # the first turn warms up
-                own.append((time.perf_counter() - start) / fit.steps)
+                own.append(seconds)
     return solve(flops, [statistics.median(own) for own in times])
+
+
+def _timed(model: HFModel, fit: Fit) -> float:
+    """Seconds of one step."""
+    start = time.perf_counter()
+    model.fit(fit)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return (time.perf_counter() - start) / fit.steps
 
 
 def solve(flops: list[int], seconds: list[float]) -> Speed:
@@ -165,15 +177,42 @@ def solve(flops: list[int], seconds: list[float]) -> Speed:
     return Speed(1 / slope, overhead, error)
 
 
-def works(model: HFModel, bits: str) -> bool:
-    """Whether a step runs on a base of this format."""
-    base: Base = model.base
+def step_seconds(model: HFModel) -> dict[str, float]:
+    """Seconds of a step of one row by format of the base, of those in which it runs; the least of some repetitions."""
+    fit = Fit(model.init(rng_for(0, "adapter")), rows_of(1, 100), [[0]] * 3, AdamW(1e-3))
+    able = {bits: other for bits in FORMATS if (other := _works(model, bits, fit)) is not None}
+    times: dict[str, list[float]] = {bits: [] for bits in able}
+    for _ in range(REPEATS):
+        for bits, other in able.items():
+            times[bits].append(_timed(other, fit))
+    return {bits: min(own) for bits, own in times.items()}
+
+
+def _works(model: HFModel, bits: str, fit: Fit) -> HFModel | None:
+    """A model on a base of this format, or None where a step does not run on it."""
     try:
-        other = HFModel(base.at("" if bits == "full" else bits), Lora(RANK), CLASSES)
-        other.fit(Fit(other.init(rng_for(0, "adapter")), rows_of(2, 100), [[0, 1]], AdamW(1e-3)))
+        other = HFModel(model.base.at("" if bits == "full" else bits), Lora(RANK), CLASSES)
+        other.fit(fit)
     except Exception:  # whatever goes wrong, it cannot be used here
-        return False
-    return True
+        return None
+    return other
+
+
+def unpacking_speed(took: Mapping[str, float], shape: Shape) -> float:
+    """Bytes of unpacked float32 weights per second, one speed for all formats: that of their mean time.
+
+    Args:
+        took: seconds of a step by format; see `step_seconds`.
+        shape: of the model that made the step.
+
+    Returns:
+        0, which is not counted, where a step takes no longer, or there is nothing to compare.
+    """
+    packed = [seconds for bits, seconds in took.items() if bits != "full"]
+    if "full" not in took or not packed:
+        return 0.0
+    longer = statistics.fmean(packed) - took["full"]
+    return PASSES * DTYPE_BYTES["float32"] * parameters(shape).matrices / longer if longer > 0 else 0.0
 
 
 def _peak_ratio(model: HFModel, predicted: Callable[[int], int], where: torch.device) -> float | None:
@@ -224,6 +263,7 @@ def disk(folder: Path | None = None) -> tuple[float, int]:
         start = time.perf_counter()
         file.write(b"\0" * PROBE_BYTES)
         file.flush()
+        os.fsync(file.fileno())
         seconds = time.perf_counter() - start
     return PROBE_BYTES / max(seconds, 1e-9), shutil.disk_usage(place).free
 

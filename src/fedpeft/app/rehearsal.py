@@ -79,8 +79,7 @@ class Still:
 
 def rehearse(fed: Federation) -> Rehearsal | None:
     """The costs of the run; None where a set-up, other work than training or the size of what travels forbid it."""
-    cohort = min(int(getattr(fed.method, "cohort", 0)) or len(fed.clients), len(fed.clients))
-    if fed.method.setup() or 8 * cohort * tree.count(fed.initial) > MOST_BYTES:
+    if fed.method.setup() or 8 * fed.cohort * tree.count(fed.initial) > MOST_BYTES:
         return None
     still = Still(fed.model)
     played = replace(fed, model=cast(HFModel, still))

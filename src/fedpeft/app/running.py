@@ -18,7 +18,7 @@ from fedpeft.app.ledger import Ledger
 from fedpeft.config import RunConfig, default_folder, load_config, resolved
 from fedpeft.config.load import Source, naming_defaults
 from fedpeft.core import tree
-from fedpeft.core.errors import QuorumError, RequestError, StoreError
+from fedpeft.core.errors import QuorumError, RequestError, RunError, StoreError
 from fedpeft.core.federate import Done, Start, federate, schedule
 from fedpeft.models.export import merge
 from fedpeft.progress import Listener
@@ -268,6 +268,8 @@ def _train(folder: RunFolder, fed: Federation, tell: Listener, held: Holding | N
         if ledger.stopped is not None:
             journal.say(ledger.stopped)
         journal.finish_run()
+    except RequestError as error:  # the request was right to start: what cannot be met now may be met when it goes on
+        raise RunError(str(error)) from error
     finally:
         for tracker in journal.trackers:
             tracker.close()

@@ -93,7 +93,7 @@ def evaluate(
     down = up = 0
     if personal and fed.method.personalised:
         call = fed.evaluation(number, round, versions)
-        question = Question(params, split, tuple(shared))
+        question = Question(params, split, tuple(shared), personal_alone=True)
         holders = [c for c in fed.clients if len(fed.data[c][split])]
         answers = fed.bare_engine(memories).exchange(call, dict.fromkeys(holders, question))
         for receipt in answers.receipts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,16 +40,6 @@ class Serving:
     expert_prompt: str | None = None
 
 
-def secret(name: str | None, option: str) -> str | None:
-    """What an environment variable holds. Raises RequestError where it holds nothing."""
-    if name is None:
-        return None
-    value = os.environ.get(name, "").strip()
-    if not value:
-        raise RequestError(f"{option} names {name}, which is not set or empty; set it to a secret first")
-    return value
-
-
 def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None] = lambda name, url: None) -> int:
     """Serve until SIGINT or SIGTERM.
 
@@ -64,6 +53,7 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
     Raises:
         RequestError: a host without a key, an address that is taken, or what `open_artefact` refuses.
     """
+    from fedpeft.app.holding import key_of
     from fedpeft.app.proxying import open_artefact
     from fedpeft.proxy.desk import Options
     from fedpeft.proxy.engine import PATIENCE_S, Engine
@@ -71,7 +61,7 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
     from fedpeft.proxy.listening import address, bind, listen
     from fedpeft.proxy.serving import make_app
 
-    key = secret(serving.key_env, "--api-key-env")
+    key = key_of(serving.key_env, "--api-key-env")
     check_host(serving.host, key)
     if serving.speculate is not None and serving.speculate < 0:
         raise RequestError(f"--speculate {serving.speculate} drafts nothing; use 0 for none, or 4")
@@ -81,7 +71,7 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
             Path(folder),
             serving.large,
             alpha=serving.alpha,
-            token=secret(serving.token_env, "--token-env"),
+            token=key_of(serving.token_env, "--token-env"),
             expert_prompt=serving.expert_prompt,
         )
         drafts = artefact.speculate if serving.speculate is None else serving.speculate

@@ -251,9 +251,24 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
         complete = len(reached) == len(pairs)
         row["bytes_to_target"] = _mean(r[0] for r in reached) if complete else None
         row["seconds_to_target"] = _mean(r[1] for r in reached) if complete else None
+    row |= _planned([found for _, found in pairs])
     if cell.point:
         row["chosen"] = {key.rpartition(".")[2]: value for key, value in cell.point}
     return row
+
+
+def _planned(runs: Sequence[Run]) -> dict[str, float]:
+    """Of planned federations, means over the seeds: what is left undone, who is out, how much is trained."""
+    told = [choices for found in runs if "plans" in (choices := found.manifest.get("choices", {}))]
+    if len(told) < len(runs):
+        return {}
+    return {
+        "under_training": _mean(own["under_training"] for own in told),
+        "left_out": _mean(own["left_out"] for own in told),
+        "machines_excluded": _mean(len(own["excluded"]) for own in told),
+        "trained_numbers": round(_mean(own["trained_numbers"] for own in told)),
+        "set_up_seconds": _mean(read_history(found.folder).rounds[0]["simulated_seconds"] for found in runs),
+    }
 
 
 def _goal(study: StudyConfig, rows: Sequence[tuple[Cell, Run]]) -> float | None:

@@ -25,6 +25,14 @@ from fedpeft.cli.report import report
 from fedpeft.cli.resume import resume
 from fedpeft.cli.run import run
 from fedpeft.cli.serve import serve
+from fedpeft.core.errors import RequestError
+
+LATER = {  # verbs of the planned interface that this version does not have, and what they will do
+    "server": "run the server of a federation of real sites",
+    "client": "run one site of a federation",
+    "keys": "make and list the keys by which a federation's sites are known",
+    "status": "tell the live state of a federation of real sites",
+}
 
 
 class Verbs(TyperGroup):
@@ -34,6 +42,15 @@ class Verbs(TyperGroup):
         """Run the verb; see `exits.exit_codes`."""
         with exit_codes():
             return super().invoke(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb's command. Raises RequestError for one that is planned and not there yet."""
+        if args[0] in LATER:
+            raise RequestError(
+                f"fedpeft {args[0]} will {LATER[args[0]]} and is not in this version; use fedpeft run, which runs all "
+                "clients in one process"
+            )
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The verbs in the order in which they are met."""

@@ -40,7 +40,8 @@ def exit_codes() -> Iterator[None]:
         _say(str(error))
         raise typer.Exit(WRONG) from error
     except FedpeftError as error:
-        _say(" ".join(str(error).split()) + _go_on())
+        text, go_on = " ".join(str(error).split()), _go_on()
+        _say(f"{text.rstrip('.')}.{go_on}" if go_on else text)
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
         saved = _go_on()

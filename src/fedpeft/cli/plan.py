@@ -9,34 +9,36 @@ import typer
 
 from fedpeft.cli.options import Json
 
+Model = Annotated[str, typer.Option(help="demo, minilm, a folder, a config.json or a hub name; no weights are read.")]
+Devices = Annotated[Path, typer.Option(metavar="FILE.toml", help="The machines, with the examples that they hold.")]
+Deadline = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds of a round; default: the median machine's time for all its examples with one weight at the least "
+        "rank in the largest batch that fits."
+    ),
+]
+Scores = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN|FILE", help="Importance of the weights (those without one count 0); default: all alike."),
+]
+Fix = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K=V,..",
+        help="Price one configuration: batch=4,rank=8,kinds=q+v,bits=nf4dq or with checkpointing=yes; defaults: "
+        "batch=8, rank=8, kinds as in --kinds, bits=full, checkpointing=no.",
+    ),
+]
+
 
 def plan(
-    model: Annotated[
-        str, typer.Option(help="demo, minilm, a folder, a config.json or a hub name; no weights are read.")
-    ],
-    devices: Annotated[Path, typer.Option(metavar="FILE.toml", help="The machines, with the examples that they hold.")],
+    model: Model,
+    devices: Devices,
     seq: Annotated[int, typer.Option(metavar="N", help="Tokens of a row.")],
-    deadline: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds of a round; default: the median machine's time for all its examples with one weight at the "
-            "least rank in the largest batch that fits."
-        ),
-    ] = None,
-    scores: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN|FILE", help="Importance of the weights (those without one count 0); default: all alike."
-        ),
-    ] = None,
-    fix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K=V,..",
-            help="Price one configuration: batch=4,rank=8,kinds=q+v,bits=nf4dq or with checkpointing=yes; defaults: "
-            "batch=8, rank=8, kinds as in --kinds, bits=full, checkpointing=no.",
-        ),
-    ] = None,
+    deadline: Deadline = None,
+    scores: Scores = None,
+    fix: Fix = None,
     kinds: Annotated[str, typer.Option(help="Candidates, joined by + or commas, or all.")] = "q+k+v+o",
     classes: Annotated[int | None, typer.Option(help="Of a classifier, at least 2; default: a language model.")] = None,
     dtype: Annotated[
@@ -56,16 +58,11 @@ def plan(
     """Plan who trains what: weights, ranks, batch and bits for unequal machines, within their memory and a deadline."""
     from fedpeft.app import planning
     from fedpeft.cli import render_plan
-    from fedpeft.core.errors import RequestError
     from fedpeft.planner.plan import Choices
 
-    for name, value, known in (
-        ("--bits", bits, ("largest", "search", "full")),
-        ("--search", search, ("greedy", "milp")),
-        ("--loop", loop, ("ours", "plain")),
-    ):
-        if value not in known:
-            raise RequestError(f"{name} is {value!r}; use {' or '.join(known)}")
+    _one_of("--bits", bits, "largest", "search", "full")
+    _one_of("--search", search, "greedy", "milp")
+    _one_of("--loop", loop, "ours", "plain")
     told = planning.plan(
         model,
         devices,
@@ -84,6 +81,13 @@ def plan(
     render_plan.print_plan(told, json, out)
     if not told.get("fixed") and not told["plans"]:
         raise typer.Exit(2)
+
+
+def _one_of(name: str, value: str, *known: str) -> None:
+    from fedpeft.core.errors import RequestError
+
+    if value not in known:
+        raise RequestError(f"{name} is {value!r}; use {' or '.join(known)}")
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

@@ -356,7 +356,8 @@ def _conflicts(parts: Mapping[str, Any]) -> list[str]:
     """What is wrong between keys that are each right; sections that are wrong themselves are left out."""
     task, partition, run = parts.get("task"), parts.get("partition"), parts.get("run")
     problems = []
-    cohort = parts["method"].fields.get("cohort") if "method" in parts else None
+    fields = parts["method"].fields if "method" in parts else {}
+    cohort, model = fields.get("cohort"), parts.get("model")
     if isinstance(cohort, int) and partition is not None and partition.kind not in ("natural", "file"):
         clients = partition.clients  # those of the other kinds are known from the data
         if clients is not None and cohort > clients:
@@ -365,6 +366,11 @@ def _conflicts(parts: Mapping[str, Any]) -> list[str]:
                 f"method.cohort: {cohort}{own} is above partition.clients = {clients}{of}; "
                 "lower it, or use 0 for all clients."
             )
+    if "bits" in fields and model is not None and model.quantize != "none":
+        problems.append(
+            f"model.quantize: {model.quantize} packs one base for everybody, and method.bits plans each machine's own; "
+            "use none, and formats in run.devices for what a machine may keep."
+        )
     if task is not None:
         said = template_problems(task.format, task.template, task.label_words, task.loss_over)
         problems += [f"{problem}." for problem in said]

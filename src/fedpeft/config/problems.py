@@ -112,7 +112,8 @@ def _sentence(
 ) -> str:
     kind = items[0]["type"]
     if kind not in ("extra_forbidden", "missing"):
-        return _refused(name, items)
+        planned = later.get(f"{name}: {items[0]['input']}")
+        return _refused(name, items) if planned is None else f"{name}: {items[0]['input']} {planned}."
     _, holder = _place(items[0], section, key)
     if kind == "extra_forbidden":
         return unknown(name, holder.model_fields, later)

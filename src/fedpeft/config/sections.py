@@ -279,7 +279,7 @@ class ProxySection(Section):
     """Plausibility: a token is out whose probability by the large model is below this share of the likeliest one's."""
 
     speculate: Annotated[int, Field(ge=0)] = 0
-    """Tokens that the small model drafts for one pass of the large one, when texts are said; 0: none."""
+    """Tokens that are drafted for one pass of the large one, when texts are said; 0: none."""
 
     top_k: Annotated[int, Field(ge=5)] = 20
     """Candidates asked of a large model that tells the likeliest tokens alone."""
@@ -316,5 +316,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 LATER: dict[str, str] = {
     "privacy": "clipping and noise come with the Flower engine",
+    "run.engine: flower": "will connect real sites over a network and is not in this version; use inprocess, which "
+    "runs all clients in this process",
 }
-"""Keys of the planned interface that this version does not have, and what they wait for."""
+"""Keys and values of the planned interface that this version does not have, and what they wait for."""

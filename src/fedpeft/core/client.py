@@ -13,11 +13,13 @@ from fedpeft.core.exchange import (
     ClientEnv,
     Exchange,
     Fisher,
+    FisherProbe,
     Meter,
     Method,
     Model,
     Perturbation,
     Record,
+    Steps,
     TokenNorm,
 )
 from fedpeft.core.fit import Data, Fit, Fitted
@@ -42,10 +44,11 @@ def protocol(method: Method, *further: Exchange) -> dict[str, Exchange]:
 
 
 class Job:
-    """One client's work on one exchange: runs until it wants a Fit, and goes on when it gets the Fitted.
+    """One client's work on one exchange: runs until it waits for something, and goes on when it gets that.
 
     Attributes:
         fit: the Fit that the work waits for, or None.
+        probe: the FisherProbe that it waits for, or None.
         result: (up, memory) when the work is done.
         error: what the work raised; the client is lost.
     """
@@ -53,9 +56,10 @@ class Job:
     def __init__(self, exchange: Exchange, down: Record, memory: Record, env: ClientEnv) -> None:
         self.env = env
         self.fit: Fit | None = None
+        self.probe: FisherProbe | None = None
         self.result: tuple[Record, Record] | None = None
         self.error: Exception | None = None
-        self._work: Generator[Fit, Fitted, tuple[Record, Record]] | None = None
+        self._work: Steps | None = None
         try:
             work = exchange.work(down, memory, env)
         except Exception as error:
@@ -67,31 +71,36 @@ class Job:
         else:
             self._finish(work)
 
-    def resume(self, fitted: Fitted | Exception) -> None:
+    def resume(self, given: Fitted | Fisher | Exception) -> None:
         """Give the work what it waits for, or throw what went wrong into it."""
         work = self._work
-        assert work is not None and self.fit is not None, "resume needs a job that waits for a Fitted"
-        if isinstance(fitted, Exception):
-            error = fitted
+        waits = self.fit is not None or self.probe is not None
+        assert work is not None and waits, "resume needs a job that waits for something"
+        if isinstance(given, Exception):
+            error = given
             self._advance(lambda: work.throw(error))
-        else:
-            given = fitted
-            self.env.meter.add(given, self.env.model.lowest_block(self.fit.trained))
-            self._advance(lambda: work.send(given))
+            return
+        if isinstance(given, Fitted) and self.fit is not None:
+            self.env.meter.add(self.fit, given, self.env.model.lowest_block(self.fit.trained))
+        elif self.probe is not None:
+            charge(self.env.meter, self.env.model, self.probe)
+        self._advance(lambda: work.send(given))
 
     def _advance(self, step: Callable[[], object]) -> None:
-        self.fit = None
+        self.fit = self.probe = None
         try:
-            fit = step()
+            wanted = step()
         except StopIteration as stop:
             self._finish(stop.value)
         except Exception as error:
             self.error = error
         else:
-            if isinstance(fit, Fit):
-                self.fit = fit
+            if isinstance(wanted, Fit):
+                self.fit = wanted
+            elif isinstance(wanted, FisherProbe):
+                self.probe = wanted
             else:
-                self.error = ClientError(f"the work yielded a {type(fit).__name__} where a Fit was expected")
+                self.error = ClientError(f"the work yielded a {type(wanted).__name__} where a Fit was expected")
 
     def _finish(self, result: object) -> None:
         if isinstance(result, tuple) and len(result) == 2:
@@ -101,15 +110,29 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], model: Model) -> None:
-    """Run all jobs to their end; each wave of Fits that they wait for is one `fit_many`."""
-    while waiting := [job for job in jobs if job.fit is not None]:
-        fits = [job.fit for job in waiting if job.fit is not None]
+    """Run all jobs to their end; each wave of Fits that they wait for is one `fit_many`.
+
+    Probes come first, so that whoever has to look at its rows before it trains joins the others' wave.
+    """
+    while waiting := [job for job in jobs if job.fit is not None or job.probe is not None]:
+        probing = [job for job in waiting if job.probe is not None]
+        served = probing or waiting
+        results: Sequence[Fitted | Fisher | Exception]
         try:
-            results = model.fit_many(fits)
+            if probing:
+                results = model.fisher_many([job.probe for job in probing if job.probe is not None])
+            else:
+                results = model.fit_many([job.fit for job in waiting if job.fit is not None])
         except Exception as error:
-            results = [error] * len(fits)
-        for job, fitted in zip(waiting, results, strict=True):
-            job.resume(fitted)
+            results = [error] * len(served)
+        for job, given in zip(served, results, strict=True):
+            job.resume(given)
+
+
+def charge(meter: Meter, model: Model, probe: FisherProbe) -> None:
+    """Count what a Fisher information costs: forward, and backward to the lowest factor."""
+    lowest = model.lowest_block(pairs.factors(probe.params))
+    meter.train(*model.passes(probe.params, probe.data, probe.rows), lowest)
 
 
 def reason(error: Exception) -> str:
@@ -170,8 +193,8 @@ class Metered:
         token_norm: TokenNorm = "sqrt",
         also: tuple[Params, ...] = (),
     ) -> Fisher:
-        """See `Model.fisher`: forward, and backward to the lowest factor."""
-        self._meter.train(*self._model.passes(params, data, rows), self._model.lowest_block(pairs.factors(params)))
+        """See `Model.fisher`."""
+        charge(self._meter, self._model, FisherProbe(params, data, rows))
         return self._model.fisher(params, data, rows, token_norm, also)
 
     def sensitivity(

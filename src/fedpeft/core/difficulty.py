@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Literal, TypeAlias
 
-from fedpeft.core.exchange import ClientEnv
-from fedpeft.core.model import TokenNorm
+from fedpeft.core.exchange import ClientEnv, Fisher, FisherProbe, TokenNorm
 from fedpeft.core.tree import Params
 
 Difficulty: TypeAlias = Literal["fisher", "loss", "length", "random", "reverse"]
@@ -13,8 +13,10 @@ Difficulty: TypeAlias = Literal["fisher", "loss", "length", "random", "reverse"]
 
 def difficulties(
     kind: Difficulty, params: Params, env: ClientEnv, token_norm: TokenNorm = "sqrt", also: tuple[Params, ...] = ()
-) -> list[float]:
+) -> Generator[FisherProbe, Fisher, list[float]]:
     """Of every example of a client: the trace of its Fisher information at the params, or a control.
+
+    A part of work, for `yield from`: clients that rank in the same exchange have it in the same passes.
 
     Args:
         also: further adapters or base deltas that act beside the params, as in a Fit.
@@ -27,4 +29,5 @@ def difficulties(
     if kind == "loss":
         return [float(loss) for loss in env.model.losses(params, env.data, rows, also)]
     sign = -1.0 if kind == "reverse" else 1.0
-    return [sign * float(f) for f in env.model.fisher(params, env.data, rows, token_norm, also).trace]
+    fisher = yield FisherProbe(params, env.data, rows, token_norm, also)
+    return [sign * float(f) for f in fisher.trace]

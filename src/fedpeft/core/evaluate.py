@@ -21,11 +21,15 @@ class Question:
     params: Params
     split: str  # "train", "validation" or "test"
     shared: tuple[str, ...] = ()  # names of params that are everybody's, whatever a memory has; see `own_model`
+    personal_alone: bool = False  # the global model is scored elsewhere, and its sums stay empty
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums as `Model.score` gives them, of the global and of the client's own model; empty where it has no rows."""
+    """Sums as `Model.score` gives them, of the global and of the client's own model.
+
+    Both are empty where it has no rows, those of the global model where it was not asked for them.
+    """
 
     shared: Mapping[str, Tensor]
     personal: Mapping[str, Tensor]
@@ -75,9 +79,10 @@ class Evaluate:
         data = env.splits.get(down.split)
         if data is None or not len(data):
             return Scores({}, {}), memory
-        shared = env.model.score(down.params, data)
         if not self.method.personalised:
-            return Scores(shared, shared), memory
+            both = env.model.score(down.params, data)
+            return Scores(both, both), memory
+        shared = {} if down.personal_alone else env.model.score(down.params, data)
         own = own_model(self.method, down.params, memory, down.shared)
         return Scores(shared, env.model.score(own, data)), memory
 

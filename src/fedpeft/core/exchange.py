@@ -6,6 +6,7 @@ the answers into its state. State, memory and messages are frozen dataclasses (r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -17,6 +18,7 @@ from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import RecordError
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.model import Fisher as Fisher
+from fedpeft.core.model import FisherProbe as FisherProbe
 from fedpeft.core.model import Model as Model
 from fedpeft.core.model import Perturbation as Perturbation
 from fedpeft.core.model import Target as Target
@@ -27,7 +29,9 @@ from fedpeft.core.tree import Params
 
 ClientId: TypeAlias = str
 Record: TypeAlias = Any  # a frozen dataclass that `records.encode` can write
-Work: TypeAlias = "tuple[Record, Record] | Generator[Fit, Fitted, tuple[Record, Record]]"
+Steps: TypeAlias = "Generator[Fit | FisherProbe, Any, tuple[Record, Record]]"
+"""Work that waits: a Fitted for each Fit that it yields, a Fisher for each FisherProbe."""
+Work: TypeAlias = "tuple[Record, Record] | Steps"
 
 
 # --- common records ---------------------------------------------------------------------------------------------
@@ -65,6 +69,8 @@ class Meter:
         trained: (tokens, pairs) that went forward and backward, by the lowest block that the backward pass entered;
             pairs is the sum over rows of tokens times the keys that they attend to.
         products: multiply-adds beyond those of adapters in the whole base, see `Fitted.products`; may be negative.
+        labels: rows by label that went into Fits, repeats counted: a curriculum by difficulty may prefer a label. They
+            are for the run's own files, and part of no message.
     """
 
     steps: int = 0
@@ -73,6 +79,7 @@ class Meter:
     forward_tokens: int = 0  # forward alone
     forward_pairs: int = 0
     products: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
 
     @property
     def trained_tokens(self) -> int:
@@ -84,8 +91,10 @@ class Meter:
         """Pairs of the same rows."""
         return sum(pairs for _, pairs in self.trained.values())
 
-    def add(self, fitted: Fitted, lowest_block: int) -> None:
+    def add(self, fit: Fit, fitted: Fitted, lowest_block: int) -> None:
         """Count one finished Fit."""
+        used = [row for batch in fit.batches for row in batch]
+        self.labels.update(fit.data.labels[used].tolist())
         self.steps += fitted.steps
         self.examples += fitted.examples
         self.products += fitted.products
@@ -201,6 +210,7 @@ class Exchange:
     fold: Callable[[Any, Mapping[ClientId, Any], ServerEnv], Any]
     accept: Callable[[Any, Any], None] = matching  # (down, up): raises RecordError where the answer does not fit
     again: Callable[[Any, Sequence[ClientId], Rng], Sequence[ClientId]] | None = None  # below the quorum; None: `pick`
+    quorum: float | None = None  # share of those asked who must answer; None: the run's; 0: nobody need
 
 
 class Method(Protocol):
@@ -264,6 +274,10 @@ class Method(Protocol):
 
         Where it is not "", evaluation scores the global params on it too.
         """
+        ...
+
+    def rows_of_round(self, rows: float) -> float:
+        """Rows that a client with so many trains on in one round, repeats counted, as an estimate of costs takes it."""
         ...
 
     def choices(self, state: Any) -> Mapping[str, Any]:

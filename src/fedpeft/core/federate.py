@@ -83,6 +83,7 @@ def federate(
         resources: device profile per client, handed on in `ServerEnv`.
         start: where to go on; None starts with `method.init`.
         quorum: share of the cohort that must answer, in (0, 1]; below it the exchange is repeated with a new cohort.
+            An exchange may have one of its own (`Exchange.quorum`).
         held: what the server alone holds, handed on in `ServerEnv`.
 
     Raises:
@@ -104,11 +105,12 @@ def federate(
             answers = transport.exchange(call, {c: exchange.send(state, c) for c in cohort})
             receipts += answers.receipts
             answered = tuple(c for c in cohort if c in answers.ups)
-            if len(answered) >= round_up(quorum * len(cohort)) and (answered or not cohort):
+            share = quorum if exchange.quorum is None else exchange.quorum
+            if len(answered) >= round_up(share * len(cohort)) and (answered or not cohort or not share):
                 break
         else:
             failed = Done(number + 1, round, exchange.name, last, state, versions, cohort, (), tuple(receipts))
-            raise QuorumError(_too_few(exchange.name, round, quorum, cohort, answers), failed)
+            raise QuorumError(_too_few(exchange.name, round, share, cohort, answers), failed)
         if answered:
             state = exchange.fold(state, Ordered(answered, answers.ups), replace(env, cohort=cohort))
             versions.update((r.client, call.version) for r in answers.receipts if r.staged and r.client in answers.ups)

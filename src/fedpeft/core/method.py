@@ -61,6 +61,13 @@ class Defaults:
         """The base as the server has it."""
         return ""
 
+    def rows_of_round(self, rows: float) -> float:
+        """Those of ordinary local training, from the fields `steps` and `batch_size`, or `epochs`."""
+        steps: int | None = getattr(self, "steps", None)
+        if steps is not None:
+            return steps * min(int(getattr(self, "batch_size", 1)), rows)
+        return int(getattr(self, "epochs", 1)) * rows
+
     def choices(self, state: Any) -> Mapping[str, Any]:
         """Nothing was decided."""
         return {}

@@ -139,6 +139,10 @@ class Model(Protocol):
         """
         ...
 
+    def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
+        """`fisher` of everybody's rows, together where possible; a failed one gives its exception."""
+        ...
+
     def sensitivity(
         self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
     ) -> tuple[Tensor, Tensor]:
@@ -153,6 +157,17 @@ class Model(Protocol):
             first those of what enters the lowest block.
         """
         ...
+
+
+@dataclass(frozen=True)
+class FisherProbe:
+    """The arguments of `Model.fisher`. Work may yield one, as it yields a Fit: a cohort's are then taken together."""
+
+    params: Params
+    data: Data
+    rows: Sequence[int]
+    token_norm: TokenNorm = "sqrt"
+    also: tuple[Params, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.errors import RecordError
 from fedpeft.core.tree import Params
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # (B, A)
@@ -88,6 +89,23 @@ def rest_of(params: Params, ranks: Mapping[str, int]) -> dict[str, Tensor]:
         if (first := ranks.get(stem, 0)) < len(a):
             rest |= {f"{stem}.B": b[:, first:].clone(), f"{stem}.A": a[first:].clone()}
     return rest
+
+
+def check(params: Params, train: Mapping[str, tuple[int, int, int]], head: Params) -> None:
+    """Raise RecordError unless params are the factors of these slots and a head like this one.
+
+    Args:
+        train: rank, d_out and d_in of every slot.
+        head: everything else that must be there; names, shapes and dtypes count.
+    """
+    want = {f"{stem}.A": (rank, d_in) for stem, (rank, _, d_in) in train.items()}
+    want |= {f"{stem}.B": (d_out, rank) for stem, (rank, d_out, _) in train.items()}
+    shapes: dict[str, tuple[int, ...]] = {**want, **{name: tuple(t.shape) for name, t in head.items()}}
+    got = {name: tuple(t.shape) for name, t in params.items()}
+    if got != shapes:
+        name = min(shapes.items() ^ got.items())[0]
+        raise RecordError(f"parameter {name!r} should be {shapes.get(name)} and is {got.get(name)}")
+    tree.same_dtypes(head, others(params))
 
 
 def combined(parts: Sequence[Params], how: Combine, before: Params) -> dict[str, Tensor]:

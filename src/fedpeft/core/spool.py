@@ -57,10 +57,9 @@ class Spool(Mapping[ClientId, Record]):
             self._file, name = tempfile.mkstemp(prefix="fedpeft-")
             weakref.finalize(self, os.close, self._file)
             os.unlink(name)
-        start, rest = self._end, memoryview(data)
-        while rest:
-            written = os.pwrite(self._file, rest, self._end)
-            self._end, rest = self._end + written, rest[written:]
+        start = self._end
+        write_at(self._file, data, start)
+        self._end += len(data)
         return start
 
     def __getitem__(self, client: ClientId) -> Record:
@@ -79,3 +78,11 @@ class Spool(Mapping[ClientId, Record]):
 
     def __len__(self) -> int:
         return len(self._kept) + len(self._places)
+
+
+def write_at(file: int, data: bytes, place: int) -> None:
+    """Write every byte from a place of an open file on; one call to the system may take fewer. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, place)
+        place, rest = place + written, rest[written:]

@@ -318,13 +318,15 @@ class _Sweep:
 # --- stacking ---------------------------------------------------------------------------------------------------
 
 
-def stack_params(params: Sequence[Params], device: torch.device, also: tuple[Params, ...] = ()) -> Stack:
+def stack_params(params: Sequence[Params], device: torch.device, also: Sequence[tuple[Params, ...]] = ((),)) -> Stack:
     """A Stack without training, for forward passes: one client per params, everything frozen.
 
     Args:
-        also: further adapters or base deltas, which act for all of them.
+        also: of each client, further adapters or base deltas that act for it.
     """
-    layers = [_frozen(params, device), *(_frozen([layer] * len(params), device) for layer in also)]
+    depth = max(len(own) for own in also)
+    further = ([own[i] if i < len(own) else {} for own in also] for i in range(depth))
+    layers = [_frozen(params, device), *(_frozen(own, device) for own in further)]
     (stacked, sizes), *others = layers
     return Stack((), stacked, tuple(layer for layer, _ in others), sizes, tuple(own for _, own in others))
 

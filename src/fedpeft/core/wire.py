@@ -30,8 +30,18 @@ from torch import Tensor
 
 from fedpeft.core import layout, records
 from fedpeft.core.errors import RecordError, RequestError
-from fedpeft.core.exchange import Answers, Call, ClientEnv, ClientId, Exchange, Record, ServerEnv, Transport, Work
-from fedpeft.core.fit import Fit, Fitted
+from fedpeft.core.exchange import (
+    Answers,
+    Call,
+    ClientEnv,
+    ClientId,
+    Exchange,
+    Record,
+    ServerEnv,
+    Steps,
+    Transport,
+    Work,
+)
 from fedpeft.core.tree import Params
 
 R = TypeVar("R")
@@ -183,7 +193,7 @@ def wired(exchange: Exchange, wire: str) -> Exchange:
         up, after = inner
         return pack(up, wire), after
 
-    def finish(inner: Generator[Fit, Fitted, tuple[Record, Record]]) -> Generator[Fit, Fitted, tuple[Record, Record]]:
+    def finish(inner: Steps) -> Steps:
         up, after = yield from inner
         return pack(up, wire), after
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NO_TOKEN = -100  # of targets, where a position has none
 
 # --- combining --------------------------------------------------------------------------------------------------
 
@@ -143,17 +146,12 @@ def draw(probabilities: Tensor, uniform: float) -> int:
 # --- speculation ------------------------------------------------------------------------------------------------
 
 
-def acceptance(target: Tensor, draft: Tensor) -> float:
-    """The share of drafts that are accepted: sum of min(c, q) (Leviathan et al. 2023, arXiv 2211.17192).
+def acceptable(target: Tensor, draft: Tensor, token: int) -> float:
+    """The probability that a drafted token is accepted: min(1, c/q) (Leviathan et al. 2023, arXiv 2211.17192).
 
     Args:
         target, draft: (V,) probabilities c and q.
     """
-    return float(torch.minimum(target, draft).sum())
-
-
-def acceptable(target: Tensor, draft: Tensor, token: int) -> float:
-    """The probability that a drafted token is accepted: min(1, c/q)."""
     return min(1.0, float(target[token]) / float(draft[token]))
 
 
@@ -162,16 +160,6 @@ def residual(target: Tensor, draft: Tensor) -> Tensor:
     rest = (target - draft).clamp(min=0)
     total = rest.sum()
     return rest / total if float(total) > 0 else target
-
-
-def tokens_per_call(share: float, drafts: int) -> float:
-    """Expected tokens for one call of the large model: (1 - a^(gamma + 1)) / (1 - a).
-
-    Args:
-        share: a, the accepted share of drafts.
-        drafts: gamma.
-    """
-    return float(drafts + 1) if share == 1 else (1 - share ** (drafts + 1)) / (1 - share)
 
 
 # --- alpha curve ------------------------------------------------------------------------------------------------
@@ -231,19 +219,21 @@ def distillation_loss(
     share: float = 1.0,
     temperature: float = 1.0,
     ids: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """lambda tau^2 KL(teacher^(1/tau) || student^(1/tau)) + (1 - lambda) CE(y), the mean over positions.
+    """lambda tau^2 KL(teacher^(1/tau) || student^(1/tau)) + (1 - lambda) CE(y), the mean or the sum over positions.
 
     Args:
         teacher, student, temperature, ids: see `divergence`.
-        targets: (n,) int64 tokens y, -100 where a position has none: its cross-entropy is 0 and it counts in the mean.
-            None: no position has one.
+        targets: (n,) int64 tokens y, `NO_TOKEN` where a position has none: its cross-entropy is 0. None: no position
+            has one.
         share: lambda.
+        reduction: `mean` counts every position, those without a token too.
     """
-    loss = share * divergence(teacher, student, temperature, ids).mean()
-    if share == 1 or targets is None:
-        return loss
-    return loss + (1 - share) * F.cross_entropy(student, targets, ignore_index=-100, reduction="sum") / len(student)
+    loss = share * divergence(teacher, student, temperature, ids).sum()
+    if share < 1 and targets is not None:
+        loss = loss + (1 - share) * F.cross_entropy(student, targets, ignore_index=NO_TOKEN, reduction="sum")
+    return loss if reduction == "sum" else loss / len(student)
 
 
 def _column(value: Tensor | float, like: Tensor) -> Tensor:

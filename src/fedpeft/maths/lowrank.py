@@ -107,6 +107,14 @@ def halves(pair: Pair, rank: int, negligible: float = NEGLIGIBLE) -> Pair:
     return pad((u[:, :kept] * root, (v[:, :kept] * root).T), rank)
 
 
+def compressed(pair: Pair, cap: int) -> Pair:
+    """The same product by as few components as it has rank, at least one, and at most `cap`; see `halves`."""
+    b, a = pair
+    left, right = halves(pair, min(cap, len(b), a.shape[1], len(a)))
+    used = max(1, int(right.any(dim=1).sum()))
+    return left[:, :used], right[:used]
+
+
 def tail(pair: Pair, ranks: Sequence[int], weights: Sequence[float]) -> Pair:
     """What those who train only the first r_i components leave as it was: sum over i of w_i B_k A_k for k >= r_i.
 
@@ -152,6 +160,64 @@ def refit(pair: Pair, a: Tensor, ridge: float) -> Tensor:
     gram = own @ own.T + ridge * torch.eye(len(own), dtype=torch.float64, device=own.device)
     inverse: Tensor = torch.linalg.pinv(gram, hermitian=True)
     return left @ (right @ own.T) @ inverse
+
+
+def turn(pair: Pair, towards: Pair, ridge: float) -> Tensor:
+    """What to add to B so that (B + ΔB) A points the way of another product M: descent on its cosine.
+
+    ΔB makes 1 - cos((B + ΔB) A, M) + λ ||ΔB|| small, by proximal gradient steps from ΔB = 0 whose length is found by
+    trial, so that no step makes it larger; at most `TURN_STEPS` of them. Where the first gradient is at most λ long,
+    ΔB = 0 is the answer. A product of zeros has no direction: ΔB is 0 then too. Where B A points away from M the least
+    value lies at B + ΔB near 0, which has any direction, and is not reached.
+
+    Args:
+        pair: (B, A)
+        towards: factors of M.
+        ridge: λ, not negative.
+
+    Returns:
+        (d_out, r)
+    """
+    b, a = (t.double() for t in pair)
+    left, right = (t.double() for t in towards)
+    gram, cross, size = a @ a.T, left @ (right @ a.T), norm(towards)  # <X A, M> = <X, cross> for every X
+    change = torch.zeros_like(b)
+
+    def cosine(x: Tensor) -> tuple[float, Tensor]:
+        inner, own = float((x * cross).sum()), x @ gram
+        length = float((x * own).sum().clamp_min(0).sqrt())
+        if not (length and size):
+            return 0.0, torch.zeros_like(x)
+        return inner / (length * size), cross / (length * size) - own * (inner / (length**3 * size))
+
+    value, slope = cosine(b)
+    if not bool(slope.any()):
+        return change
+    step = norm(pair) / float(slope.norm())
+    for _ in range(TURN_STEPS):
+        for _ in range(TRIALS):
+            tried = _shrunk(change + step * slope, step * ridge)
+            moved = tried - change
+            new, there = cosine(b + tried)
+            if new >= value + float((slope * moved).sum()) - float(moved.square().sum()) / (2 * step):
+                break
+            step /= 2
+        else:
+            return change
+        change, value, slope = tried, new, there
+        if float(moved.norm()) <= NEGLIGIBLE * NEGLIGIBLE * float(b.norm() + change.norm()):
+            break
+        step *= 2
+    return change
+
+
+TURN_STEPS, TRIALS = 500, 60  # of `turn`: steps of descent, and lengths that are tried for one
+
+
+def _shrunk(t: Tensor, by: float) -> Tensor:
+    """The tensor, shorter by so much; zero where it is no longer than that."""
+    length = float(t.norm())
+    return t * (max(0.0, 1 - by / length) if length else 0.0)
 
 
 def norm(pair: Pair) -> float:

@@ -21,8 +21,7 @@ from torch import Tensor
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.difficulty import Difficulty, difficulties
 from fedpeft.core.errors import ConfigError
-from fedpeft.core.exchange import ClientEnv, Exchange, Record
-from fedpeft.core.fit import Fit, Fitted
+from fedpeft.core.exchange import ClientEnv, Exchange, Fisher, FisherProbe, Record, Steps
 from fedpeft.core.tree import Params
 from fedpeft.maths import curriculum
 from fedpeft.maths.curriculum import Pacing
@@ -113,9 +112,7 @@ def with_schedule(cls: type[Any]) -> type[Any]:
     return Scheduled
 
 
-def _work(
-    inner: Callable[..., Any], method: Any, down: Record, memory: Any, env: ClientEnv
-) -> Generator[Fit, Fitted, tuple[Record, Record]]:
+def _work(inner: Callable[..., Any], method: Any, down: Record, memory: Any, env: ClientEnv) -> Steps:
     """The method's work on its own memory, with the rows of this round.
 
     Args:
@@ -124,25 +121,32 @@ def _work(
     rows: Tensor = memory.rows
     if method is not None:
         if method.schedule in RANKED and not len(rows):
-            rows = _ranked(inner, method, down, memory.inner, env)
+            rows = yield from _ranked(inner, method, down, memory.inner, env)
         env = restricted(env, method, rows.tolist())
     steps: Any = inner(down, memory.inner, env)
     up, own = (yield from steps) if isinstance(steps, Generator) else steps
     return up, memory if own is memory.inner and rows is memory.rows else replace(memory, inner=own, rows=rows)
 
 
-def _ranked(inner: Callable[..., Any], method: Any, down: Record, memory: Record, env: ClientEnv) -> Tensor:
+def _ranked(
+    inner: Callable[..., Any], method: Any, down: Record, memory: Record, env: ClientEnv
+) -> Generator[FisherProbe, Fisher, Tensor]:
     """The client's rows from easy to hard, for the model that its work is about to train; empty where it trains none.
 
     The work is begun only to see its first Fit over these rows, and then begun anew: it is a pure function.
     """
     steps: Any = inner(down, memory, env)
     fit: Any = next(steps, None) if isinstance(steps, Generator) else None
+    while isinstance(fit, FisherProbe):
+        found = yield fit
+        try:
+            fit = steps.send(found)
+        except StopIteration:
+            return _no_rows()
     if fit is None or fit.data is not env.data or not fit.steps:
         return _no_rows()
     steps.close()
     if method.schedule_beta == 1:
         return torch.arange(len(env.data))
-    return torch.tensor(
-        curriculum.easy_first(difficulties(RANKED[method.schedule], fit.params, env, also=fit.also)), dtype=torch.int64
-    )
+    difficulty = yield from difficulties(RANKED[method.schedule], fit.params, env, also=fit.also)
+    return torch.tensor(curriculum.easy_first(difficulty), dtype=torch.int64)

@@ -90,6 +90,10 @@ class Centralized(Defaults):
         fitted = yield ordinary_fit(self, down.params, env, batches=self.batches(env), moments=memory.moments)
         return Update(fitted.params, len(env.data), fitted.loss), Memory(fitted.moments)
 
+    def rows_of_round(self, rows: float) -> float:
+        """The share of them."""
+        return super().rows_of_round(rows) * (self.share if self.steps is None else 1.0)
+
     def batches(self, env: ClientEnv) -> list[list[int]]:
         """The rows of this round, cut into batches; the last may be short."""
         rows = len(env.data)

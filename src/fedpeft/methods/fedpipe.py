@@ -19,7 +19,8 @@ the score of a matrix, the value of a rank, the objective and its search, the co
 every default. Components that a machine does not train act on it, frozen (`tail`): where they are cut off, machines
 undo what they cannot carry. A warm-up step is a Fit of its own, whose gradient is taken from Adam's first moment.
 Of two settings less than 1 % apart the planner takes the one with more bits and the larger batch. Importance is
-measured on every machine, whatever the deadline of a round.
+measured before there are plans, so the deadline of a round does not bound it: `warmup_seconds` does; who has no room or
+time for it is planned for with the others' scores.
 
 Traffic per client and round: down = head at first, head and the weights ever trained later; up = head and the weights \
 of its plan
@@ -44,15 +45,14 @@ from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, matc
 from fedpeft.core.fit import AdamW, Fit, Fitted, Moments
 from fedpeft.core.method import Defaults, check_ranges, mean_loss, stream_batches
 from fedpeft.core.rng import Rng, rng_for
-from fedpeft.core.tree import Params, block_of
+from fedpeft.core.tree import Params
 from fedpeft.maths import lowrank, sensitivity
-from fedpeft.planner.cost import Weight, shape_of
 from fedpeft.planner.device import DEFAULT, Profile, check_profile
 from fedpeft.planner.fleet import Search, scores_of
-from fedpeft.planner.plan import Choices, Job
+from fedpeft.planner.plan import Choices, job_of
 from fedpeft.planner.prices import Costs
 from fedpeft.planner.roster import Demands, Report, Roster, check_report
-from fedpeft.planner.search import warm_up_room
+from fedpeft.planner.warmup import WarmUp, warm_up_room
 
 Aggregation = Literal["svd_product", "factor_partial", "zero_pad", "stack_exact"]
 
@@ -66,9 +66,7 @@ class Ask:
 class Warmup:
     """Asks for the importance of the candidates."""
 
-    batch: int
-    bits: str
-    groups: int  # into how many groups the candidates are cut, for want of memory
+    how: WarmUp
     candidates: int  # how many there are
     params: Params  # the global adapters, applied frozen; empty before the first round
     stack: Params  # what was folded away, applied frozen
@@ -143,7 +141,8 @@ class FedPipe(Defaults):
     score: Literal["sensitivity", "sum_lambda", "uniform", "random"] = "sensitivity"  # importance of a weight
     beta1: float = 0.85  # momentum of the sensitivity
     beta2: float = 0.85  # momentum of its uncertainty
-    warmup_steps: int = 150  # K_w: steps that the importance is measured over, whatever the deadline of a round
+    warmup_steps: int = 150  # K_w: steps that the importance is measured over
+    warmup_seconds: float | None = None  # time that it may take on any machine; those with less do fewer; null: any
     warmup_rank: int = 4  # r0: triplets per weight in the warm-up
     warmup_batch: int = 8  # rows per warm-up step, fewer where memory is short
     warmup_lr: float = 3e-3  # learning rate of the warm-up
@@ -177,7 +176,7 @@ class FedPipe(Defaults):
         check_ranges(
             self,
             at_least={**counts, **zero, "top_k": 1},
-            above={"warmup_lr": 0, "round_seconds": 0},
+            above={"warmup_lr": 0, "warmup_seconds": 0, "round_seconds": 0},
             below=dict.fromkeys(("headroom", "beta1", "beta2"), 1),
         )
         if self.keep_moments and self.aggregation in ("svd_product", "stack_exact"):
@@ -206,24 +205,9 @@ class FedPipe(Defaults):
 
     def init(self, env: ServerEnv) -> State:
         """The fresh adapter on every candidate; nobody has a plan."""
-        params, spec, config = env.initial(), env.model.spec, env.model.config
-        weights = tuple(
-            Weight(stem, block_of(stem) or 0, stem.split(".", 2)[-1], _width(params, stem), len(params[f"{stem}.B"]))
-            for stem in pairs.stems(params)
-        )
-        head = pairs.others(params)
+        params, spec = env.initial(), env.model.spec
         ranks = tuple(rank for rank in self.ranks if not isinstance(spec, Lora) or rank <= spec.rank)
-        job = Job(
-            shape_of(config, lm_head=not head),
-            weights,
-            {},
-            longest=1,
-            mean=1.0,
-            classes=max((len(t) for t in head.values()), default=None),
-            dtype="bfloat16" if config.get("dtype") == "bfloat16" else "float32",
-            head_bytes=4 * tree.count(head),
-            choices=self.choose_among(ranks),
-        )
+        job = job_of(env.model.config, params, self.choose_among(ranks))
         return State(params, Roster(job), pairs.scale_of(spec))
 
     def choose_among(self, ranks: tuple[int, ...]) -> Choices:
@@ -258,11 +242,11 @@ class FedPipe(Defaults):
     def setup(self) -> tuple[Exchange, ...]:
         """Profiles, then importance; plans follow from both."""
         profile = Exchange("profile", Ask, Report, everyone, self.ask, self.report, self.meet, sound)
-        return (profile, self.importance("importance", self.known)) if self.measures else (profile,)
+        return (profile, self.importance("importance", self.able)) if self.measures else (profile,)
 
     def round(self) -> tuple[Exchange, ...]:
         """One round: who is new tells what it is, importance again where that is due, training."""
-        join = Exchange("join", Ask, Report, self.unknown, self.ask, self.report, self.meet, sound)
+        join = Exchange("join", Ask, Report, self.unknown, self.ask, self.report, self.meet, sound, quorum=0.0)
         train = Exchange("train", Broadcast, Trained, self.pick, self.send, self.train, self.average, fits)
         again = (self.importance("refresh", self.due),) if self.measures and self.refresh_every else ()
         return (join, *again, train)
@@ -273,18 +257,18 @@ class FedPipe(Defaults):
 
     # --- who -----------------------------------------------------------------------------------------------------
 
-    def known(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
-        """Everybody who has told what it is."""
-        return [c for c in clients if c in state.roster.machines]
+    def able(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
+        """Everybody known who has room and time for the warm-up."""
+        return [c for c in clients if c in state.roster.machines and self.room(state.roster, c)]
 
     def unknown(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
         """Everybody who has not."""
         return [c for c in clients if c not in state.roster.machines]
 
     def due(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
-        """Everybody known, every so many rounds."""
+        """All of these, every so many rounds."""
         due = state.rounds > 0 and state.rounds % self.refresh_every == 0
-        return self.known(state, clients, rng) if due else []
+        return self.able(state, clients, rng) if due else []
 
     def pick(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
         """A cohort of those who have a plan."""
@@ -313,9 +297,11 @@ class FedPipe(Defaults):
         roster = state.roster.met(ups)
         if roster.decided:
             return replace(state, roster=roster.planned(self.demands, tuple(ups)))
-        if self.measures:
+        if not self.measures:
+            return self.with_scores(replace(state, roster=roster), self.given_scores(state, env))
+        if any(self.room(roster, c) for c in roster.machines):
             return replace(state, roster=roster)
-        return self.with_scores(replace(state, roster=roster), self.given_scores(state, env))
+        return self.weigh(replace(state, roster=roster), {}, env)  # nobody can measure anything
 
     def with_scores(self, state: State, scores: Mapping[str, float]) -> State:
         """Plans for everybody, from these scores."""
@@ -331,49 +317,50 @@ class FedPipe(Defaults):
     # --- importance ----------------------------------------------------------------------------------------------
 
     def ask_scores(self, state: State, client: ClientId) -> Warmup:
-        """With the most bits and rows that all candidates leave room for, or in groups."""
-        roster, rows = state.roster, max(1, state.roster.machines[client].examples)
-        costs = Costs(roster.whole_job, roster.machine(client), rows)
-        bits, batch, groups = warm_up_room(costs, self.warmup_rank, min(self.warmup_batch, rows))
+        """As the machine has room and time for; beside what was learnt, frozen."""
+        how = self.room(state.roster, client)
+        assert how is not None, "only who is able is asked"
         trained = tree.select(state.params, lambda name: name.rpartition(".")[0] in state.union)
-        return Warmup(batch, bits, groups, len(roster.job.weights), trained, state.stack)
+        return Warmup(how, len(state.roster.job.weights), trained, state.stack)
+
+    def room(self, roster: Roster, client: ClientId) -> WarmUp | None:
+        """The warm-up that a machine has room and time for; None: none."""
+        costs = Costs(roster.whole_job, roster.machine(client), roster.machines[client].examples)
+        return warm_up_room(costs, self.warmup_rank, self.warmup_batch, self.warmup_steps, self.warmup_seconds)
 
     def warm_up(self, down: Warmup, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Scores, Memory]]:
-        """Train triplets on the candidates for a while, beside a fresh head, and score them; nothing of it is kept."""
-        fresh = env.initial()
-        stems = pairs.stems(fresh)
-        found = dict.fromkeys(stems, 0.0)
-        for group in (stems[i :: down.groups] for i in range(down.groups)):
-            sizes = {stem: (len(fresh[f"{stem}.B"]), _width(fresh, stem)) for stem in group}
-            triplets = sensitivity.fresh_triplets(env.seed, sizes, self.warmup_rank, fresh[f"{group[0]}.A"].dtype)
-            params = {**triplets, **pairs.others(fresh)}
-            batches = stream_batches(env, 0, self.warmup_steps, down.batch) if len(env.data) else []
-            moments, smoothed = Moments(), sensitivity.Smoothed()
-            for batch in batches:
-                optimizer = AdamW(self.warmup_lr)
-                fitted = yield Fit(
-                    params,
-                    env.data,
-                    [batch],
-                    optimizer,
-                    also=tuple(layer for layer in (down.params, down.stack) if layer),
-                    base=self.base(down.bits),
-                    penalty=sensitivity.Orthonormal(self.orth),
-                    moments=moments,
-                )
-                smoothed = smoothed.after(
-                    sensitivity.products(params, fitted.moments, moments, optimizer), self.beta1, self.beta2
-                )
-                params, moments = fitted.params, fitted.moments
-            if not batches:
-                continue
-            if self.score == "sum_lambda":
-                found.update({stem: float(params[f"{stem}.E"].abs().sum()) for stem in group})
-            else:
-                found.update(sensitivity.matrix_scores(smoothed.scores))
-        scores, total = torch.tensor([found[stem] for stem in stems], dtype=torch.float64), sum(found.values())
+        """Score the candidates, group by group; nothing of what was trained for it is kept."""
+        stems, found = pairs.stems(env.initial()), dict[str, float]()
+        for first in range(down.how.groups if len(env.data) else 0):
+            found |= yield from self.measured(stems[first :: down.how.groups], down, env)
+        scores, total = torch.tensor([found.get(stem, 0.0) for stem in stems], dtype=torch.float64), sum(found.values())
         seen = torch.full((len(stems),), total > 0)
         return Scores((scores / (total or 1.0)).float(), seen, len(env.data)), memory
+
+    def measured(self, group: Sequence[str], down: Warmup, env: ClientEnv) -> Generator[Fit, Fitted, dict[str, float]]:
+        """Train triplets on some candidates for a while, beside a fresh head, and score them."""
+        fresh = env.initial()
+        sizes, dtype = pairs.widths(fresh), fresh[f"{group[0]}.A"].dtype
+        triplets = sensitivity.fresh_triplets(env.seed, {s: sizes[s] for s in group}, self.warmup_rank, dtype)
+        params: Params = {**triplets, **pairs.others(fresh)}
+        moments, smoothed, optimizer = Moments(), sensitivity.Smoothed(), AdamW(self.warmup_lr)
+        for batch in stream_batches(env, 0, down.how.steps, down.how.batch):
+            fitted = yield Fit(
+                params,
+                env.data,
+                [batch],
+                optimizer,
+                also=tuple(layer for layer in (down.params, down.stack) if layer),
+                base=self.base(down.how.bits),
+                penalty=sensitivity.Orthonormal(self.orth),
+                moments=moments,
+            )
+            change = sensitivity.products(params, fitted.moments, moments, optimizer)
+            smoothed = smoothed.after(change, self.beta1, self.beta2)
+            params, moments = fitted.params, fitted.moments
+        if self.score == "sum_lambda":
+            return {stem: float(params[f"{stem}.E"].abs().sum()) for stem in group}
+        return sensitivity.matrix_scores(smoothed.scores)
 
     def weigh(self, state: State, ups: Mapping[ClientId, Scores], env: ServerEnv) -> State:
         """S_m = sum_i p_i S_im over those who have seen m, and the plans that follow."""
@@ -498,9 +485,8 @@ class FedPipe(Defaults):
         """The weight's stack with the mean of the products, exactly, as long as its rank stays under the cap."""
         before = [pairs.pair(stack, stem)] if f"{stem}.A" in stack else []
         whole = lowrank.stack([*before, *own], [*(1.0 for _ in before), *weights])
-        b, a = lowrank.halves(whole, min(self.stack_cap, len(whole[0]), whole[1].shape[1], len(whole[1])))
-        used = max(1, int(a.any(dim=1).sum()))
-        return {f"{stem}.B": b[:, :used].to(own[0][0].dtype), f"{stem}.A": a[:used].to(own[0][1].dtype)}
+        b, a = lowrank.compressed(whole, self.stack_cap)
+        return {f"{stem}.B": b.to(own[0][0].dtype), f"{stem}.A": a.to(own[0][1].dtype)}
 
     def result(self, state: State) -> Params:
         """The adapters of the weights that were ever trained, or what was folded away; and the head."""
@@ -553,19 +539,7 @@ def fits(down: Broadcast, up: Trained) -> None:
     matching(Ask(), up)
     if up.examples < 1:
         raise RecordError("an answer with params counts no example")
-    head = pairs.others(down.params)
-    want = {f"{stem}.A": (rank, d_in) for stem, (rank, _, d_in) in down.train.items()}
-    want |= {f"{stem}.B": (d_out, rank) for stem, (rank, d_out, _) in down.train.items()}
-    shapes = {**want, **{name: tuple(t.shape) for name, t in head.items()}}
-    got = {name: tuple(t.shape) for name, t in up.params.items()}
-    if got != shapes:
-        name = min(shapes.items() ^ got.items())[0]
-        raise RecordError(f"parameter {name!r} should be {shapes.get(name)} and is {got.get(name)}")
-    tree.same_dtypes(head, pairs.others(up.params))
-
-
-def _width(params: Params, stem: str) -> int:
-    return int(params[f"{stem}.A"].shape[1])
+    pairs.check(up.params, down.train, pairs.others(down.params))
 
 
 METHOD = FedPipe

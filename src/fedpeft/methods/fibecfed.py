@@ -50,8 +50,11 @@ from fedpeft.core.exchange import (
     ClientEnv,
     ClientId,
     Exchange,
+    Fisher,
+    FisherProbe,
     Perturbation,
     ServerEnv,
+    Steps,
     TokenNorm,
     Update,
     Weights,
@@ -238,13 +241,13 @@ class FibecFed(Tuning):
         """Whether there was a warm-up, whose result clients cannot draw by themselves."""
         return self.warmup_rounds > 0 and headed(state.start)
 
-    def score(self, down: Probe, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Scores, Memory]]:
+    def score(self, down: Probe, memory: Memory, env: ClientEnv) -> Steps:
         """What the choice needs of a client; with `initialise: all` its examples' order too."""
         params = env.initial() if down.params is None else down.params
         scores = self.sensitivities(params, env) if self.scores_count else torch.zeros(env.model.blocks)
         ratio = (yield from self.measure(params, env)) if self.ratio_counts else None
         if self.initialise == "all" and not env.round:
-            memory = self.ordered(params, memory, env)
+            memory = yield from self.ordered(params, memory, env)
         return Scores(scores, ratio, len(env.data)), memory
 
     def sensitivities(self, params: Params, env: ClientEnv) -> Tensor:
@@ -359,16 +362,16 @@ class FibecFed(Tuning):
         rest = tree.in_blocks(state.start, (*lacks, None) if own_head else lacks)
         return Task(state.shared, rest or None, state.layers)
 
-    def train(self, down: Task, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Memory]]:
+    def train(self, down: Task, memory: Memory, env: ClientEnv) -> Steps:
         """Train on the easier examples: shared layers in whole, the client's own in the rows that matter."""
         local = tree.overlay(env.initial(), memory.local, down.rest or {})
         local = tree.select(local, lambda name: name not in down.shared)
         params = tree.overlay(local, down.shared)
         due = self.rescore_every and memory.visits >= self.rescore_every
         if due or not len(memory.rows):
-            memory = self.ordered(params, memory, env)
+            memory = yield from self.ordered(params, memory, env)
         batches = self.in_use(memory, env)
-        fisher = self.information(params, local, memory, batches, env)
+        fisher = yield from self.information(params, local, memory, batches, env)
         fitted = yield ordinary_fit(self, params, env, batches=batches, mask=self.mask(params, fisher) or None)
         shared = {name: fitted.params[name] for name in down.shared}
         own = {name: fitted.params[name] for name in local}
@@ -387,11 +390,11 @@ class FibecFed(Tuning):
 
     # --- curriculum ---
 
-    def ordered(self, params: Params, memory: Memory, env: ClientEnv) -> Memory:
+    def ordered(self, params: Params, memory: Memory, env: ClientEnv) -> Generator[FisherProbe, Fisher, Memory]:
         """The memory with the examples, or batches of them, from easy to hard; as they are where all are in use."""
         rows, ends = list(range(len(env.data))), curriculum.ends(len(env.data), self.batch_size)
         if self.beta < 1 or self.batching != "sorted_samples":
-            difficulty = difficulties(self.difficulty, params, env, self.token_norm)
+            difficulty = yield from difficulties(self.difficulty, params, env, self.token_norm)
             rows = curriculum.easy_first(difficulty)
             if self.batching == "fixed_random":
                 batches = env.data.epochs(1, self.batch_size, env.rng("order"))
@@ -415,7 +418,7 @@ class FibecFed(Tuning):
 
     def information(
         self, params: Params, local: Params, memory: Memory, batches: Sequence[Sequence[int]], env: ClientEnv
-    ) -> Params:
+    ) -> Generator[FisherProbe, Fisher, Params]:
         """gamma F + (1 - gamma) of this visit's, per row of the local factors; nothing where all rows are updated."""
         names = pairs.factors(local).keys()
         if not names or (self.rho_rule == "fixed" and self.rho == 1):
@@ -423,8 +426,8 @@ class FibecFed(Tuning):
         used = sorted({row for batch in batches for row in batch})
         count = min(self.fisher_samples, len(used))
         some = [used[i] for i in sorted(env.rng("fisher").choice(len(used), size=count, replace=False).tolist())]
-        rows = env.model.fisher(params, env.data, some, self.token_norm).rows
-        return curriculum.blended(memory.fisher, {name: rows[name] for name in sorted(names)}, self.gamma)
+        found = yield FisherProbe(params, env.data, some, self.token_norm)
+        return curriculum.blended(memory.fisher, {name: found.rows[name] for name in sorted(names)}, self.gamma)
 
     def mask(self, params: Params, fisher: Params) -> dict[str, Tensor]:
         """1 in the rows of local factors with most information; everything else may change."""

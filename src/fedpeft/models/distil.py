@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -93,12 +92,12 @@ def positions(data: Examples) -> NDArray[np.int64]:
 
 
 def answers(data: Examples, rows: Sequence[int]) -> Tensor:
-    """(positions,) the token of the answer at each position of these rows; -1 where there is none."""
+    """(positions,) the token of the answer at each position of these rows; `NO_TOKEN` where there is none."""
     assert data.starts is not None, "`_lm` has asked for starts"
     parts = []
     for row in rows:
         answer = data.tokens[row][int(data.starts[row]) :].astype(np.int64)
-        parts.append(answer if len(answer) else np.array([-1]))
+        parts.append(answer if len(answer) else np.array([logits.NO_TOKEN]))
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]))
 
 
@@ -136,11 +135,8 @@ class _Lesson:
         teacher = logits.teacher(target.logits.to(student), self.temperature)
         ids = None if target.ids is None else target.ids.to(student.device)
         real = teacher.shape[1] if target.vocab is None and ids is None else target.vocab
-        student = student[:, :real]
-        loss = self.share * logits.divergence(teacher, student, self.temperature, ids).sum()
-        if self.share < 1:
-            loss = loss + (1 - self.share) * F.cross_entropy(student, said, ignore_index=-1, reduction="sum")
-        return loss
+        own = student[:, :real]
+        return logits.distillation_loss(teacher, own, said, self.share, self.temperature, ids, reduction="sum")
 
     def cost(self, fit: Fit) -> tuple[int, int, int]:
         """As of a Fit: the student's passes."""

@@ -17,7 +17,7 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Fisher, Perturbation, Teacher, TokenNorm
+from fedpeft.core.exchange import Fisher, FisherProbe, Perturbation, Teacher, TokenNorm
 from fedpeft.core.fit import Data, Fit, Fitted, Soften, blocks_in
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
@@ -30,7 +30,7 @@ from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.checkpointing import checkpointed
 from fedpeft.models.depth import saved
 from fedpeft.models.families import block_paths, is_decoder, slots
-from fedpeft.models.fisher import fisher
+from fedpeft.models.fisher import fisher_many
 from fedpeft.models.lm_head import LmHead
 from fedpeft.models.load import Base
 from fedpeft.models.noise import row_keys
@@ -394,7 +394,7 @@ class HFModel:
 
     def item_losses(self, params: Params, items: Sequence[Item], also: tuple[Params, ...] = ()) -> Tensor:
         """(items,) the loss of each, without gradient and dropout, on the CPU."""
-        stack, found = stack_params([params], self.device, also), torch.zeros(len(items))
+        stack, found = stack_params([params], self.device, [also]), torch.zeros(len(items))
         with torch.no_grad():
             for part in self.parts(items):
                 with self.seen(self.base, stack, [items[i] for i in part], 0) as seen:
@@ -437,8 +437,15 @@ class HFModel:
         token_norm: TokenNorm = "sqrt",
         also: tuple[Params, ...] = (),
     ) -> Fisher:
-        """See `fisher.fisher`."""
-        return fisher(self, params, cast(Examples, data), rows, token_norm, also)
+        """See `Model.fisher`; raises what went wrong."""
+        (found,) = self.fisher_many([FisherProbe(params, data, rows, token_norm, also)])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
+        """See `fisher.fisher_many`."""
+        return fisher_many(self, probes)
 
     def sensitivity(
         self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng

@@ -18,10 +18,11 @@ from fedpeft.core import tree
 from fedpeft.core.errors import ModelError
 from fedpeft.core.fit import blocks_in
 from fedpeft.core.hub import loading_from_hub
+from fedpeft.core.packing import KNOWN, format_of
 from fedpeft.models import attention, depth, opt
 from fedpeft.models.adapters import Acting, Applied
 from fedpeft.models.families import FAMILIES, block_linears
-from fedpeft.models.quantize import KNOWN, QuantisedLinear, format_of, quantise
+from fedpeft.models.quantize import QuantisedLinear, quantise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ class Base:
         source: the folder or hub name that it came from.
         dtype: what it computes in.
         acting: what adapters do in the forward pass that is going on.
-        quantized: the format of the blocks' linear weights (`models/quantize.py`); "": they are as loaded.
+        quantized: the format of the blocks' linear weights (`core/packing.py`); "": they are as loaded.
         unquantized: gives the base that a quantised one was made from.
     """
 
@@ -119,7 +120,7 @@ class Base:
 
         Args:
             precision: a dtype, what it computes in (a quantised base keeps its codes); or a format of
-                `models/quantize.py`, made of these weights, where all other weights are shared with this base; or the
+                `core/packing.py`, made of these weights, where all other weights are shared with this base; or the
                 blocks that a pass goes through, "blocks:0,1,5" (`models/depth.py`), which shares everything.
 
         Raises:
@@ -272,7 +273,7 @@ def load_base(name: str, dtype: str = "float32", device: str = "auto", quantize:
         name: see `locate`; a folder is in Hugging Face format, safetensors alone, and there is no remote code.
         dtype: float32, bfloat16 or float64.
         device: `auto`, or a device of torch.
-        quantize: `none`, or a format of `models/quantize.py`; the full weights are given up after it is made.
+        quantize: `none`, or a format of `core/packing.py`; the full weights are given up after it is made.
 
     Raises:
         ModelError: nothing usable there; the message says what is wrong.

@@ -19,6 +19,7 @@ from functools import cached_property
 from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, ranked
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_POSITIONS = ("gpt2", "opt")  # families that add positions to the embeddings
 _ORDER = ("x", "h", "raw", "q", "k", "v", "weights", "logsumexp", "out", "s1", "x1", "h1", "gate", "silu", "up", "tanh",
           "half", "one", "m", "y", "s2")  # fmt: skip
 _INPUTS = {"query": "h", "key": "h", "value": "h", "output": "out", "gate": "h1", "up": "h1", "down": "m"}
@@ -58,8 +59,9 @@ class Block:
         found = dict.fromkeys(("x", "h", "x1", "h1", "y", "s1", "s2", "e"), shape.hidden * unit)
         found |= dict.fromkeys(("gate", "silu", "up", "m", "tanh", "half", "one"), shape.intermediate * unit)
         found |= {"q": attention, "out": attention, "k": repeated, "v": repeated, "raw": attention + 2 * shared}
-        if shape.family == "gpt2":
-            found["e"] += self.step.tokens * shape.hidden * self.wide  # those of the positions
+        if shape.family in _POSITIONS:
+            rows = 1 if shape.family == "gpt2" else self.step.rows
+            found["e"] += rows * self.step.tokens * shape.hidden * self.wide  # those of the positions
         found["logsumexp"] = 4 * self.step.rows * shape.heads * self.step.tokens
         found["weights"] = n * self.step.tokens * shape.heads * self.wide
         return found
@@ -102,12 +104,13 @@ class Block:
         gate, up = (self.first < 2 or (self.first == 2 and kind in kinds) for kind in ("gate", "up"))
         if self.shape.mlp_matrices == 3:
             return self.named(*["gate", "up"] * gate, *["silu"] * up)
-        return self.named("up", *self._written_out) if up else {}
+        kept = "up" if self.shape.activation_copies else "m"
+        return self.named(kept, *self._written_out) if up else {}
 
     @property
     def _written_out(self) -> list[str]:
         """What an activation function that is not fused keeps beside its input."""
-        return ["tanh", "half", "one"][: self.shape.activation_copies - 1]
+        return ["tanh", "half", "one"][: max(0, self.shape.activation_copies - 1)]
 
     def _adapters(self) -> dict[str, int]:
         """Inputs of trained adapters, what lies between the factors, and copies of factors in the compute dtype."""
@@ -141,11 +144,11 @@ class Block:
     def moments(self) -> list[tuple[dict[str, int], str]]:
         """What is alive at the moments at which that may be most, kept or not, and the last tensor that there is.
 
-        `e` are the embeddings, which transformers' models hold until the last block is done; GPT-2 adds positions to
-        them, so they are not the first block's input. An adapter's moment is its
-        sum: what the matrix gave, the change, and both together.
+        `e` are the embeddings, which transformers' models hold until the last block is done; GPT-2 and OPT add
+        positions to them, so they are not the first block's input. An adapter's moment is its sum: what the matrix
+        gave, the change, and both together.
         """
-        held = ("e", "x", "x1", "h1") if self.index or self.shape.family == "gpt2" else ("x", "x1", "h1")
+        held = ("e", "x", "x1", "h1") if self.index or self.shape.family in _POSITIONS else ("x", "x1", "h1")
         f, d = self.sizes["m"], self.sizes["y"]
         adapted = {w.kind for w in (*self.trained, *self.frozen)}
         if self.shape.mlp_matrices == 3:
@@ -153,7 +156,7 @@ class Block:
             found = [(self.named(*held, "silu", "up", "m"), "m"), (rotary, "v")]
             found += [(self.named(*held, "silu", "up") | {"change": 2 * f}, "up")] * ("up" in adapted)
         elif self.shape.pre_norm:  # GPT-2 holds attention's output too
-            more = {"attended": d}
+            more = {"attended": d} if self.shape.family == "gpt2" else {}
             found = [(self.named(*held, "up", "tanh", "half", "one") | more, "one")] * bool(self._written_out)
             found += [(self.named(*held, "up", *self._written_out[1:], "m") | more, "m")]
             found += [(self.named(*held, "up") | more | {"change": 2 * f}, "up")] * ("up" in adapted)
@@ -181,8 +184,8 @@ class Block:
     def on_the_way_down(self) -> int:
         """Bytes of gradients in the feed-forward part beside that of the block's output, where they are most.
 
-        Less the input of down's adapter, which is done before the others' gradients are computed. Where down has an
-        adapter, its input has two gradients, and their sum.
+        Less the input of down's adapter, which is done before the others' gradients are computed, unless a ReLU still
+        needs it. Where down has an adapter, its input has two gradients, and their sum.
         """
         if self.first >= 3:
             return 0
@@ -194,4 +197,4 @@ class Block:
             inner = 3 if self.first < 2 or {"gate", "up"} <= kinds else 2
         elif self._written_out:
             inner = 3
-        return (max(summed, inner) - done) * self.sizes["m"]
+        return (max(summed, inner) - (done and bool(self.shape.activation_copies))) * self.sizes["m"]

@@ -18,9 +18,10 @@ def details(config: Mapping[str, Any], family: str, hidden: int, head_size: int)
     """
     kind = str(config.get("model_type"))
     given = config.get("hidden_act") or config.get("activation_function") or config.get("hidden_activation")
-    activation = str(given or {"gpt2": "gelu_new", "llama": "silu"}.get(family, "gelu"))
+    activation = str(given or {"gpt2": "gelu_new", "llama": "silu", "opt": "relu"}.get(family, "gelu"))
+    copies = 4 if activation in _UNFUSED else 0 if activation == "relu" else 1
     tied = bool(config.get("tie_word_embeddings", kind in ("gemma",) or family != "llama"))
-    found: dict[str, Any] = {"tied": tied, "activation_copies": 4 if activation in _UNFUSED else 1}
+    found: dict[str, Any] = {"tied": tied, "activation_copies": copies}
     if family == "llama":
         biased: tuple[str, ...] = ("query", "key", "value") if config.get("attention_bias") or kind == "qwen2" else ()
         biased += ("output",) if biased and kind != "qwen2" else ()
@@ -32,7 +33,7 @@ def details(config: Mapping[str, Any], family: str, hidden: int, head_size: int)
         positions = size(config, "n_positions", "max_position_embeddings", default=1024)
         more = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden, "pre_norm": True}
         return found | more | {"biased": plain, "positions": positions}
-    if kind == "opt":  # built like GPT-2, its matrices apart, and two positions more than texts have
+    if family == "opt":  # built like GPT-2, its matrices apart, and two positions more than texts have
         before = bool(config.get("do_layer_norm_before", True))
         places = size(config, "max_position_embeddings", default=2048) + 2
         more = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden * before, "pre_norm": before}

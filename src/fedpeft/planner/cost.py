@@ -35,6 +35,7 @@ FAMILIES = {
     "camembert": "roberta",
     "electra": "bert",
     "gpt2": "gpt2",
+    "opt": "opt",
     "llama": "llama",
     "mistral": "llama",
     "qwen2": "llama",
@@ -58,7 +59,7 @@ class Shape:
     kv_heads: int  # fewer than heads where keys and values are shared (grouped queries)
     intermediate: int  # width inside the feed-forward part
     vocab: int
-    family: str  # bert, roberta, gpt2, llama or generic
+    family: str  # bert, roberta, gpt2, opt, llama or generic
     head_size: int
     mlp_matrices: int = 2  # 3 where the feed-forward part is gated
     lm_head: bool = False  # whether tokens also go through the output projection onto the vocabulary
@@ -73,7 +74,7 @@ class Shape:
     pre_norm: bool = (
         False  # norms before attention and feed-forward part and at the end (GPT-2, Llama), not after (BERT)
     )
-    activation_copies: int = 1  # feed-forward tensors that the activation function keeps: 4 where it is not fused
+    activation_copies: int = 1  # feed-forward inputs that the activation keeps: 4 where not fused; 0: its output (ReLU)
 
     @property
     def lower_flops(self) -> int:

@@ -17,6 +17,7 @@ from fedpeft.planner import milp
 from fedpeft.planner.device import FORMATS, Profile
 from fedpeft.planner.plan import Excluded, Job, Plan, under_training
 from fedpeft.planner.prices import Costs, Setting
+from fedpeft.planner.reasons import gigabytes
 from fedpeft.planner.search import default_deadline, filled, knapsack, priced, search, settings, whole_turns
 
 Machines: TypeAlias = Mapping[str, tuple[Profile, int]]  # profile, and how many examples it holds
@@ -122,7 +123,7 @@ def _uniform(job: Job, machines: Machines, deadline: float) -> dict[str, Plan | 
             fitting[name] = able
         else:
             least = min((own.bytes(s, ranks) for s in whole_turns(own)), default=0)
-            reason = f"one configuration for all needs at least {least / 1e9:.2f} GB and a step within {deadline:.3g} s"
+            reason = f"one configuration for all needs at least {gigabytes(least)} and a step within {deadline:.3g} s"
             found[name] = Excluded(reason, least, 0.0)
     common = [s for s in _shared(list(fitting.values()))]
     if not common:

@@ -6,7 +6,8 @@ compute dtype. A block keeps for its backward pass (sizes per token; a tensor is
     norms               the input of each whose output needs a gradient, d (a fused LayerNorm, or RMSNorm's factors)
     attention, fused    query A, key K, value K, output A, and a logarithm per head
     attention, eager    what of query, key and value needs the others' gradient, and the weights, heads * tokens
-    feed-forward part   gated: gate, its activation, up, 3 f; else what the activation keeps, f, or 4 f written out
+    feed-forward part   gated: gate, its activation, up, 3 f; else what the activation keeps, f, or 4 f written out; a
+                        ReLU keeps its output, which down's adapter needs too
     trained adapters    the input of their matrix, and r for what lies between their factors
 
 In the lowest block that is only what follows the first adapter's input, and below it nothing (`cost.first_input`). The
@@ -27,19 +28,19 @@ the larger of base + 12 T + activations + loss and base + 16 T, with T trained n
   down or up, or a block below that keeps nothing. `Block.moments` lists them, read off a tracker of live storages.
 
 Against that tracker, float32, fused attention, f of at least 2 d: within 2.1 % of all but the base on a grid of 440
-cases of BERT, GPT-2 and Llama, and within 4.4 % on 72 random ones drawn afterwards. A narrower f, eager attention and
-a bfloat16 base are looser (`docs/log.md`); checkpointing and quantised bases are formulas alone. Resident memory:
-`benchmarks/peak.py`.
+cases of BERT, GPT-2 and Llama, and within 4.4 % on 72 random ones drawn afterwards; of OPT within 1.3 % on 36. A
+narrower f, eager attention and a bfloat16 base are looser (`docs/log.md`); checkpointing and quantised bases are
+formulas alone. Resident memory: `benchmarks/peak.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedpeft.core.errors import ModelError
+from fedpeft.core.packing import format_of
 from fedpeft.planner.activations import DTYPE_BYTES, Block
 from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, all_weights, first_input, lm_tokens, ranked
 
@@ -53,22 +54,17 @@ Loop = Literal["ours", "plain"]
 
 
 def weight_bytes(base: str) -> float:
-    """Bytes of one frozen weight: of a dtype, int8, nfk (blocks of 64 with a float32 scale) or nf4dq.
-
-    Double quantisation keeps the scales in 8 bits, and one float32 for 256 of them.
+    """Bytes of one frozen weight: of a dtype, or of a format in which it is packed.
 
     Raises:
         ModelError: a precision that is not known.
     """
     if base in DTYPE_BYTES:
         return DTYPE_BYTES[base]
-    if base == "int8":
-        return 1.0
-    found = re.fullmatch(r"nf([2-8])(dq)?", base)
-    if found is None:
+    form = format_of(base)
+    if form is None or form.simulated:  # a simulated format keeps weights in their own dtype
         raise ModelError(f"precision {base!r} is not known; use one of {', '.join(DTYPE_BYTES)}, int8, nf4, nf4dq")
-    scales = 8 / 64 + 32 / (64 * 256) if found[2] else 32 / 64
-    return (int(found[1]) + scales) / 8
+    return form.bytes_per_weight
 
 
 # --- the base ---------------------------------------------------------------------------------------------------

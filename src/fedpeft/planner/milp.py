@@ -1,5 +1,7 @@
 """The planner's problems as mixed-integer linear programs, solved by HiGHS: exact, and slower than the greedy search.
 
+A problem that is not solved within `NODES` gets the best plan found by then, the same however busy the machine is.
+
 `filled` is one setting's knapsack, the referee of `search.filled`. `covered` chooses for all machines at once among the
 best settings of each, so that every one of the most important weights is trained by somebody.
 """
@@ -20,6 +22,8 @@ from fedpeft.core.errors import RequestError
 
 Floats = NDArray[np.float64]
 GAP = 1e-6  # relative distance to the optimum at which the solver stops
+NODES = 2000  # of its search tree, at most: a count, since a limit of time would make plans depend on what else runs
+INFEASIBLE = 2  # the solver's status
 
 
 def filled(gains: Floats, memory: Floats, seconds: Floats, room: float, time: float) -> list[int]:
@@ -60,7 +64,7 @@ def covered(offers: Mapping[str, Sequence[Offer]], cover: Sequence[int]) -> dict
         cover: weights that somebody must train.
 
     Raises:
-        RequestError: no choice covers them all.
+        RequestError: no choice covers them all, or none was found within `NODES`.
     """
     flat = [(name, i, offer) for name, own in offers.items() for i, offer in enumerate(own)]
     items = [(k, m, r) for k, (_, _, offer) in enumerate(flat) for m, r in _possible(offer)]
@@ -136,13 +140,16 @@ def _solve(goal: Floats, limits: Any, low: Any, high: Any) -> Floats:
             constraints=LinearConstraint(limits, low, high),
             integrality=np.ones(len(goal)),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": GAP, "time_limit": 60.0},
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
         )
-    if found.x is None:
-        raise RequestError(
-            f"no plan meets all demands ({found.message.strip()}); cover fewer weights, or give more memory or time"
-        )
-    return np.asarray(found.x)
+    if found.x is not None:  # the best one, or the best of those that were found within the limit
+        return np.asarray(found.x)
+    if found.status == INFEASIBLE:
+        raise RequestError("no plan meets all demands; cover fewer weights, or give more memory or time")
+    raise RequestError(
+        f"no plan was found in {NODES} nodes of the exact search ({found.message.strip()}); "
+        "use the greedy search, cover fewer weights, or give more memory or time"
+    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Reference: FedPipe (arXiv 2404.06448) for what is planned; the value of a plan, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.core import pairs, tree
 from fedpeft.core.errors import ConfigError
-from fedpeft.planner.cost import Shape, Weight
+from fedpeft.core.tree import Params, block_of
+from fedpeft.planner.cost import Shape, Weight, shape_of
 from fedpeft.planner.device import FORMATS
 
 RANKS = (2, 4, 8, 16)
@@ -121,6 +123,32 @@ class Job:
         return math.fsum(self.scores.get(name, 0.0) * math.log2(1 + r) / top for name, r in ranks.items())
 
 
+def job_of(config: Mapping[str, Any], params: Params, choices: Choices) -> Job:
+    """What is planned where these parameters train: LoRA's factors on the candidates, beside a head or none.
+
+    It has no scores yet, and knows no rows.
+
+    Args:
+        config: of the model.
+        params: A (r_max, d_in) and B (d_out, r_max) of every candidate; without a head a language model's own is used.
+    """
+    sizes, head = pairs.widths(params), pairs.others(params)
+    return Job(
+        shape_of(config, lm_head=not head),
+        tuple(
+            Weight(stem, block_of(stem) or 0, stem.split(".", 2)[-1], d_in, d_out)
+            for stem, (d_out, d_in) in sizes.items()
+        ),
+        {},
+        longest=1,
+        mean=1.0,
+        classes=max((len(t) for t in head.values()), default=None),
+        dtype="bfloat16" if config.get("dtype") == "bfloat16" else "float32",
+        head_bytes=4 * tree.count(head),
+        choices=choices,
+    )
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What a plan will cost and bring."""
@@ -186,8 +214,12 @@ def ranks_text(ranks: Mapping[str, int]) -> str:
     return "; ".join(told + others) or "nothing"
 
 
-def as_plain(plan: Plan, examples: int) -> dict[str, Any]:
-    """A plan as JSON can carry it, for the record of a run and for `fedpeft plan --json`."""
+def as_plain(plan: Plan, examples: int, weights: Iterable[Weight]) -> dict[str, Any]:
+    """A plan as JSON can carry it, for the record of a run and for `fedpeft plan --json`.
+
+    Args:
+        weights: all that a plan may train.
+    """
     return {
         "examples": examples,
         "bits": plan.bits,
@@ -197,6 +229,7 @@ def as_plain(plan: Plan, examples: int) -> dict[str, Any]:
         "checkpointing": plan.checkpointing,
         "ranks": dict(plan.ranks),
         "weights": ranks_text(plan.ranks),
+        "trained_numbers": sum(plan.ranks.get(w.name, 0) * (w.d_in + w.d_out) for w in weights),
         "predicted": {**vars(plan.predicted), "value": plan.predicted.value},
         "why": list(plan.why),
     }
@@ -230,6 +263,7 @@ __all__ = [
     "Plan",
     "Predicted",
     "as_plain",
+    "job_of",
     "ranks_text",
     "spans",
     "under_training",

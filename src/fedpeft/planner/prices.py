@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from fedpeft.planner.activations import DTYPE_BYTES
 from fedpeft.planner.cost import Step, step_flops
 from fedpeft.planner.device import FORMATS, Profile
-from fedpeft.planner.memory import WEIGHT_ERROR, base_bytes, peak_memory
+from fedpeft.planner.memory import WEIGHT_ERROR, parameters, peak_memory
 from fedpeft.planner.plan import Job
 
 BYTES_PER_NUMBER = 4  # float32 on the wire
+PASSES = 2  # in which a step unpacks a quantised base: forward and backward
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -95,7 +96,8 @@ class Costs:
             return step_flops(self.job.shape, self.step(setting, ranks, self.job.mean)).total
 
         flops = self._priced("flops", setting, ranks, price)
-        return self.machine.step_overhead_s + flops / self.machine.flops_per_s + self._unpacking(setting.bits)
+        unpacking = self.unpacking(setting.bits, setting.checkpointing)
+        return self.machine.step_overhead_s + flops / self.machine.flops_per_s + unpacking
 
     def _priced(self, what: str, setting: Setting, ranks: Mapping[str, int], price: Callable[[], int]) -> int:
         """A price that does not depend on the machine, computed once per job."""
@@ -104,12 +106,12 @@ class Costs:
             self.job.prices[key] = price()
         return int(self.job.prices[key])
 
-    def _unpacking(self, bits: str) -> float:
-        """Seconds to unpack a quantised base, forward and backward; a guess."""
+    def unpacking(self, bits: str, checkpointing: bool = False) -> float:
+        """Seconds of a step in which the blocks' matrices of a quantised base are unpacked, in every pass anew."""
         if bits == "full" or not self.machine.dequant_bytes_per_s:
             return 0.0
-        packed = base_bytes(self.job.shape, self.job.loaded(bits), self.job.dtype)
-        return 2 * packed / self.machine.dequant_bytes_per_s
+        unpacked = DTYPE_BYTES[self.job.dtype] * parameters(self.job.shape).matrices
+        return (PASSES + checkpointing) * unpacked / self.machine.dequant_bytes_per_s
 
     def base(self, setting: Setting) -> tuple[float, float]:
         """(bytes, seconds of a step) of a setting in which no weight trains, bounds from above."""

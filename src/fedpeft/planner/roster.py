@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from fedpeft.core.errors import RecordError
@@ -53,7 +55,7 @@ class Roster:
         """Whether anybody was planned for."""
         return bool(self.plans or self.excluded)
 
-    @property
+    @cached_property
     def whole_job(self) -> Job:
         """What is planned: for the longest row that anybody has, and for the mean row of all."""
         told = [r for r in self.machines.values() if r.examples]
@@ -101,17 +103,26 @@ class Roster:
         return replace(self, plans=plans, excluded=excluded, deadline_s=seconds or self.deadline_s)
 
     def told(self) -> dict[str, Any]:
-        """Deadline, scores, every plan and why, who has none, as JSON can carry it."""
+        """Deadline, scores, every plan and why, who has none, as JSON can carry it.
+
+        `under_training` is of the examples of those with a plan, `left_out` of everybody's; `trained_numbers` are those
+        of a mean machine's adapter.
+        """
         counts = {c: self.machines[c].examples for c in self.plans}
+        plans = {c: as_plain(plan, counts[c], self.job.weights) for c, plan in sorted(self.plans.items())}
+        under = under_training(self.plans, counts)
+        every = sum(r.examples for r in self.machines.values())
         trained = {name for plan in self.plans.values() for name in plan.ranks}
         few = "; ".join(f"{client} {no.reason}" for client, no in list(sorted(self.excluded.items()))[:3])
         out = f"{len(self.excluded)} of {len(self.machines)} machines cannot join: {few}" if self.excluded else ""
         return {
             **({"warning": out} if out else {}),
             "deadline_s": self.deadline_s,
-            "under_training": under_training(self.plans, counts),
+            "under_training": under,
+            "left_out": 1 - (1 - under) * sum(counts.values()) / every if every else 0.0,
+            "trained_numbers": round(statistics.fmean(p["trained_numbers"] for p in plans.values())) if plans else 0,
             "weight_scores": dict(self.job.scores),
-            "plans": {c: as_plain(plan, counts[c]) for c, plan in sorted(self.plans.items())},
+            "plans": plans,
             "excluded": {c: no.reason for c, no in sorted(self.excluded.items())},
             "untrained": sorted(self.job.scores.keys() - trained),
         }

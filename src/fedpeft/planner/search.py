@@ -232,22 +232,3 @@ def _share(costs: Floats, here: int, to: int, budget: float) -> float:
     """What an upgrade takes of a budget, as a share."""
     cost = float(costs[to] - costs[here])
     return cost / budget if budget > 0 else (math.inf if cost > 0 else 0.0)
-
-
-def warm_up_room(costs: Costs, rank: int, rows: int) -> tuple[str, int, int]:
-    """Bits, rows per step and number of groups with which all candidates can be trained at one rank for a while.
-
-    The most bits in which all of them fit at once; else the fewest bits, one row, and as few groups as that takes.
-    """
-    job = costs.job
-    everything = {w.name: rank for w in job.weights}
-    for bits in costs.formats:
-        if costs.bytes(Setting(bits, rows, 0, False), everything) <= costs.usable:
-            return bits, rows, 1
-    bits, groups = (costs.formats or ["full"])[-1], 1
-    while groups < len(everything):
-        part = dict(list(everything.items())[::groups])
-        if costs.bytes(Setting(bits, 1, 0, False), part) <= costs.usable:
-            break
-        groups = min(2 * groups, len(everything))
-    return bits, 1, groups

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpeft.core.errors import StoreError
 from fedpeft.core.exchange import Target
+from fedpeft.core.spool import write_at
 from fedpeft.proxy.blackbox import BlackBoxLM, Caps, Full, Scores, Session, Want
 from fedpeft.proxy.demands import check_scorable
 
@@ -137,23 +140,44 @@ class Recorded:
         return values, None if ids_path is None else np.memmap(ids_path, dtype=np.int32, mode="r", shape=shape)
 
     def _write(self, path: Path, ids_path: Path | None, kind: Any, shape: tuple[int, int]) -> None:
-        """Drafts that take their names when they are complete, so that a kill leaves no half of one."""
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Drafts that take their names when they are complete, so that a kill leaves no half of one.
+
+        Rows are written and not mapped: a full disk answers a write with an error, and a mapped page with SIGBUS.
+        """
         drafts = {own: own.with_name(f"{own.name}.tmp") for own in (path, ids_path) if own is not None}
-        values = np.memmap(drafts[path], dtype=kind, mode="w+", shape=shape)
-        ids = None if ids_path is None else np.memmap(drafts[ids_path], dtype=np.int32, mode="w+", shape=shape)
-        for row, scores in ask(self.large, self.sequences, self.starts, self.vocab):
-            span = slice(self._places[row], self._places[row + 1])
-            if ids is not None:
-                scores, likeliest = scores.topk(shape[1], dim=1)
-                ids[span] = likeliest.numpy()
-            values[span] = scores.numpy()
-        for own in (values, ids):
-            if own is not None:
-                own.flush()
-        for target, draft in drafts.items():
-            os.chmod(draft, 0o600)
-            os.replace(draft, target)
+        kinds = [np.dtype(kind), np.dtype(np.int32)]
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with ExitStack() as stack:
+                files = [stack.enter_context(_draft(draft)) for draft in drafts.values()]
+                for row, scores in ask(self.large, self.sequences, self.starts, self.vocab):
+                    told = [scores] if ids_path is None else scores.topk(shape[1], dim=1)
+                    for file, dtype, part in zip(files, kinds, told, strict=False):
+                        place = self._places[row] * shape[1] * dtype.itemsize
+                        write_at(file, part.numpy().astype(dtype).tobytes(), place)
+                for file in files:
+                    os.fsync(file)
+            for target, draft in drafts.items():
+                os.replace(draft, target)
+        except OSError as error:
+            raise StoreError(
+                f"cannot keep what the large model said in {path.parent}: {error.strerror or error}; free space there "
+                "or mend its permissions, then resume the run"
+            ) from error
+        finally:
+            for draft in drafts.values():
+                with suppress(OSError):
+                    draft.unlink()
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[int]:
+    """An empty file that its owner alone reads."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def ask(

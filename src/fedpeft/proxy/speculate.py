@@ -5,6 +5,9 @@ the same bias, penalties, temperature and filters. A draft x is accepted with pr
 first rejection the token comes from max(c - q, 0); where all are accepted the target gives one more. So tokens have
 the target's distribution, and greedy ones are those of the plain loop.
 
+Where the last tokens stood before in the text, what followed them there is drafted instead (`repeats.py`): that costs
+no call of the small model, and all three models read the drafts at once. Such a draft has probability 1 under q.
+
 Between rounds the caches hold all tokens but the last.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -21,6 +25,7 @@ from fedpeft.maths.logits import acceptable, draw, residual
 from fedpeft.proxy.answers import Answer, Emitted, told
 from fedpeft.proxy.blackbox import CannotDo, Scores, Session
 from fedpeft.proxy.choosing import adjust, probabilities
+from fedpeft.proxy.repeats import Repeats
 from fedpeft.proxy.trio import Trio, Voices, combined, hear
 
 SURE = 0.4  # probability below which a greedy draft ends: most such drafts would be rejected
@@ -76,6 +81,7 @@ class Speculation:
         self._voices = Voices(trio, [prompt], [tuned_prompt], True)
         self._large = cast(Session, self._voices.large)
         self._small = self._voices.small
+        self._repeats = Repeats(prompt)
         self._begun = False
 
     def step(self) -> list[Emitted]:
@@ -86,7 +92,9 @@ class Speculation:
             return self._check(*self._draft())
         self._begun = True
         place = self._places(self._large.first, [self._small.first], 0)
-        return self._take([self._draw(adjust(place.scores, [self._answer.choice]))[0]], place)
+        emitted = self._take([self._draw(adjust(place.scores, [self._answer.choice]))[0]], place)
+        self._repeats.add([each.token for each in emitted])
+        return emitted
 
     def _draft(self) -> tuple[list[int], list[Tensor], list[list[Tensor]]]:
         """Drafted tokens, what each was drawn from, and the small models' logits as far as they have read.
@@ -95,11 +103,14 @@ class Speculation:
         logits serve the target there.
         """
         answer = self._answer
+        most = min(self._drafts, answer.left - 1)
+        if repeated := self._repeated(most):
+            return repeated
         tokens: list[int] = []
         drawn_from: list[Tensor] = []
         small: list[list[Tensor]] = []
         last = answer.last
-        while len(tokens) < min(self._drafts, answer.left - 1) and last not in self._trio.ends:
+        while len(tokens) < most and last not in self._trio.ends:
             small.append(self._small.say([last]))
             adjusted = adjust(small[-1][0][:, 0, : self._trio.vocab], [answer.choice])
             if not answer.settings.temperature and float(adjusted.softmax(dim=-1).max()) < SURE:
@@ -110,6 +121,20 @@ class Speculation:
             answer.choice.note(last)
         for token in tokens:
             answer.choice.note(token, -1)
+        return tokens, drawn_from, small
+
+    def _repeated(self, most: int) -> tuple[list[int], list[Tensor], list[list[Tensor]]] | None:
+        """As `_draft`, of what the text said before; None where it did not."""
+        tokens = self._repeats.draft(most)
+        trio = self._trio
+        tokens = list(takewhile(lambda token: token < trio.vocab and token not in trio.ends, tokens))
+        if not tokens:
+            return None
+        read = self._small.read([self._answer.last, *tokens])
+        small = [[each[:, place : place + 1] for each in read] for place in range(len(tokens) + 1)]
+        drawn_from = [torch.zeros(trio.vocab, dtype=torch.float64) for _ in tokens]
+        for shares, token in zip(drawn_from, tokens, strict=True):
+            shares[token] = 1.0
         return tokens, drawn_from, small
 
     def _check(self, drafts: list[int], drawn_from: list[Tensor], small: list[list[Tensor]]) -> list[Emitted]:
@@ -130,6 +155,7 @@ class Speculation:
         self._tally.accepted += accepted
         emitted = self._take(tokens, places)
         if self._answer.finish is None:
+            self._repeats.add([each.token for each in emitted])
             self._large.rollback(len(drafts) - accepted)
             self._small.rollback(len(small) - 1 - accepted)
         return emitted

@@ -168,6 +168,11 @@ class Small:
         new = [[token] for token in tokens] * (2 if self._halves else 1)
         return self._each([session.logits(new) for session in self._sessions])
 
+    def read(self, tokens: Sequence[int]) -> list[Tensor]:
+        """Append several tokens to the only row; (1, tokens, V) logits of each model behind each of them."""
+        new = [list(tokens)] * (2 if self._halves else 1)
+        return self._each([session.logits(new) for session in self._sessions])
+
     def rollback(self, n: int) -> None:
         """Take the last n tokens of every row back."""
         for session in self._sessions:

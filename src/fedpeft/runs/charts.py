@@ -131,17 +131,20 @@ def _end_labels(ends: Sequence[tuple[float, str, str]], x: float) -> list[str]:
     ]
 
 
-def stacked_columns(bars: Sequence[tuple[str, Sequence[int]]], labels: Sequence[str], colours: Sequence[int]) -> str:
+def stacked_columns(
+    bars: Sequence[tuple[str, Sequence[int]]], labels: Sequence[str], colours: Sequence[int], of: str = "client"
+) -> str:
     """One column per client, as high as it has rows, divided by label; stretches to the width of the page.
 
     Args:
         bars: (client, rows per label).
         colours: number of each label's colour; -1 for the rest.
+        of: what a column stands for.
     """
     most = max((sum(counts) for _, counts in bars), default=0) or 1
     gap = 0.12 if len(bars) <= 60 else 0.0
     parts = [f'<svg class="columns" viewBox="0 0 {len(bars)} 100" preserveAspectRatio="none" role="img" '
-             f'aria-label="rows per label of each client">']  # fmt: skip
+             f'aria-label="rows per label of each {of}">']  # fmt: skip
     for i, (client, counts) in enumerate(bars):
         told = ", ".join(f"{label} {n}" for label, n in zip(labels, counts, strict=True) if n)
         rows = count_text(sum(counts), "row")

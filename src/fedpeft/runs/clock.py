@@ -1,8 +1,8 @@
 """Simulated time: what a round would take on the clients' own devices, from counted bytes and operations.
 
-A client's part of an exchange takes latency + bytes down / bandwidth + operations / speed + bytes up / bandwidth. An
-exchange ends when its slowest answering client is done, or at the deadline where somebody was late; the exchanges of a
-round, and the rounds, follow one another.
+A client's part of an exchange takes latency + bytes down / bandwidth + operations / speed + steps * overhead of a step
++ bytes up / bandwidth. An exchange ends when its slowest answering client is done, or at the deadline where somebody
+was late; the exchanges of a round, and the rounds, follow one another.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Clock:
                 device.latency_s,
                 receipt.bytes_down / device.down_bytes_per_s,
                 self.flops(receipt.meter) / device.flops_per_s,
+                receipt.meter.steps * device.step_overhead_s,
                 receipt.bytes_up / device.up_bytes_per_s,
             )
         )

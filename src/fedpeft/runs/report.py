@@ -55,7 +55,7 @@ def render(groups: Sequence[Group], title: str | None = None) -> str:
         parts.append(clients.partition_picture(members[0].runs[0], suffix))
         parts.append(clients.client_scores(members, suffix) if not alone else clients.client_table(alone))
     if alone:
-        parts += [proxy(alone), samples(alone)]
+        parts += [clients.labels_in_training(alone), proxy(alone), samples(alone)]
     parts.append(sections.cost(groups))
     parts.append(sections.losses(groups))
     parts += [choices(g) for g in groups]

@@ -14,7 +14,8 @@ from fedpeft.runs.report_sections import NAMES, direction, section, table
 from fedpeft.runs.units import count_text, score_text
 
 WORST = 12  # clients shown before the rest is folded away
-COLUMNS = 240  # clients that the partition's picture can hold
+COLUMNS = 240  # clients, or rounds, that a picture of columns can hold
+CURRICULA = ("fibecfed", "voc")  # methods that choose their rows themselves
 
 
 def _label_colours(clients: Sequence[Client], labels: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -56,6 +57,43 @@ def partition_picture(run: History, suffix: str) -> str:
     if len(names) < 2:  # rows without categories
         return section(f"Who has how many rows{suffix}", note, frame)
     return section(f"Who has which labels{suffix}", note, frame + _legend(names, colours))
+
+
+def labels_in_training(run: History) -> str:
+    """Which labels were trained on, round by round, where a curriculum chooses the rows."""
+    lines = [line for line in run.exchanges if line.get("lost") is None and line.get("round") and line.get("labels")]
+    if not lines or not (run.method in CURRICULA or (run.config.get("method") or {}).get("schedule")):
+        return ""
+    names, colours = _label_colours(run.clients, run.labels)
+    rounds = sorted({int(line["round"]) for line in lines})
+    step = max(1.0, len(rounds) / COLUMNS)
+    shown = [rounds[int(i * step)] for i in range(min(len(rounds), COLUMNS))]
+    bars = [(f"round {r}", [0] * len(names)) for r in shown]
+    at = {r: counts for r, (_, counts) in zip(shown, bars, strict=True)}
+    for line in lines:
+        for label, count in enumerate(line["labels"]):
+            if line["round"] in at and label < len(names):
+                at[line["round"]][label] += count
+    if len(names) < 2:
+        return ""
+    held = run.partition.get("clients") or {}
+    first, last = ([line for line in lines if line["round"] == r] for r in (rounds[0], rounds[-1]))
+    whole = [own["label_counts"]["train"] for line in first if (own := held.get(line["client"]))]
+    shares = [_purity([line["labels"] for line in part]) for part in (first, last)]
+    note = (
+        f"Rows by label in training, repeats counted. A client's most frequent label makes up {shares[0]:.2f} of what "
+        f"it trains on in round {rounds[0]}"
+        + (f" ({_purity(whole):.2f} of all its rows)" if whole else "")
+        + (f" and {shares[1]:.2f} in round {rounds[-1]}." if len(rounds) > 1 else ".")
+    )
+    picture = charts.stacked_columns(bars, names, colours, "round")
+    below = f'<div class="below"><span>round {rounds[0]}</span><span>round {rounds[-1]}</span></div>'
+    return section("Which labels were trained on", note, f"{picture}{below}{_legend(names, colours)}")
+
+
+def _purity(counts: Sequence[Sequence[int]]) -> float:
+    """The share of rows that have the most frequent label of their client."""
+    return sum(max(own) for own in counts) / max(1, sum(map(sum, counts)))
 
 
 def _legend(names: Sequence[str], colours: Sequence[int]) -> str:
