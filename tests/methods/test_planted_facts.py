@@ -53,6 +53,25 @@ def test_the_small_model_makes_the_large_one_say_what_it_knows(seed: int) -> Non
 
 
 @pytest.mark.parametrize("seed", WORLDS)
+def test_a_federation_steers_no_worse_than_its_clients_do_alone(seed: int) -> None:
+    """The baseline "local proxy": every client tunes for itself, and steers with its own alpha; the mean over clients."""
+    of = facts.world(seed)
+    questions, validation = facts.every(of.test), facts.every(of.validation)
+
+    def steered(clients: dict[str, list[facts.Item]]) -> tuple[float, float]:
+        params = facts.tune(of, "small", clients).served
+        curve = facts.curve(of, params, validation)
+        return facts.exact(facts.trio(of, params), of, questions, curve.best), min(curve.nll.values())
+
+    dealt = of.dealt()
+    alone = [steered({client: list(items)}) for client, items in dealt.items()]
+    score, loss = (sum(own[i] for own in alone) / len(alone) for i in range(2))
+    together = steered({client: list(items) for client, items in dealt.items()})
+    assert together[0] >= score - 0.02 and together[1] < loss, "a federation learns at least as much"
+    assert score >= 0.8, "to answer is in every client's data"
+
+
+@pytest.mark.parametrize("seed", WORLDS)
 def test_serving_the_aggregate_before_distillation_costs_nothing(seed: int) -> None:
     """alpha is that of the validation questions, for each of the two."""
     of, questions = facts.world(seed), facts.every(facts.world(seed).test)
