@@ -54,7 +54,7 @@ def test_the_small_model_makes_the_large_one_say_what_it_knows(seed: int) -> Non
 
 @pytest.mark.parametrize("seed", WORLDS)
 def test_a_federation_steers_no_worse_than_its_clients_do_alone(seed: int) -> None:
-    """The baseline "local proxy": every client tunes for itself, and steers with its own alpha; the mean over clients."""
+    """The baseline "local proxy": each client tunes and steers by itself, with its own alpha; the mean over clients."""
     of = facts.world(seed)
     questions, validation = facts.every(of.test), facts.every(of.validation)
 
