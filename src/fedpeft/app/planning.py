@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.core.errors import ConfigError, ModelError, RequestError
+from fedpeft.planner.configuration import most_tokens
 from fedpeft.planner.cost import Shape, Step, all_weights, shape_of, step_flops, weights
 from fedpeft.planner.device import FORMATS, Profile, load_machines
 from fedpeft.planner.fleet import Fleet, Search, plan_fleet
@@ -128,7 +129,7 @@ def plan(
         "model": model,
         "parameters": parameters(shape).total,
         "tokens": tokens,
-        "most_tokens": _longest(config, shape),
+        "most_tokens": most_tokens(config),
         "dtype": job.dtype,
         "scores": "all alike" if found is None else str(scores),
         "candidates": len(every),
@@ -155,14 +156,6 @@ def _check(tokens: int, deadline: float | None, classes: int | None, cover: int,
             f"--loop {loop} is for --fix, which prices one configuration; plans are for the loop of fedpeft. "
             "Add --fix or leave --loop out"
         )
-
-
-def _longest(config: Mapping[str, Any], shape: Shape) -> int | None:
-    """How many tokens the model was made for; None where its configuration says nothing of it."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    if positions is None or shape.family != "roberta":
-        return positions
-    return int(positions) - int(config.get("pad_token_id", 1)) - 1  # it counts positions from the padding's id on
 
 
 def _told(
