@@ -25,6 +25,7 @@ _PLACES = {
     "predict": "fedpeft.app",
     "export": "fedpeft.app",
     "check": "fedpeft.app",
+    "choose": "fedpeft.app",
     "RunConfig": "fedpeft.config",
     "load_config": "fedpeft.config",
     "federate": "fedpeft.core.federate",
@@ -82,6 +83,7 @@ __all__ = [
     "Transport",
     "__version__",
     "check",
+    "choose",
     "compare",
     "demo",
     "evaluate",
@@ -94,7 +96,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fedpeft.app import Comparison, Run, check, compare, demo, evaluate, export, predict, resume, run
+    from fedpeft.app import Comparison, Run, check, choose, compare, demo, evaluate, export, predict, resume, run
     from fedpeft.config import RunConfig, load_config
     from fedpeft.core.adapter import (
         AdaLora,

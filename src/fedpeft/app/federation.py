@@ -31,6 +31,7 @@ from fedpeft.engines.inprocess import InProcess
 from fedpeft.models import virtual
 from fedpeft.models.hf import HFModel
 from fedpeft.models.load import Base, load_base
+from fedpeft.planner.configuration import most_tokens
 from fedpeft.planner.cost import Shape, shape_of
 from fedpeft.planner.device import DEFAULT, Profile, load_devices, lost
 from fedpeft.runs.clock import Clock
@@ -89,7 +90,7 @@ class Federation:
     @property
     def positions(self) -> int | None:
         """How many tokens of text the model reads with the adapter, None where there is no bound."""
-        longest = _longest(self.base)
+        longest = most_tokens(self.base.config)
         return None if longest is None else longest - virtual.positions(self.model.spec)
 
     def whole(self, split: str) -> Examples:
@@ -309,7 +310,7 @@ def _partition_spec(config: RunConfig) -> PartitionSpec:
 
 
 def _check_length(max_length: int, model: HFModel) -> None:
-    longest, own = _longest(model.base), virtual.positions(model.spec)
+    longest, own = most_tokens(model.base.config), virtual.positions(model.spec)
     if longest is None or max_length + own <= longest:
         return
     if not own:
@@ -334,11 +335,3 @@ def _client_data(format: Format, task: Task, shares: Partition) -> dict[ClientId
         }
         for client in shares.clients
     }
-
-
-def _longest(base: Base) -> int | None:
-    """How many tokens the model reads, None where its positions have no end."""
-    longest = getattr(base.module.config, "max_position_embeddings", None)
-    if longest is not None and shape_of(base.config).family == "roberta":
-        longest -= int(base.module.config.pad_token_id) + 1  # RoBERTa counts positions from the padding's id on
-    return longest

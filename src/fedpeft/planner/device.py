@@ -47,6 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpeft.core.counts import dealt
 from fedpeft.core.errors import ConfigError, RecordError, RequestError
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.rng import rng_for
@@ -274,17 +275,10 @@ def _dealt(
         problems.append(f"{path}: the shares of clients.assign sum to {math.fsum(shares.values()):g}; make it 1")
         return {}
     order = rng_for(seed, "devices").permutation(len(clients))
-    names = [name for name, n in _counts(shares, len(clients)).items() for _ in range(n)]
+    counts = dealt([shares[name] for name in sorted(shares)], len(clients))
+    by_name = dict(zip(sorted(shares), counts, strict=True))
+    names = [name for name in shares for _ in range(by_name[name])]
     return {sorted(clients)[place]: name for place, name in zip(order, names, strict=True)}
-
-
-def _counts(shares: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers in the given shares that sum to the total: what is left over goes to the largest remainders."""
-    counts = {name: math.floor(share * total + 1e-9) for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
-    for name in by_remainder[: total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
 
 
 def _unknown(where: str, key: str, known: Iterable[str]) -> str:
