@@ -20,7 +20,7 @@ from fedpeft.app.generating import Voice, as_said, rate
 from fedpeft.core import tree
 from fedpeft.core.errors import ConfigError, RequestError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Target, Teacher
+from fedpeft.core.model import Target, Teacher
 from fedpeft.core.rng import rng_for
 from fedpeft.core.tree import Params
 from fedpeft.data.instructions import read_public, references_of

@@ -9,18 +9,9 @@ from torch import Tensor
 
 from fedpeft.core import pairs
 from fedpeft.core.errors import ClientError, FedpeftError
-from fedpeft.core.exchange import (
-    ClientEnv,
-    Exchange,
-    Fisher,
-    Meter,
-    Method,
-    Model,
-    Perturbation,
-    Record,
-    TokenNorm,
-)
+from fedpeft.core.exchange import ClientEnv, Exchange, Meter, Method, Record
 from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.model import Fisher, Model, Perturbation, TokenNorm
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 
