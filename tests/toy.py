@@ -27,9 +27,10 @@ from torch import Tensor
 from fedpeft.core.adapter import AdaLora, AdapterSpec, Bottleneck, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
-from fedpeft.core.exchange import Fisher, FisherProbe, Method, Perturbation, TokenNorm
+from fedpeft.core.exchange import Method
 from fedpeft.core.federate import Done, federate
 from fedpeft.core.fit import Fit, Fitted, blocks_in
+from fedpeft.core.model import Fisher, FisherProbe, Perturbation, TokenNorm
 from fedpeft.core.rng import Rng, key_for, rng_for
 from fedpeft.core.train import Stack, train_many
 from fedpeft.core.tree import Params, block_of

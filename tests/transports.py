@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 from fedpeft.core import records
 from fedpeft.core.client import Job, protocol, run_jobs
 from fedpeft.core.evaluate import Evaluate
-from fedpeft.core.exchange import Answers, Call, ClientEnv, ClientId, Method, Model, Receipt, Record, Transport
+from fedpeft.core.exchange import Answers, Call, ClientEnv, ClientId, Method, Receipt, Record, Transport
 from fedpeft.core.fit import Data
+from fedpeft.core.model import Model
 from fedpeft.engines.inprocess import InProcess
 
 

@@ -34,7 +34,7 @@ _PLACES = {
     "Exchange": "fedpeft.core.exchange",
     "Method": "fedpeft.core.exchange",
     "Transport": "fedpeft.core.exchange",
-    "Model": "fedpeft.core.exchange",
+    "Model": "fedpeft.core.model",
     "Fit": "fedpeft.core.fit",
     "Fitted": "fedpeft.core.fit",
     "AdamW": "fedpeft.core.fit",
@@ -111,9 +111,10 @@ if TYPE_CHECKING:
         Prompt,
     )
     from fedpeft.core.errors import FedpeftError, RequestError, RunError
-    from fedpeft.core.exchange import Exchange, Method, Model, Transport
+    from fedpeft.core.exchange import Exchange, Method, Transport
     from fedpeft.core.federate import Done, Start, federate
     from fedpeft.core.fit import SGD, AdamW, Fit, Fitted
+    from fedpeft.core.model import Model
 
 
 def __getattr__(name: str) -> Any:

@@ -146,9 +146,14 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _every(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[str, tuple[Profile, int]]:
     """Profiles of both kinds of table, and the examples of those that say them."""
-    tables = dict(content.get("profile") or {}) if isinstance(content.get("profile", {}), dict) else content["profile"]
+    named, listed = content.get("profile", {}), content.get("device", [])
+    if not isinstance(named, dict):
+        problems.append(f"{path}: profile is {named!r}; write a table such as [profile.phone]")
+    if not isinstance(listed, list):
+        problems.append(f"{path}: device is {listed!r}; write a table [[device]] for each machine")
+    tables = dict(named) if isinstance(named, dict) else {}
     devices = set[str]()
-    for i, table in enumerate(content.get("device", ())):
+    for i, table in enumerate(listed if isinstance(listed, list) else ()):
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
             problems.append(f'{path}: the {i + 1}. [[device]] has no name; add name = ".."')
             continue
@@ -157,7 +162,7 @@ def _every(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[
         tables[table["name"]] = {key: value for key, value in table.items() if key != "name"}
         devices.add(table["name"])
     examples = {}
-    for name, table in tables.items() if isinstance(tables, dict) else ():
+    for name, table in tables.items():
         count = table.pop("examples", 0) if isinstance(table, dict) else 0
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             problems.append(f"{path}: examples of {name} is {count!r}; give a whole number of at least 1")
@@ -172,9 +177,11 @@ def _scaled(key: str, value: Any) -> Any:
     return value * unit if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _profiles(tables: Any, devices: Collection[str], path: Path, problems: list[str]) -> dict[str, Profile]:
+def _profiles(
+    tables: Mapping[str, Any], devices: Collection[str], path: Path, problems: list[str]
+) -> dict[str, Profile]:
     """Profiles by name; those of `devices` may be in larger units."""
-    if not isinstance(tables, dict) or not tables:
+    if not tables:
         problems.append(f"{path} defines no profile; add a table such as [profile.phone]")
         return {}
     found: dict[str, Profile] = {}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.core.errors import StoreError
-from fedpeft.core.exchange import Target
+from fedpeft.core.model import Target
 from fedpeft.core.spool import write_at
 from fedpeft.proxy.blackbox import BlackBoxLM, Caps, Full, Scores, Session, Want
 from fedpeft.proxy.demands import check_scorable
