@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedpeft import app
 from fedpeft.app.federation import build
@@ -102,6 +103,27 @@ def test_own_proxies_are_the_mean_over_clients_at_an_alpha_of_their_own(local: a
     assert each[0]["alpha"] > 0 == each[-1]["alpha"], "a client that was not trained steers nothing"
     assert found["validation"]["personalized_proxy"]["loss"] < found["validation"]["large"]["loss"]
     assert "personalized_proxy" not in app.evaluate(local.folder)["test"]
+
+
+def test_the_ensemble_of_own_proxies_adds_the_mean_of_their_changes(local: app.Run, models: Path) -> None:
+    """Its loss from logits, added up by hand."""
+    fed = build(load_config(local.folder / "config.yaml"))
+    large = build(load_config(config(models, model__name=str(models / "proxy-gpt2"), method__lr=1e-3)))
+    folder = RunFolder.open(local.folder)
+    checkpoint = folder.load_checkpoint(fed.method.state)
+    assert checkpoint is not None
+    own = [folder.memories().load(c, v, fed.method.memory).params for c, v in checkpoint.versions.items()]
+    own += [fed.initial] * (len(fed.clients) - len(own))
+    told = app.evaluate(local.folder, own_proxies=True)["test"]["ensemble_proxy"]
+    data, total, count = fed.whole("test"), 0.0, 0
+    for row in range(len(data)):
+        base = fed.model.token_logits(None, data, [row]).double()
+        change = sum(fed.model.token_logits(params, data, [row]) - base for params in own) / len(own)
+        z = large.model.token_logits(None, data, [row]) + told["alpha"] * change
+        said = torch.from_numpy(data.tokens[row][int(data.starts[row]) :].astype("int64"))  # type: ignore[index]
+        total += float(torch.nn.functional.cross_entropy(z, said, reduction="sum"))
+        count += len(said)
+    assert told["alpha"] > 0 and told["clients"] == 4 and told["loss"] == pytest.approx(total / count, abs=1e-4)
 
 
 @pytest.mark.parametrize(

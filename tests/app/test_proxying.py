@@ -234,7 +234,7 @@ def test_an_artefact_has_its_expert_prompt(framed: app.Run) -> None:
             "proxy": sample["proxy"], "large": sample["large"], "base_small": sample["base"],
         }  # fmt: skip
     with pytest.raises(
-        RequestError, match=r"alpha was chosen with the expert prompt 'once ', and it is None; .*--alpha"
+        RequestError, match=r"alpha was chosen with the expert prompt 'once ', and now speaks without an .*--alpha"
     ):
         open_artefact(framed.folder, expert_prompt="")
     assert open_artefact(framed.folder, alpha=0.5, expert_prompt="").trio.expert is None

@@ -10,8 +10,9 @@ import json
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -20,7 +21,9 @@ from typing import Any
 KEY = "k3y"
 CONTEXT = 40  # tokens that the servers read, fewer than the model
 MOST = 20  # vLLM's --max-logprobs
-FAULTS = ("strings", "few", "logits", "nolabels", "bare", "garbage", "nothing", "other", "die", "swapped", "texts")
+FAULTS = ("strings", "few", "logits", "nolabels", "bare", "garbage", "nothing", "other", "die", "swapped", "texts",
+          "hang", "drip")  # fmt: skip
+LONGEST = 5  # tokens of a text that a server with the fault "hang" answers
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,6 +55,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault == "die" and body:
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
+        if self.fault in ("hang", "drip") and path == "/v1/completions":
+            if self.fault == "drip":
+                return self.drip()
+            if max(map(len, body["prompt"])) > LONGEST:
+                return time.sleep(3600)
         with self.lock:
             self.seen.append({"path": path, **body})
             self.serve(path, body)
@@ -64,6 +72,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def drip(self) -> None:
+        """An answer that never ends, byte by byte."""
+        self.send_response(200)
+        self.send_header("content-length", "100000")
+        self.end_headers()
+        with suppress(OSError):  # the client leaves
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.02)
 
     def serve(self, path: str, body: dict[str, Any]) -> None:
         raise NotImplementedError

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fedpeft.core.errors import RequestError
+from fedpeft.proxy.batch import News, Row
 from fedpeft.proxy.blackbox import BackendError
-from fedpeft.proxy.engine import Engine, News, Row
+from fedpeft.proxy.engine import Engine
 from fedpeft.proxy.refusal import Refusal
 from fedpeft.proxy.settings import Settings
 from proxy.served import CAPS, TOKENIZER, FakeLarge, Script, fake_trio, until

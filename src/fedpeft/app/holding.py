@@ -101,11 +101,13 @@ class Holding:
         """The mean loss on the validation texts at every alpha of the grid."""
         key = tree.sha256(params)
         if key not in self._curves:
-            own = self.fed.whole("validation")
-            sequences, starts = _texts(own)
-            trio = replace(self.trio(params), large=self._remembered("validation"))
-            self._curves = {key: alpha_curve(trio, sequences, starts)}
+            self._curves = {key: self.curve_of(self.trio(params))}
         return self._curves[key]
+
+    def curve_of(self, trio: Trio) -> AlphaCurve:
+        """As `curve`, of other small models."""
+        sequences, starts = _texts(self.fed.whole("validation"))
+        return alpha_curve(replace(trio, large=self._remembered("validation")), sequences, starts)
 
     def chosen(self, params: Params) -> float:
         """The alpha that is served: the configured one, or what `proxy.select` says."""
@@ -130,10 +132,14 @@ class Holding:
 
     def scores(self, params: Params, alpha: float, split: str) -> dict[str, dict[str, float]]:
         """Metrics of the proxy and of the large model alone on a split; nothing where the latter tells no losses."""
+        return self.scores_with(self.trio(params), alpha, split)
+
+    def scores_with(self, trio: Trio, alpha: float, split: str) -> dict[str, dict[str, float]]:
+        """As `scores`, of other small models."""
         data = self.fed.whole(split)
         if not self.scorable or not len(data):
             return {}
-        trio = replace(self.trio(params), large=self._remembered(split))
+        trio = replace(trio, large=self._remembered(split))
         if split not in self._alone:
             self._alone[split] = self._metrics(replace(trio, tuned=None, base=None), None, data)
         return {PROXY: {**self._metrics(trio, alpha, data), "alpha": alpha}, LARGE: dict(self._alone[split])}

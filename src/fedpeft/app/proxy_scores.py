@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from torch import Tensor
 
 from fedpeft.app.federation import Federation
 from fedpeft.app.holding import SCORES, Holding, hold
 from fedpeft.core.errors import RequestError
 from fedpeft.core.examples import Examples
 from fedpeft.core.tree import Params
-from fedpeft.runs.history import OWN_PROXIES, PROXY
+from fedpeft.models.hf import HFModel
+from fedpeft.models.sessions import Span, Speaker
+from fedpeft.runs.history import ENSEMBLE, OWN_PROXIES, PROXY
 from fedpeft.runs.store import RunFolder
 
 Metrics = dict[str, dict[str, float]]
 WITHOUT = "leave the large model out (--without-large)"
+
+
+@dataclass(frozen=True)
+class Chorus:
+    """Tuned small models that speak as one, with the mean of their logits; they score given texts and do not decode."""
+
+    speakers: tuple[Speaker, ...]
+
+    @property
+    def model(self) -> HFModel:
+        """The model that all of them are."""
+        return self.speakers[0].model
+
+    def scores(self, sequences: Sequence[Sequence[int]], spans: Sequence[Span] | None = None) -> list[Tensor]:
+        """See `Speaker.scores`."""
+        total = self.speakers[0].scores(sequences, spans)
+        for speaker in self.speakers[1:]:
+            total = [own + more for own, more in zip(total, speaker.scores(sequences, spans), strict=True)]
+        return [own / len(self.speakers) for own in total]
 
 
 @dataclass(frozen=True)
@@ -38,14 +62,25 @@ class Steering:
         """Metrics by who says it, on a split of the run; nothing where the large model tells no losses.
 
         Every client's own adapter steers with the alpha that is best for it on the validation texts. What is told of
-        these proxies is the mean over clients, each scored on all rows of the split (the baseline "local proxy").
+        these proxies is the mean over clients, each scored on all rows of the split (the baseline "local proxy"). Their
+        ensemble is steered by the mean of their changes, z_L + alpha mean_k (z_Tk - z_B).
         """
-        found = self.held.scores(self.params, self.alpha, split)
+        held = self.held
+        found = held.scores(self.params, self.alpha, split)
         if not found or self.own is None:
             return found
-        each = [self.held.scores(own, self.held.chosen(own), split)[PROXY] for own in self.own()]
+        params = list(self.own())
+        each = [held.scores(own, held.chosen(own), split)[PROXY] for own in params]
         mean = {key: statistics.fmean(own[key] for own in each) for key in each[0]}
-        return {**found, OWN_PROXIES: {**mean, "clients": len(each)}}
+        clients = {"clients": len(each)}
+        return {**found, OWN_PROXIES: mean | clients, ENSEMBLE: self._ensemble(params, split) | clients}
+
+    def _ensemble(self, params: Sequence[Params], split: str) -> dict[str, float]:
+        held, fixed = self.held, self.held.fed.config.proxy.alpha
+        chorus = Chorus(tuple(Speaker(held.fed.model, own) for own in params))
+        trio = replace(held.trio(params[0]), tuned=cast(Speaker, chorus))  # as far as given texts are scored
+        alpha = held.curve_of(trio).best if fixed == "auto" else float(fixed)
+        return held.scores_with(trio, alpha, split)[PROXY]
 
     def scores_of(self, data: Examples) -> Metrics:
         """As `scores`, on rows that are not the run's, of the global adapter alone."""

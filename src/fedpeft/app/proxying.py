@@ -273,10 +273,14 @@ def _alpha(given: float | None, facts: Mapping[str, Any], identity: str, expert_
         )
     if (own := facts.get("expert_prompt")) != expert_prompt:
         raise RequestError(
-            f"alpha was chosen with the expert prompt {own!r}, and it is {expert_prompt!r}; give one with --alpha, or "
-            "run with proxy.expert_prompt to have it chosen"
+            f"alpha was chosen {_with(own)}, and now speaks {_with(expert_prompt)}; give one with --alpha, or leave "
+            "--expert-prompt out"
         )
     return float(facts["alpha"])
+
+
+def _with(expert_prompt: str | None) -> str:
+    return "without an expert prompt" if expert_prompt is None else f"with the expert prompt {expert_prompt!r}"
 
 
 def _facts(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -56,7 +56,7 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
     from fedpeft.app.holding import key_of
     from fedpeft.app.proxying import open_artefact
     from fedpeft.proxy.desk import Options
-    from fedpeft.proxy.engine import Engine
+    from fedpeft.proxy.engine import PATIENCE_S, Engine
     from fedpeft.proxy.guard import check_host
     from fedpeft.proxy.listening import address, bind, listen
     from fedpeft.proxy.serving import make_app
@@ -75,7 +75,8 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
             expert_prompt=serving.expert_prompt,
         )
         drafts = artefact.speculate if serving.speculate is None else serving.speculate
-        engine = Engine(serving.max_batch, serving.max_queue, drafts)
+        patience_s = min(PATIENCE_S, serving.timeout_s)
+        engine = Engine(serving.max_batch, serving.max_queue, drafts, patience_s=patience_s)
         try:
             app = make_app(artefact, engine, options)
             begun(artefact.name, address(sock))

@@ -270,7 +270,8 @@ class ProxySection(Section):
     in the task's columns; a response may be missing. Null: nothing is distilled."""
 
     alpha: Literal["auto"] | Annotated[float, AfterValidator(_alpha)] = "auto"
-    """How much of the small models' difference is added; `auto` chooses it on the validation texts."""
+    """How much of the small models' difference is added, a number from -100 to 100; `auto` chooses it on the validation
+    texts."""
 
     select: Literal["nll", "exact_match", "rouge_l"] = "nll"
     """What `auto` goes by in the end: the likelihood of the validation answers, or what is said for validation rows."""

@@ -131,6 +131,11 @@ class BlackBoxLM(Protocol):
         ...
 
 
+def elsewhere(large: BlackBoxLM | None) -> bool:
+    """Whether calls of a backend wait for another machine: those have an attribute `elsewhere` that is true."""
+    return bool(getattr(large, "elsewhere", False))
+
+
 class CannotDo(RequestError):
     """A backend was asked for what it cannot do.
 

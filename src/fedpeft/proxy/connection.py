@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import weakref
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -12,12 +13,14 @@ from urllib.parse import urlsplit
 
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.blackbox import BackendError
+from fedpeft.proxy.turns import waiting
 
 if TYPE_CHECKING:
     import httpx
 
-TIMEOUT_S = 120.0  # until an answer has begun, and between parts of it
+TIMEOUT_S = 120.0
 CONNECT_S = 10.0
+TRICKLE = 1000  # bytes a second, below which an answer that takes longer than the limit is given up
 MAX_JSON_BYTES = 64 << 20
 
 
@@ -39,7 +42,8 @@ class Connection:
     Args:
         url: `http://HOST:PORT` or `https://..`, perhaps with a path before that of the protocol.
         token: goes into the header `Authorization: Bearer TOKEN`; None: no such header.
-        timeout_s: seconds until an answer must have begun.
+        timeout_s: seconds until an answer must have begun, and between parts of it; after so long at least `TRICKLE`
+            bytes a second must have come.
 
     Raises:
         RequestError: an address or a key that cannot be one, or httpx is not installed.
@@ -53,7 +57,7 @@ class Connection:
         self.url = _checked(url)
         if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
             raise RequestError("the key is empty or no printable ASCII; look at what proxy.token_env's variable holds")
-        self._with_key = token is not None
+        self._with_key, self._timeout_s = token is not None, timeout_s
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._client = httpx.Client(
             base_url=self.url,
@@ -83,14 +87,15 @@ class Connection:
 
         Raises:
             Refused: the server answered with an error.
-            BackendError: it did not answer, or with more than `max_bytes`.
+            BackendError: it did not answer, or with more than `max_bytes`, or byte by byte.
         """
         import httpx
 
         headers = {"content-type": kind} if kind else {}
         for attempt in range(2):
             try:
-                return self._once(method, path, body, headers, max_bytes)
+                with waiting():
+                    return self._once(method, path, body, headers, max_bytes)
             except (httpx.ReadError, httpx.RemoteProtocolError, httpx.WriteError) as error:
                 if attempt:
                     raise self._silent(error) from error
@@ -99,12 +104,17 @@ class Connection:
         raise AssertionError("unreachable")
 
     def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], max_bytes: int) -> bytes:
-        found = bytearray()
+        found, began = bytearray(), time.monotonic()
         with self._client.stream(method, path, content=body, headers=dict(headers)) as response:
             for part in response.iter_bytes():
                 found += part
                 if len(found) > max_bytes:
                     raise BackendError(f"{self.url} answered with more than {max_bytes} bytes; ask for less at a time")
+                spent = time.monotonic() - began
+                if spent > self._timeout_s and len(found) < TRICKLE * spent:
+                    raise BackendError(
+                        f"{self.url} sent {len(found)} bytes in {spent:.0f} s; see what holds it up, or ask another"
+                    )
             if not response.is_success:
                 raise self._refusal(response, bytes(found), path)
         return bytes(found)

@@ -3,99 +3,32 @@
 Requests come from any thread. Their rows wait in one bounded queue; rows that wait for the same models are opened
 together, as many as there is room for, and a second batch may run beside a long first one, so that a short request
 does not wait for the end of a long one. No more than `max_batch` rows are open at once, whatever is asked for.
+
+A batch whose large model is on another machine has a thread of its own (`proxy/turns.py`): others go on while it waits
+for an answer, and its requests are told where none comes.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from fedpeft.core.errors import FedpeftError, RequestError
-from fedpeft.proxy.answers import Completion, Emitted
+from fedpeft.core.errors import RequestError
+from fedpeft.proxy.batch import Batch, Late, New, News, Open, Row, Steps, Ticket, note
 from fedpeft.proxy.blackbox import BackendError
 from fedpeft.proxy.decode import Decoding
 from fedpeft.proxy.refusal import FAILED, OVERLOADED, Refusal
-from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
-
-log = logging.getLogger("fedpeft.serve")
+from fedpeft.proxy.turns import Turn, Worker
 
 BATCHES = 2  # that run side by side for the same models
+PATIENCE_S = 120.0
+LOOK_S = 0.25  # between looks at what waits for another machine
+FAREWELL_S = 1.0  # in which sessions elsewhere may be closed at the end
 T = TypeVar("T")
-
-
-class Steps(Protocol):
-    """Texts that go on side by side; `proxy/decode.py` has the real one."""
-
-    def step(self) -> Sequence[Emitted]:
-        """One more token, or several, for each open row."""
-        ...
-
-    def drop(self, row: int) -> None:
-        """Go on without a row."""
-        ...
-
-    def completions(self) -> Sequence[Completion]:
-        """What was said so far, by row."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
-
-
-Open: TypeAlias = Callable[[Trio, Sequence[Sequence[int]], Sequence[Settings], int], Steps]
-
-
-@dataclass(frozen=True)
-class New:
-    """A token for one row of a request, and the whole answer with its last token."""
-
-    row: int
-    emitted: Emitted
-    done: Completion | None
-
-
-News: TypeAlias = Sequence[New] | BaseException  # what came, or what ended the request
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer that is wanted."""
-
-    prompt: Sequence[int]
-    settings: Settings
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request that the engine has taken.
-
-    Attributes:
-        deliver: called from the engine's thread with what is new: tokens of its rows, or the error that ended it.
-        open: rows that are not finished.
-        cancelled: nothing more is wanted.
-    """
-
-    trio: Trio
-    rows: Sequence[Row]
-    deliver: Callable[[News], None]
-    open: set[int]
-    cancelled: bool = False
-
-
-@dataclass(eq=False)
-class _Batch:
-    trio: Trio
-    steps: Steps
-    places: list[tuple[Ticket, int]]  # by row of the batch
-    open: set[int] = field(default_factory=set)
 
 
 class Engine:
@@ -106,17 +39,28 @@ class Engine:
         max_queue: rows, and texts to score, that may wait.
         speculate: tokens that the tuned small model drafts ahead; 0: none.
         decoding: opens a batch; replaced in tests.
+        patience_s: in which another machine must have answered one question about a batch.
     """
 
-    def __init__(self, max_batch: int = 8, max_queue: int = 64, speculate: int = 0, decoding: Open = Decoding) -> None:
+    def __init__(
+        self,
+        max_batch: int = 8,
+        max_queue: int = 64,
+        speculate: int = 0,
+        decoding: Open = Decoding,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if value < 1:
                 raise RequestError(f"{name} {value} serves nobody; use at least 1")
         self.max_batch, self.max_queue, self._speculate, self._decoding = max_batch, max_queue, speculate, decoding
+        self._patience_s = patience_s
+        self._turn = Turn()  # of working with the models
+        self._stirred = False  # something has happened since the last look
         self._changed = threading.Condition()
         self._rows: deque[tuple[Ticket, int]] = deque()
-        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._batches: list[_Batch] = []
+        self._calls: deque[tuple[Future[Any], Callable[[], Any], bool]] = deque()
+        self._batches: list[Batch] = []
         self._stopping = self._closed = False
         self._thread = threading.Thread(target=self._run, name="fedpeft-engine", daemon=True)
         self._thread.start()
@@ -129,16 +73,21 @@ class Engine:
         with self._changed:
             self._check_room(len(rows))
             self._rows.extend((ticket, i) for i in range(len(rows)))
-            self._changed.notify()
+            self._stir()
         return ticket
 
-    def call(self, work: Callable[[], T]) -> Future[T]:
-        """Have other work with the models done in the engine's thread, between two steps. Raises as `submit` does."""
+    def call(self, work: Callable[[], T], elsewhere: bool = False) -> Future[T]:
+        """Have other work with the models done between two steps. Raises as `submit` does.
+
+        Args:
+            elsewhere: whether it waits for another machine; it then has a thread of its own, else it is done in the
+                engine's.
+        """
         future: Future[T] = Future()
         with self._changed:
             self._check_room(1)
-            self._calls.append((future, work))
-            self._changed.notify()
+            self._calls.append((future, work, elsewhere))
+            self._stir()
         return future
 
     def cancel(self, ticket: Ticket) -> None:
@@ -146,7 +95,7 @@ class Engine:
         with self._changed:
             ticket.cancelled = True
             self._rows = deque(place for place in self._rows if place[0] is not ticket)
-            self._changed.notify()
+            self._stir()
 
     @property
     def waiting(self) -> int:
@@ -167,15 +116,21 @@ class Engine:
         """Take no more requests; those that are there go on."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+            self._stir()
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End everything now; what is open or waits is told so."""
         with self._changed:
             self._stopping = self._closed = True
-            self._changed.notify()
+            self._stir()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+
+    def _stir(self) -> None:
+        """Wake the engine's thread."""
+        with self._changed:
+            self._stirred = True
+            self._changed.notify()
 
     def _check_room(self, n: int) -> None:
         if self._stopping or not self._thread.is_alive():
@@ -199,26 +154,28 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is something to do; False: it is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._rows or self._calls or self._batches)
+            while not (self._stirred or any(batch.ready for batch in self._batches)):
+                self._changed.wait(LOOK_S if self._batches else None)
+                if self._batches:
+                    break
+            self._stirred = False
             return not self._closed
 
-    @staticmethod
-    def _answer(future: Future[Any], work: Callable[[], Any]) -> None:
+    def _answer(self, future: Future[Any], work: Callable[[], Any], elsewhere: bool) -> None:
         if not future.set_running_or_notify_cancel():
             return
-        try:
-            future.set_result(work())
-        except Exception as error:
-            _note(error)
-            future.set_exception(error)
+        if elsewhere:
+            worker = Worker(self._turn, lambda: None)
+            worker.do(lambda: _settle(future, work))
+            worker.leave(lambda _: None, wanted=True)
+        else:
+            with self._turn:
+                _settle(future, work)
 
     def _drop_cancelled(self) -> None:
         for batch in list(self._batches):
-            gone = [row for row in batch.open if batch.places[row][0].cancelled]
             try:
-                for row in gone:
-                    batch.open.discard(row)
-                    batch.steps.drop(row)
+                batch.drop_cancelled()
             except Exception as error:
                 self._fail(batch, error)
             if not batch.open:
@@ -232,10 +189,13 @@ class Engine:
             except Exception as error:
                 self._refuse(chosen, error)
 
-    def _open(self, chosen: list[tuple[Ticket, int]]) -> None:
+    def _open(self, chosen: Sequence[tuple[Ticket, int]]) -> None:
         trio, rows = chosen[0][0].trio, [ticket.rows[i] for ticket, i in chosen]
-        steps = self._decoding(trio, [row.prompt for row in rows], [row.settings for row in rows], self._speculate)
-        self._batches.append(_Batch(trio, steps, chosen, set(range(len(chosen)))))
+
+        def begin() -> Steps:
+            return self._decoding(trio, [row.prompt for row in rows], [row.settings for row in rows], self._speculate)
+
+        self._batches.append(Batch(trio, chosen, begin, self._turn, self._stir))
 
     def _choose(self) -> list[tuple[Ticket, int]]:
         """Rows of the next batch, taken out of the queue: those that wait longest for models that have a batch free."""
@@ -252,18 +212,22 @@ class Engine:
             self._rows = deque(place for place in self._rows if id(place) not in taken)
             return chosen
 
-    def _advance(self, batch: _Batch) -> None:
+    def _advance(self, batch: Batch) -> None:
         try:
-            emitted = batch.steps.step()
+            emitted = batch.step(self._patience_s)
         except Exception as error:
-            self._fail(batch, error)
+            if batch.steps is None and not isinstance(error, Late):  # it could not be opened
+                self._finish(batch)
+                self._refuse(batch.places, error)
+            else:
+                self._fail(batch, error)
             return
         told: dict[Ticket, list[New]] = {}
         for each in emitted:
             if each.row not in batch.open:
                 continue
             ticket, i = batch.places[each.row]
-            done = None if each.finish is None else batch.steps.completions()[each.row]
+            done = None if each.finish is None or batch.steps is None else batch.steps.completions()[each.row]
             told.setdefault(ticket, []).append(New(i, each, done))
             if each.finish is not None:
                 batch.open.discard(each.row)
@@ -274,7 +238,7 @@ class Engine:
         if not batch.open:
             self._finish(batch)
 
-    def _refuse(self, chosen: list[tuple[Ticket, int]], error: Exception) -> None:
+    def _refuse(self, chosen: Sequence[tuple[Ticket, int]], error: Exception) -> None:
         """A batch could not be opened: one request is told; several are tried again, each by itself."""
         tickets = list(dict.fromkeys(ticket for ticket, _ in chosen))
         if len(tickets) == 1 or isinstance(error, BackendError):
@@ -286,43 +250,56 @@ class Engine:
             except Exception as other:
                 self._tell([ticket], other)
 
-    def _fail(self, batch: _Batch, error: BaseException) -> None:
-        tickets = list(dict.fromkeys(batch.places[row][0] for row in batch.open))
+    def _fail(self, batch: Batch, error: BaseException) -> None:
+        """End a batch; where its large model does not answer, nobody who waits for that shall wait as long again."""
+        tickets = batch.tickets
+        if isinstance(error, Late):
+            tickets += dict.fromkeys(ticket for ticket, _ in self._rows if ticket.trio.large is batch.trio.large)
         batch.open.clear()
         self._finish(batch)
         self._tell(tickets, error)
 
     def _tell(self, tickets: Sequence[Ticket], error: BaseException) -> None:
         """End requests with an error; their other rows go, too."""
-        _note(error)
+        note(error)
         for ticket in tickets:
             if not ticket.cancelled:
                 self.cancel(ticket)
                 _deliver(ticket, error)
 
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: Batch) -> None:
         if batch in self._batches:
             self._batches.remove(batch)
-            try:
-                batch.steps.close()
-            except Exception as error:
-                _note(error)
+            self._stirred = True  # there is room for others
+            batch.close()
 
     def _end(self) -> None:
         error = Refusal("the server stopped before the answer was complete; ask again", None, "stopping", 503, FAILED)
         tickets = [ticket for ticket, _ in self._rows]
-        for batch in list(self._batches):
-            tickets += [batch.places[row][0] for row in batch.open]
+        ended = list(self._batches)
+        for batch in ended:
+            tickets += batch.tickets
             self._finish(batch)
         for ticket in dict.fromkeys(tickets):
             if not ticket.cancelled:
                 ticket.cancelled = True
                 _deliver(ticket, error)
-        for future, _ in self._calls:
+        for future, *_ in self._calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
         self._rows.clear()
         self._calls.clear()
+        for batch in ended:
+            batch.join(FAREWELL_S)
+
+
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    """Do the work of a call and tell what came of it."""
+    try:
+        future.set_result(work())
+    except Exception as error:
+        note(error)
+        future.set_exception(error)
 
 
 def _deliver(ticket: Ticket, news: News) -> None:
@@ -331,12 +308,4 @@ def _deliver(ticket: Ticket, news: News) -> None:
         ticket.deliver(news)
     except Exception as error:
         ticket.cancelled = True
-        _note(error)
-
-
-def _note(error: BaseException) -> None:
-    """Log an error without what it may quote: of one that nobody foresaw the kind and the places alone."""
-    if isinstance(error, FedpeftError):
-        log.warning("%s: %s", type(error).__name__, error)
-    else:
-        log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+        note(error)

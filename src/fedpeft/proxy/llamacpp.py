@@ -36,6 +36,8 @@ class LlamaCpp:
         CannotDo: fewer candidates than make sense.
     """
 
+    elsewhere = True  # calls wait for another machine
+
     def __init__(self, connection: Connection, top_k: int = TOP_K) -> None:
         self.connection, self._top_k = connection, top_k
         demands.check_candidates(f"llamacpp+{connection.url}", top_k)

@@ -32,6 +32,8 @@ class Remote:
         RequestError: a wire that is not known.
     """
 
+    elsewhere = True  # calls wait for another machine
+
     def __init__(self, connection: Connection, wire: str = "float32") -> None:
         if wire not in protocol.WIRES:
             raise RequestError(f"wire {wire!r} is not known; use {' or '.join(protocol.WIRES)}")

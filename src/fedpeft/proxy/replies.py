@@ -8,13 +8,15 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fedpeft.proxy.answers import Completion
 from fedpeft.proxy.asking import Asked, Prompt, asked_of, fit, parse
+from fedpeft.proxy.batch import New, Row, Ticket
+from fedpeft.proxy.blackbox import elsewhere
 from fedpeft.proxy.bodies import Answers, ChatAnswers, Given, Part, Token, Usage
 from fedpeft.proxy.desk import Desk, View
-from fedpeft.proxy.engine import New, Row, Ticket
 from fedpeft.proxy.guard import Message, Receive, Send, answer, read_body, refuse
 from fedpeft.proxy.refusal import FAILED, Refusal, refusal_of
 from fedpeft.proxy.scoring import score
@@ -175,8 +177,10 @@ class _Turn:
         found: list[Token] = [Given(prompt[0], None)]
         if len(prompt) > 1:
             job, top = self.job, self.asked.logprobs or 0
-            future = self.desk.engine.call(lambda: score(job.view.trio, [prompt], [1], job.alpha, top)[0])
-            seen = await asyncio.wrap_future(future)
+            trio = job.view.trio
+            work = partial(score, trio, [prompt], [1], job.alpha, top)
+            future = self.desk.engine.call(work, elsewhere(trio.large))
+            (seen,) = await asyncio.wrap_future(future)
             found += [Given(*each) for each in zip(prompt[1:], seen.logprobs, seen.top, strict=True)]
         return found
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fedpeft.proxy.engine import New, News
+from fedpeft.proxy.batch import New, News
 from fedpeft.proxy.guard import Receive, Send
 from fedpeft.proxy.refusal import Refusal
 

@@ -37,6 +37,8 @@ class Vllm:
         CannotDo: fewer candidates than make sense.
     """
 
+    elsewhere = True  # calls wait for another machine
+
     def __init__(self, connection: Connection, top_k: int = TOP_K, model: str | None = None) -> None:
         self.connection, self._top_k, self._model = connection, top_k, model
         demands.check_candidates(f"vllm+{connection.url}", top_k)

@@ -18,6 +18,7 @@ BASE = "base"  # the model without its adapter, where text is predicted
 EMULATOR = "emulator"  # the global model without the blocks that clients do not have
 PROXY, LARGE = "proxy", "large"  # the large model steered by the small ones, and alone
 OWN_PROXIES = "personalized_proxy"  # the large model steered by each client's own small one, mean over clients
+ENSEMBLE = "ensemble_proxy"  # the same, steered by the mean of all clients' changes at once
 OF_BEST = (GLOBAL, EMULATOR, PROXY, LARGE)  # whose results are those of the best-validated parameters
 BARS = {MAJORITY: "always the majority label", BASE: "the untrained base"}  # what a global model must beat
 LEVELS = {MAJORITY: "majority", BASE: "untrained", LARGE: "large alone"}  # the same in short

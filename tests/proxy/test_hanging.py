@@ -1,0 +1,254 @@
+"""Large models on other machines that do not answer: who asked is told so, and everybody else goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedpeft.proxy.backends import open_backend
+from fedpeft.proxy.batch import Late, News, Row
+from fedpeft.proxy.blackbox import BackendError, Scores, TopK, Want
+from fedpeft.proxy.decode import decode
+from fedpeft.proxy.engine import Engine
+from fedpeft.proxy.scoring import score
+from fedpeft.proxy.settings import Settings
+from fedpeft.proxy.trio import Trio
+from fedpeft.proxy.turns import Turn, Worker, waiting
+from proxy.callers import post
+from proxy.fake_servers import KEY, LONGEST
+from proxy.lent import VOCAB, large
+from proxy.parrot import LONG, Parrot, Said, speaking
+from proxy.served import Artefact, serving, until
+
+SHORT, LONG_TEXT = [3, 4, 5], list(range(3, 3 + LONGEST + 1))
+
+
+class Inbox:
+    """What a request was told."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+
+    def __call__(self, news: News) -> None:
+        if isinstance(news, BaseException):
+            self.error = news
+            self.done.set()
+            return
+        for new in news:
+            self.tokens.append(new.emitted.token)
+            if new.done is not None:
+                self.done.set()
+
+
+def alone(large: Any) -> Trio:
+    return Trio(large, None, None, None, VOCAB, frozenset())
+
+
+def row(prompt: Sequence[int], n: int = 6) -> Row:
+    return Row(prompt, Settings(max_tokens=n))
+
+
+@pytest.fixture
+def engines() -> Iterator[Any]:
+    made: list[Engine] = []
+
+    def make(**options: Any) -> Engine:
+        made.append(Engine(**options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def hanging(fakes: dict[str, str], fault: str = "hang", **more: Any) -> Any:
+    return open_backend(f"vllm+{fakes['vllm']}/{fault}", token=KEY, **more)
+
+
+# --- a connection -----------------------------------------------------------------------------------------------
+
+
+def test_no_answer_within_the_limit_is_an_error(fakes: dict[str, str]) -> None:
+    session = hanging(fakes, timeout_s=0.3).open([SHORT], TopK(5))
+    session.scores([[6]])
+    session.scores([[7]])
+    began = time.monotonic()
+    with pytest.raises(BackendError, match=r"did not answer \(ReadTimeout.*; see whether the server runs"):
+        session.scores([[8]])
+    assert time.monotonic() - began < 5
+
+
+def test_an_answer_byte_by_byte_is_given_up(fakes: dict[str, str]) -> None:
+    with pytest.raises(BackendError, match=r"sent \d+ bytes in \d+ s; see what holds it up"):
+        hanging(fakes, "drip", timeout_s=0.3).open([SHORT], TopK(5))
+
+
+# --- the engine -------------------------------------------------------------------------------------------------
+
+
+def test_others_go_on_while_a_server_hangs_and_its_requests_are_told(fakes: dict[str, str], engines: Any) -> None:
+    engine, stuck = engines(patience_s=60), Inbox()
+    engine.submit(alone(hanging(fakes)), [row(SHORT)], stuck)
+    until(lambda: len(stuck.tokens) == LONGEST - len(SHORT) + 1)
+    own, other = Inbox(), Inbox()
+    engine.submit(alone(large()), [row(LONG_TEXT)], own)
+    engine.submit(alone(open_backend(f"vllm+{fakes['vllm']}", token=KEY)), [row(LONG_TEXT)], other)
+    assert own.done.wait(20) and other.done.wait(20) and not stuck.done.is_set()
+    assert own.error is None is other.error and len(own.tokens) == 6 == len(other.tokens)
+    assert engine.call(lambda: 7).result(10) == 7, "texts are scored meanwhile, too"
+    engine._patience_s = 0.25
+    assert stuck.done.wait(10) and isinstance(stuck.error, BackendError)
+    assert "at vllm+" in str(stuck.error) and "did not answer within 0.25 s; see whether its server" in str(stuck.error)
+    again = Inbox()
+    engine.submit(alone(large()), [row(SHORT)], again)
+    assert again.done.wait(10) and again.error is None
+    assert own.tokens == list(decode(alone(large()), [LONG_TEXT], [Settings(max_tokens=6)])[0].tokens)
+
+
+def test_who_waits_for_a_server_that_hangs_does_not_wait_as_long_again(fakes: dict[str, str], engines: Any) -> None:
+    engine, trio = engines(patience_s=0.6, max_batch=1), alone(hanging(fakes))
+    inboxes, free = [Inbox() for _ in range(4)], Inbox()
+    for inbox in inboxes:
+        engine.submit(trio, [row(LONG_TEXT)], inbox)
+    engine.submit(alone(large()), [row(SHORT)], free)
+    began = time.monotonic()
+    assert all(inbox.done.wait(10) for inbox in (*inboxes, free))
+    assert time.monotonic() - began < 4 * 0.6, "one wait for all of them"
+    assert all(isinstance(inbox.error, Late) for inbox in inboxes) and free.error is None and len(free.tokens) == 6
+
+
+def test_a_request_that_is_cancelled_leaves_a_server_that_hangs(fakes: dict[str, str], engines: Any) -> None:
+    engine, stuck, free = engines(max_batch=1), Inbox(), Inbox()
+    ticket = engine.submit(alone(hanging(fakes)), [row(LONG_TEXT)], stuck)
+    until(lambda: engine.running == 1)
+    engine.submit(alone(large()), [row(SHORT)], free)
+    engine.cancel(ticket)
+    assert free.done.wait(10) and free.error is None and not stuck.done.is_set()
+
+
+def test_the_engine_ends_while_a_server_hangs(fakes: dict[str, str]) -> None:
+    engine, stuck = Engine(), Inbox()
+    engine.submit(alone(hanging(fakes)), [row(LONG_TEXT)], stuck)
+    until(lambda: engine.running == 1)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 5 and stuck.done.is_set() and "stopped" in str(stuck.error)
+
+
+# --- whole and in turn --------------------------------------------------------------------------------------------
+
+
+class Remote(Parrot):
+    """A parrot on another machine: each step waits until its door is open."""
+
+    elsewhere = True
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, LONG)
+        self.door, self.closed = threading.Event(), 0
+        self.door.set()
+
+    def open(self, prompts: Sequence[Sequence[int]], want: Want) -> Said:
+        parrot = self
+
+        class Waits(Said):
+            def scores(self, new: Sequence[Sequence[int]]) -> Scores:
+                with waiting():
+                    assert parrot.door.wait(20)
+                return super().scores(new)
+
+            def close(self) -> None:
+                parrot.closed += 1
+
+        self.session = Waits
+        return super().open(prompts, want)
+
+
+def test_the_endpoint_says_the_same_of_a_model_elsewhere() -> None:
+    here, there = speaking("a text"), Remote("a text")
+    remote = Artefact(replace(here.trio, large=there))
+    said = []
+    for artefact in (here, remote):
+        with serving(artefact=artefact) as (url, _):
+            body = {"prompt": ["x", "y"], "max_tokens": 20, "temperature": 0}
+            said.append([choice["text"] for choice in post(url, body).json()["choices"]])
+            echo = {"prompt": "a t", "max_tokens": 0, "echo": True, "logprobs": 0}
+            refused = post(url, echo).json()
+            assert refused["choices"][0]["logprobs"]["token_logprobs"][0] is None
+    assert said == [["a text", "a text"]] * 2
+    until(lambda: there.closed >= 1)
+
+
+def test_a_late_answer_is_502_and_the_next_request_is_answered() -> None:
+    there = Remote("a text")
+    with serving(artefact=Artefact(replace(speaking("").trio, large=there)), patience_s=0.4) as (url, engine):
+        there.door.clear()
+        body = {"prompt": "x", "max_tokens": 20, "temperature": 0}
+        late = post(url, body)
+        assert late.status_code == 502 and "did not answer within 0.4 s" in late.json()["error"]["message"]
+        assert late.json()["error"]["code"] == "backend_error" and engine.running == 0
+        there.door.set()
+        until(lambda: there.closed == 1)
+        assert post(url, body).json()["choices"][0]["text"] == "a text"
+
+
+def test_scores_of_a_model_elsewhere_are_asked_beside_the_engine(engines: Any) -> None:
+    there, engine = Remote("a text"), engines()
+    trio = replace(speaking("").trio, large=there)
+    there.door.clear()
+    future = engine.call(lambda: score(trio, [[1, 2, 3]], [1])[0], True)
+    assert engine.call(lambda: 7).result(10) == 7 and not future.done()
+    there.door.set()
+    assert len(future.result(10).logprobs) == 2
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 / 0, True).result(10)
+
+
+def test_a_turn_goes_to_who_has_waited_longest() -> None:
+    turn, order = Turn(), []
+    turn.acquire()
+    threads = []
+    for i in range(4):
+        threads.append(threading.Thread(target=lambda i=i: (turn.acquire(), order.append(i), turn.release())))
+        threads[-1].start()
+        until(lambda i=i: len(turn._queue) == i + 1)
+    turn.release()
+    for thread in threads:
+        thread.join(10)
+    assert order == [0, 1, 2, 3]
+    with turn:
+        assert order == [0, 1, 2, 3], "and it is free again"
+
+
+def test_a_worker_gives_its_turn_away_while_it_waits_and_what_nobody_wants_up() -> None:
+    turn, door, ended = Turn(), threading.Event(), []
+    worker = Worker(turn, lambda: None)
+
+    def work() -> str:
+        with waiting():
+            assert door.wait(20)
+        return "done"
+
+    worker.do(work)
+    until(lambda: worker.waited_s > 0)
+    with turn:
+        assert worker.busy, "its turn is ours"
+    door.set()
+    until(lambda: not worker.busy)
+    assert worker.take() == "done" and worker.waited_s == 0
+    door.clear()
+    worker.do(work)
+    until(lambda: worker.waited_s > 0)
+    worker.leave(ended.append)
+    door.set()
+    worker.join(10)
+    assert ended == [None]
+    with turn, waiting():
+        assert turn._held, "of a thread that is no worker nothing changes"
