@@ -247,6 +247,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
 
 def _warm_start(model: HFModel, folder: Path) -> None:
     """Let the model start from the best-validated adapter of another run, or from an adapter's own folder."""
+    from fedpeft.models.adapters import delta
     from fedpeft.models.export import import_adapter
 
     ran, adapter = (folder / "config.yaml").is_file(), folder / "adapter"
@@ -255,7 +256,9 @@ def _warm_start(model: HFModel, folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"run.init_from {str(folder)!r} is not a folder; give a run folder or a PEFT adapter's folder")
     try:
-        model.warm_start(import_adapter(adapter if ran else folder, model))
+        params = import_adapter(adapter if ran else folder, model)
+        if not (folded := any(name.startswith(delta.PREFIX) for name in params)):
+            model.warm_start(params)
     except (ModelError, FitError) as error:
         own = adapter if ran else folder
         why = str(error).removeprefix(f"{own} ").removeprefix("does not fit this model: ").rstrip(".")
@@ -263,6 +266,12 @@ def _warm_start(model: HFModel, folder: Path) -> None:
             f"run.init_from {folder}{_kind_of(own)} does not fit this run's adapter ({model.spec.kind}) and labels: "
             f"{why}. Use the adapter.kind, its settings and the labels of that run, or leave run.init_from out."
         ) from error
+    if folded:
+        raise ModelError(
+            f"run.init_from {folder}: what that run learnt changes the base's own weights, and is no adapter to go on "
+            "with. Start from its merged model: fedpeft export RUN_DIR --merge --to DIR, and model.name: DIR (a head "
+            "starts anew)"
+        )
 
 
 def _kind_of(folder: Path) -> str:
