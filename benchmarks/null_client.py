@@ -25,23 +25,11 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, HeadOnly
 from fedpeft.core.cohort import everyone
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import (
-    ClientEnv,
-    ClientId,
-    Exchange,
-    Fisher,
-    FisherProbe,
-    Nothing,
-    Perturbation,
-    ServerEnv,
-    Teacher,
-    TokenNorm,
-    Update,
-    Weights,
-)
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights
 from fedpeft.core.federate import federate
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.method import Defaults
+from fedpeft.core.model import Fisher, FisherProbe, Perturbation, Teacher, TokenNorm
 from fedpeft.core.rng import Rng
 from fedpeft.engines.inprocess import InProcess
 

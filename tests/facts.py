@@ -25,9 +25,8 @@ from transformers import OPTConfig, OPTForCausalLM
 import black_boxes
 from fedpeft.core.adapter import Lora
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Target
 from fedpeft.core.federate import federate
-from fedpeft.core.model import Teacher
+from fedpeft.core.model import Target, Teacher
 from fedpeft.core.tree import Params
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.maths.logits import combine, offsets

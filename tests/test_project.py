@@ -206,6 +206,18 @@ def test_dependencies_are_explained():
     assert [name for name in requirements() if name not in explained] == []
 
 
+def test_architecture_names_what_a_method_and_an_exchange_are_made_of_and_every_decision():
+    from fedpeft.core.exchange import Exchange, Method
+
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for cls in (Method, Exchange):
+        listed = text[text.index(f"class {cls.__name__}") :].split("\n\n\n")[0]
+        parts = [name for name in {**vars(cls), **cls.__annotations__} if not name.startswith("_")]
+        assert [name for name in parts if not re.search(rf"\b{name}\b[:(]", listed)] == [], cls
+    decisions = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("*.md"))
+    assert [name for name in decisions if f"](decisions/{name})" not in text.partition("## 6.")[2]] == []
+
+
 def test_architecture_names_the_modules_of_core():
     text = (ROOT / "docs" / "architecture.md").read_text()
     modules = sorted(p.name for p in (ROOT / "src" / "fedpeft" / "core").glob("*.py") if p.name != "__init__.py")

@@ -15,6 +15,7 @@ do where they have no parameters. `Fit.checkpointing` changes nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,10 @@ from torch import Tensor
 from fedpeft.core.adapter import AdaLora, AdapterSpec, Bottleneck, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import epoch_batches
-from fedpeft.core.exchange import Fisher, FisherProbe, Method, Perturbation, TokenNorm
+from fedpeft.core.exchange import Method
 from fedpeft.core.federate import Done, federate
 from fedpeft.core.fit import Fit, Fitted, blocks_in
+from fedpeft.core.model import Fisher, FisherProbe, Perturbation, TokenNorm
 from fedpeft.core.rng import Rng, key_for, rng_for
 from fedpeft.core.train import Stack, train_many
 from fedpeft.core.tree import Params, block_of
@@ -320,16 +322,24 @@ def _own(stack: Stack, client: int) -> dict[str, Tensor]:
 
 def _noise(fit: Fit, step: int, rows: Sequence[int], width: int) -> np.ndarray:
     """0 or 1 / (1 - p) per number, from (seed, step, row)."""
-    kept = [np.random.Generator(np.random.PCG64(key_for(fit.seed, step, row))).random(width) for row in rows]
+    kept = [_uniform(fit.seed, step, row, width) for row in rows]
     return (np.array(kept) >= fit.dropout) / (1 - fit.dropout)
 
 
-def federation(pooled: bool, clients: int = 4, width: int = 3, seed: int = 7) -> dict[str, dict[str, Points]]:
-    """Clients of 4 to 7 rows around centres of their own; for a pooled method, one client with all rows."""
+@functools.lru_cache(maxsize=2**12)
+def _uniform(seed: int, step: int, row: int, width: int) -> np.ndarray:
+    """(width,) of [0, 1), the same for the same place: runs that are compared draw it again and again."""
+    return np.random.Generator(np.random.PCG64(key_for(seed, step, row))).random(width)
+
+
+def federation(
+    pooled: bool, clients: int = 4, width: int = 3, seed: int = 7, rows: int = 4
+) -> dict[str, dict[str, Points]]:
+    """Clients of `rows` to `rows + 3` rows around centres of their own; for a pooled method, one client with all."""
     data = {}
     for i in range(clients):
         rng = rng_for(seed, "toy", client=str(i))
-        data[f"c{i}"] = Points(2 + rng.standard_normal(width) + 0.3 * rng.standard_normal((4 + i % 4, width)))
+        data[f"c{i}"] = Points(2 + rng.standard_normal(width) + 0.3 * rng.standard_normal((rows + i % 4, width)))
     if pooled:
         data = {"pooled": Points(np.concatenate([d.x for d in data.values()]))}
     return {client: {"train": d} for client, d in data.items()}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from fedpeft.core import records
 from fedpeft.core.client import Job, protocol, run_jobs
 from fedpeft.core.evaluate import Evaluate
-from fedpeft.core.exchange import Answers, Call, ClientEnv, ClientId, Method, Model, Receipt, Record, Transport
+from fedpeft.core.exchange import Answers, Call, ClientEnv, ClientId, Method, Receipt, Record, Transport
 from fedpeft.core.fit import Data
+from fedpeft.core.model import Model
 from fedpeft.engines.inprocess import InProcess
 
 
@@ -137,12 +138,6 @@ class Rewritten:
 
     def exchange(self, call: Call, downs: Mapping[ClientId, Record]) -> Answers:
         return self.answered(self.inner.exchange(call, self.asked(call, downs)))
-
-
-def backwards(answers: Answers) -> Answers:
-    """The same answers in the opposite order."""
-    ups = {client: answers.ups[client] for client in reversed(list(answers.ups))}
-    return replace(answers, ups=ups, receipts=tuple(reversed(answers.receipts)))
 
 
 @dataclass

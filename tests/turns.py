@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fedpeft.core.exchange import ClientEnv, FisherProbe, Method, Record
+from fedpeft.core.exchange import ClientEnv, Method, Record
 from fedpeft.core.fit import Fit
+from fedpeft.core.model import FisherProbe
 
 
 class Turn(NamedTuple):

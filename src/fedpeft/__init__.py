@@ -25,6 +25,7 @@ _PLACES = {
     "predict": "fedpeft.app",
     "export": "fedpeft.app",
     "check": "fedpeft.app",
+    "choose": "fedpeft.app",
     "RunConfig": "fedpeft.config",
     "load_config": "fedpeft.config",
     "federate": "fedpeft.core.federate",
@@ -33,7 +34,7 @@ _PLACES = {
     "Exchange": "fedpeft.core.exchange",
     "Method": "fedpeft.core.exchange",
     "Transport": "fedpeft.core.exchange",
-    "Model": "fedpeft.core.exchange",
+    "Model": "fedpeft.core.model",
     "Fit": "fedpeft.core.fit",
     "Fitted": "fedpeft.core.fit",
     "AdamW": "fedpeft.core.fit",
@@ -82,6 +83,7 @@ __all__ = [
     "Transport",
     "__version__",
     "check",
+    "choose",
     "compare",
     "demo",
     "evaluate",
@@ -94,7 +96,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fedpeft.app import Comparison, Run, check, compare, demo, evaluate, export, predict, resume, run
+    from fedpeft.app import Comparison, Run, check, choose, compare, demo, evaluate, export, predict, resume, run
     from fedpeft.config import RunConfig, load_config
     from fedpeft.core.adapter import (
         AdaLora,
@@ -109,9 +111,10 @@ if TYPE_CHECKING:
         Prompt,
     )
     from fedpeft.core.errors import FedpeftError, RequestError, RunError
-    from fedpeft.core.exchange import Exchange, Method, Model, Transport
+    from fedpeft.core.exchange import Exchange, Method, Transport
     from fedpeft.core.federate import Done, Start, federate
     from fedpeft.core.fit import SGD, AdamW, Fit, Fitted
+    from fedpeft.core.model import Model
 
 
 def __getattr__(name: str) -> Any:

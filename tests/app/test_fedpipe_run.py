@@ -12,6 +12,9 @@ import transformers
 
 import small
 from fedpeft import app
+from fedpeft.app.federation import build
+from fedpeft.config import load_config
+from fedpeft.core.errors import ModelError
 
 MACHINES = """
 [profile.small]
@@ -63,6 +66,23 @@ def test_unequal_machines_train_a_model_that_merges_without_a_trace(
         with torch.no_grad():
             logits = model(**tokenizer(text, return_tensors="pt")).logits[0].mean(dim=0)
         assert logits.softmax(dim=0).tolist() == pytest.approx(list(row["probabilities"].values()), abs=1e-5)
+
+
+def test_what_was_folded_away_is_started_from_as_a_merged_model(place: Path, tmp_path: Path) -> None:
+    """There is no adapter to start from, which is said with the way that there is; that way keeps what was learnt."""
+    done = run(
+        place, tmp_path / "run", aggregation="stack_exact", epochs=10, lr=1e-2, score="uniform", round_seconds=100.0
+    )
+    assert done.metrics["best"]["round"] > 0  # what came before anything was folded away is an adapter
+    values = small.config(place, run__init_from=str(done.folder), run__rounds=1)
+    with pytest.raises(ModelError, match=r"is no adapter to go on with.* --merge --to DIR, and model.name: DIR"):
+        app.run(values, out=tmp_path / "refused")
+    folder = app.export(done.folder, tmp_path / "merged", merge=True)
+    learnt = done.load_model().base_model.state_dict()
+    base = build(load_config(small.config(place, model__name=str(folder)))).base.module.state_dict()
+    assert base.keys() <= learnt.keys() and all(torch.equal(base[name], learnt[name]) for name in base)
+    plain = transformers.AutoModel.from_pretrained(place / "tiny", add_pooling_layer=False).state_dict()
+    assert any(not torch.equal(base[name], plain[name]) for name in base)
 
 
 def test_a_comparison_says_what_a_deadline_leaves_undone(place: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import small
 import tiny_lm
 from fedpeft import app
 from fedpeft.app.federation import build
-from fedpeft.app.holding import SCORES, Holding, hold, key_of
+from fedpeft.app.holding import SCORES, Holding, hold, key_of, proxy_facts
 from fedpeft.app.proxying import FILE, compare, open_artefact, speak
 from fedpeft.config import load_config
 from fedpeft.core import tree
@@ -251,9 +251,22 @@ def test_alpha_by_exact_match_is_the_best_of_three(ran: app.Run, models: Path) -
     assert held is not None
     params = app.running.best_params(fed, RunFolder.open(ran.folder))
     chosen = held.chosen(params)
-    assert set(held.text_scores) == set(held.curve(params).best_of(3))
-    most = max(held.text_scores.values())
-    assert chosen == min(alpha for alpha, value in held.text_scores.items() if value == most)
+    said = held.text_scores(params)
+    assert set(said) == set(held.curve(params).best_of(3))
+    assert chosen == min(alpha for alpha, value in said.items() if value == max(said.values()))
+
+
+def test_what_is_told_of_parameters_is_theirs_whatever_was_chosen_since(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = hold(build(load_config(config(models, proxy__select="exact_match"))))
+    assert held is not None
+    first = held.fed.initial
+    second = {name: t + 0.5 for name, t in first.items()}
+    monkeypatch.setattr(Holding, "_said_well", lambda self, params, alpha: 1.0 if params is first else 0.0)
+    assert set(held.text_scores(first).values()) == {1.0} and set(held.text_scores(second).values()) == {0.0}
+    held.chosen(second)
+    assert set(proxy_facts(held, first)["proxy"]["text_scores"].values()) == {1.0}
 
 
 def test_equal_answers_are_a_tie_for_the_smaller_alpha(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +282,7 @@ def test_a_large_model_of_few_candidates_is_chosen_for_by_what_it_says(models: P
     held = hold(fed)
     assert held is not None
     weak = _weak(held)
-    assert weak.chosen(fed.initial) in weak.text_scores and len(weak.text_scores) == 8
+    assert weak.chosen(fed.initial) in weak.text_scores(fed.initial) and len(weak.text_scores(fed.initial)) == 8
     assert weak.scores(fed.initial, 1.0, "test") == {}
     assert weak.trio(fed.initial).candidates == 20
 

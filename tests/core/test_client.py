@@ -15,9 +15,10 @@ from fedpeft.core.client import Job, Metered, answer, protocol, reason, run_jobs
 from fedpeft.core.cohort import everyone
 from fedpeft.core.errors import ClientError, DivergedError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import ClientEnv, Exchange, Fisher, FisherProbe, Meter, Model, Nothing, Weights
+from fedpeft.core.exchange import ClientEnv, Exchange, Meter, Nothing, Weights
 from fedpeft.core.fit import SGD, Fit, Fitted, Moments
 from fedpeft.core.method import Defaults
+from fedpeft.core.model import Fisher, FisherProbe, Model
 
 DATA = Examples(tuple(np.ones(n, np.int32) for n in (2, 3, 5)), np.zeros(3, np.int64))
 

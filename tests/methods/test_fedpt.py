@@ -15,10 +15,10 @@ from fedpeft import methods
 from fedpeft.core import records, tree
 from fedpeft.core.adapter import Bottleneck, Full, Lora
 from fedpeft.core.errors import ConfigError
-from fedpeft.core.exchange import ServerEnv, Target, Update
+from fedpeft.core.exchange import ServerEnv, Update
 from fedpeft.core.federate import Done, Start, federate
 from fedpeft.core.fit import AdamW, Fit, Fitted
-from fedpeft.core.model import Teacher
+from fedpeft.core.model import Target, Teacher
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.methods.fedpt import FedPT, State
 

@@ -22,11 +22,12 @@ from fedpeft.core.changes import News
 from fedpeft.core.difficulty import difficulties
 from fedpeft.core.errors import ConfigError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Call, ClientEnv, FisherProbe, ServerEnv, Update, Weights
+from fedpeft.core.exchange import Call, ClientEnv, ServerEnv, Update, Weights
 from fedpeft.core.federate import Done, Start, federate
 from fedpeft.core.fit import Fit, Soften
 from fedpeft.core.memories import InMemory
 from fedpeft.core.method import plain, rebuild
+from fedpeft.core.model import FisherProbe
 from fedpeft.core.tree import Params
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.maths import curriculum

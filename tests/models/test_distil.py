@@ -16,8 +16,8 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import Full, Lora
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Target
 from fedpeft.core.fit import SGD, AdamW, Fit
+from fedpeft.core.model import Target
 from fedpeft.core.rng import rng_for
 from fedpeft.maths import logits
 from fedpeft.maths.logits import NO_TOKEN

@@ -11,7 +11,7 @@ from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import ModelError
 from fedpeft.core.fit import SGD, Fit
 from fedpeft.models.families import FAMILIES, Slot, choose, is_decoder, linear_size, slots
-from fedpeft.planner import cost
+from fedpeft.planner import configuration
 
 
 @pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
@@ -36,9 +36,9 @@ def test_sizes_follow_the_family() -> None:
 
 
 def test_the_planner_knows_the_same_families() -> None:
-    assert FAMILIES.keys() == cost.FAMILIES.keys()
+    assert FAMILIES.keys() == configuration.FAMILIES.keys()
     for name, (_, kinds) in FAMILIES.items():
-        same = [other for other, family in cost.FAMILIES.items() if family == cost.FAMILIES[name]]
+        same = [other for other, family in configuration.FAMILIES.items() if family == configuration.FAMILIES[name]]
         assert all(FAMILIES[other][1] is kinds for other in same), "one place for the projections of a planner's family"
 
 

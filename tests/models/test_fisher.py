@@ -15,8 +15,8 @@ from fedpeft.core import pairs
 from fedpeft.core.adapter import Lora, Prefix
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import FisherProbe
 from fedpeft.core.fit import SGD, Fit
+from fedpeft.core.model import FisherProbe
 from fedpeft.core.tree import Params
 from fedpeft.models import fisher as module
 from fedpeft.models.hf import HFModel

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedpeft.core.errors import ModelError
+from fedpeft.planner.configuration import most_tokens
 from fedpeft.planner.cost import forward_flops, shape_of, train_flops
 
 ROWS, LENGTH = 3, 24
@@ -93,6 +94,15 @@ def test_shapes_of_families():
     distil = shape_of({"model_type": "distilbert", "n_layers": 2, "dim": 64, "n_heads": 8, "hidden_dim": 99,
                        "vocab_size": 10})  # fmt: skip
     assert (distil.family, distil.hidden, distil.intermediate) == ("generic", 64, 99)
+
+
+def test_how_many_tokens_a_model_was_made_for():
+    """RoBERTa counts positions from the one behind the padding's."""
+    assert most_tokens({"model_type": "bert", "max_position_embeddings": 512}) == 512
+    assert most_tokens({"model_type": "gpt2", "n_positions": 1024}) == 1024
+    assert most_tokens({"model_type": "camembert", "max_position_embeddings": 514}) == 512
+    assert most_tokens({"model_type": "roberta", "max_position_embeddings": 40, "pad_token_id": 3}) == 36
+    assert most_tokens({"model_type": "t5"}) is None
 
 
 def test_what_cannot_be_counted_says_why():

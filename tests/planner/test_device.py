@@ -94,6 +94,23 @@ def test_wrong_assignments(tmp_path, clients, message):
         load_devices(devices(tmp_path, PHONE + LAPTOP + clients), CLIENTS)
 
 
+@pytest.mark.parametrize("load", [lambda path: load_devices(path, CLIENTS), load_machines])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("device = 5", r"device is 5; write a table \[\[device\]\] for each machine"),
+        ("[device]\nname = 'a'", r"device is \{'name': 'a'\}; write a table \[\[device\]\]"),
+        ("device = ['a']", r"the 1\. \[\[device\]\] has no name"),
+        ("profile = 5", r"profile is 5; write a table such as \[profile\.phone\]"),
+        ("profile = 5\n[[device]]\nname = 'a'", "profile is 5; write a table"),
+        ("profile = [1]\n[[device]]\nname = 'a'", r"profile is \[1\]; write a table"),
+    ],
+)
+def test_what_is_no_table_is_told(tmp_path, load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(devices(tmp_path, text))
+
+
 def test_missing_file_wrong_toml_and_no_profile(tmp_path):
     with pytest.raises(RequestError, match=r"absent\.toml: No such file"):
         load_devices(tmp_path / "absent.toml", CLIENTS)

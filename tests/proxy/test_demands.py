@@ -8,7 +8,8 @@ import pytest
 
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.blackbox import CannotDo, Caps, Full, Labels, TopK
-from fedpeft.proxy.demands import check_candidates, check_new, check_open, check_rows
+from fedpeft.proxy.demands import check_candidates, check_new, check_open, check_rollback, check_rows
+from fedpeft.proxy.protocol import width_of
 
 ALL = Caps("all", "f", 50, True, 50, True, 8, 4, True)
 FEW = replace(ALL, identity="few", full=False, top_k=20, block=False, fingerprint=None)
@@ -71,3 +72,15 @@ def test_what_cannot_be_appended(caps, new, words):
 def test_rows_that_are_not_there_cannot_be_kept(rows):
     with pytest.raises(RequestError, match="cannot be kept of 3"):
         check_rows(rows, 3)
+
+
+def test_what_was_not_added_to_every_row_cannot_be_taken_back():
+    check_rollback([5, 9], [3, 4], 2)
+    check_rollback([], [], 0)
+    for n in (3, -1):
+        with pytest.raises(RequestError, match=f"{n} tokens cannot be taken back: 2 were added"):
+            check_rollback([5, 9], [3, 4], n)
+
+
+def test_a_want_has_a_width():
+    assert [width_of(want) for want in (Full(), TopK(7), Labels((3, 1)))] == [None, 7, 2]

@@ -133,7 +133,7 @@ def test_curves_and_scores_take_what_is_remembered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"full": False, "top_k": 20}, "tells the 20 likeliest tokens"), ({"block": False}, "scores one position a call")],
+    [({"full": False, "top_k": 20}, "gives the 20 likeliest tokens"), ({"block": False}, "scores one position a call")],
 )
 def test_what_cannot_be_scored_is_told(changes: dict[str, object], message: str) -> None:
     large = trios.trio().large

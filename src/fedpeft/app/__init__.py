@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpeft.app.checking import check
+    from fedpeft.app.choosing import choose
     from fedpeft.app.running import Run, resume, run
     from fedpeft.app.studies import Comparison, compare, demo
     from fedpeft.app.using import evaluate, export, predict
 
-__all__ = ["Comparison", "Run", "check", "compare", "demo", "evaluate", "export", "predict", "resume", "run"]
+__all__ = ["Comparison", "Run", "check", "choose", "compare", "demo", "evaluate", "export", "predict", "resume", "run"]
 
 _MODULES = {
     "check": "checking",
+    "choose": "choosing",
     **dict.fromkeys(("Run", "resume", "run"), "running"),
     **dict.fromkeys(("Comparison", "compare", "demo"), "studies"),
     **dict.fromkeys(("evaluate", "export", "predict"), "using"),

@@ -31,6 +31,7 @@ from fedpeft.engines.inprocess import InProcess
 from fedpeft.models import virtual
 from fedpeft.models.hf import HFModel
 from fedpeft.models.load import Base, load_base
+from fedpeft.planner.configuration import most_tokens
 from fedpeft.planner.cost import Shape, shape_of
 from fedpeft.planner.device import DEFAULT, Profile, load_devices, lost
 from fedpeft.runs.clock import Clock
@@ -89,7 +90,7 @@ class Federation:
     @property
     def positions(self) -> int | None:
         """How many tokens of text the model reads with the adapter, None where there is no bound."""
-        longest = _longest(self.base)
+        longest = most_tokens(self.base.config)
         return None if longest is None else longest - virtual.positions(self.model.spec)
 
     def whole(self, split: str) -> Examples:
@@ -246,6 +247,7 @@ def build(config: RunConfig, saved: Mapping[str, Any] | None = None) -> Federati
 
 def _warm_start(model: HFModel, folder: Path) -> None:
     """Let the model start from the best-validated adapter of another run, or from an adapter's own folder."""
+    from fedpeft.models.adapters import delta
     from fedpeft.models.export import import_adapter
 
     ran, adapter = (folder / "config.yaml").is_file(), folder / "adapter"
@@ -254,7 +256,9 @@ def _warm_start(model: HFModel, folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"run.init_from {str(folder)!r} is not a folder; give a run folder or a PEFT adapter's folder")
     try:
-        model.warm_start(import_adapter(adapter if ran else folder, model))
+        params = import_adapter(adapter if ran else folder, model)
+        if not (folded := any(name.startswith(delta.PREFIX) for name in params)):
+            model.warm_start(params)
     except (ModelError, FitError) as error:
         own = adapter if ran else folder
         why = str(error).removeprefix(f"{own} ").removeprefix("does not fit this model: ").rstrip(".")
@@ -262,6 +266,12 @@ def _warm_start(model: HFModel, folder: Path) -> None:
             f"run.init_from {folder}{_kind_of(own)} does not fit this run's adapter ({model.spec.kind}) and labels: "
             f"{why}. Use the adapter.kind, its settings and the labels of that run, or leave run.init_from out."
         ) from error
+    if folded:
+        raise ModelError(
+            f"run.init_from {folder}: what that run learnt changes the base's own weights, and is no adapter to go on "
+            "with. Start from its merged model: fedpeft export RUN_DIR --merge --to DIR, and model.name: DIR (a head "
+            "starts anew)"
+        )
 
 
 def _kind_of(folder: Path) -> str:
@@ -309,7 +319,7 @@ def _partition_spec(config: RunConfig) -> PartitionSpec:
 
 
 def _check_length(max_length: int, model: HFModel) -> None:
-    longest, own = _longest(model.base), virtual.positions(model.spec)
+    longest, own = most_tokens(model.base.config), virtual.positions(model.spec)
     if longest is None or max_length + own <= longest:
         return
     if not own:
@@ -334,11 +344,3 @@ def _client_data(format: Format, task: Task, shares: Partition) -> dict[ClientId
         }
         for client in shares.clients
     }
-
-
-def _longest(base: Base) -> int | None:
-    """How many tokens the model reads, None where its positions have no end."""
-    longest = getattr(base.module.config, "max_position_embeddings", None)
-    if longest is not None and shape_of(base.config).family == "roberta":
-        longest -= int(base.module.config.pad_token_id) + 1  # RoBERTa counts positions from the padding's id on
-    return longest

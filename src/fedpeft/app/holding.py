@@ -20,7 +20,7 @@ from fedpeft.app.generating import Voice, as_said, rate
 from fedpeft.core import tree
 from fedpeft.core.errors import ConfigError, RequestError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Target, Teacher
+from fedpeft.core.model import Target, Teacher
 from fedpeft.core.rng import rng_for
 from fedpeft.core.tree import Params
 from fedpeft.data.instructions import read_public, references_of
@@ -55,7 +55,6 @@ class Holding:
         public: texts to distil on; None: none are to be.
         expert: what the tuned small model alone reads around a prompt.
         folder: of the run; None: nothing is kept on disk.
-        text_scores: what was said at each alpha that was tried for `proxy.select`, by the metric.
     """
 
     fed: Federation
@@ -64,9 +63,8 @@ class Holding:
     public: Examples | None = None
     expert: Expert | None = None
     folder: Path | None = None
-    text_scores: dict[float, float] = field(default_factory=dict)
     _curves: dict[str, AlphaCurve] = field(default_factory=dict)  # the last one, by the hash of the parameters
-    _chosen: dict[str, float] = field(default_factory=dict)
+    _said: dict[str, dict[float, float]] = field(default_factory=dict)  # text scores, by the same hash
     _alone: dict[str, dict[str, float]] = field(default_factory=dict)  # scores of the large model, by split
 
     # --- what a method asks ---
@@ -118,13 +116,19 @@ class Holding:
             return float(proxy.alpha)
         if proxy.select == "nll":
             return self.curve(params).best
+        said = self.text_scores(params)
+        return max(said, key=lambda alpha: (said[alpha], -alpha))
+
+    def text_scores(self, params: Params) -> dict[float, float]:
+        """What is said at each alpha that is tried, by `proxy.select`; empty where no texts are said to choose one."""
+        proxy = self.fed.config.proxy
+        if proxy.alpha != "auto" or proxy.select == "nll":
+            return {}
         key = tree.sha256(params)
-        if key not in self._chosen:
+        if key not in self._said:
             grid = self.curve(params).best_of(3) if self.scorable else GRID
-            self.text_scores = {alpha: self._said_well(params, alpha) for alpha in grid}
-            best = max(self.text_scores, key=lambda alpha: (self.text_scores[alpha], -alpha))
-            self._chosen[key] = best
-        return self._chosen[key]
+            self._said[key] = {alpha: self._said_well(params, alpha) for alpha in grid}
+        return dict(self._said[key])
 
     def scores(self, params: Params, alpha: float, split: str) -> dict[str, dict[str, float]]:
         """Metrics of the proxy and of the large model alone on a split; nothing where the latter tells no losses."""
@@ -337,7 +341,7 @@ def proxy_facts(held: Holding | None, params: Params) -> dict[str, Any]:
         "alpha_by": proxy.select if proxy.alpha == "auto" else "given",
         "vocab": held.vocab,
         "curve": curve_facts(held.curve(params)) if drawn else None,
-        "text_scores": {f"{alpha:g}": value for alpha, value in sorted(held.text_scores.items())},
+        "text_scores": {f"{alpha:g}": value for alpha, value in sorted(held.text_scores(params).items())},
     }
     if held.public is not None:
         found["public_texts"] = len(held.public)

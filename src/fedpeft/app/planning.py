@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.core.errors import ConfigError, ModelError, RequestError
+from fedpeft.planner.configuration import most_tokens
 from fedpeft.planner.cost import Shape, Step, all_weights, shape_of, step_flops, weights
 from fedpeft.planner.device import FORMATS, Profile, load_machines
 from fedpeft.planner.fleet import Fleet, Search, plan_fleet
@@ -119,7 +120,7 @@ def plan(
     )
     unscored = [] if found is None else [w.name for w in every if w.name not in found]
     of_scores = {"scores": "all alike" if found is None else str(scores), "unscored": unscored}
-    facts = {"model": model, "most_tokens": _longest(config, shape), **_facts(job), **of_scores}
+    facts = {"model": model, "most_tokens": most_tokens(config), **_facts(job), **of_scores}
     if fixed:
         return facts | {"fixed": _priced(job, machines, fixed, loop)}
     fleet = plan_fleet(job, machines, deadline, search, cover)
@@ -154,14 +155,6 @@ def _dtype(config: Mapping[str, Any], given: str | None) -> str:
     if own not in ("float32", "bfloat16", "float16"):
         raise RequestError(f"--dtype is {own!r}; use float32 or bfloat16")
     return "bfloat16" if own == "float16" else own
-
-
-def _longest(config: Mapping[str, Any], shape: Shape) -> int | None:
-    """How many tokens the model was made for; None where its configuration says nothing of it."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    if positions is None or shape.family != "roberta":
-        return positions
-    return int(positions) - int(config.get("pad_token_id", 1)) - 1  # it counts positions from the padding's id on
 
 
 def _told(
@@ -207,7 +200,8 @@ def _priced(
     told |= {"memory": vars(memory), "flops": flops, "loop": loop, "machines": {}}
     for name, (profile, examples) in machines.items():
         costs = Costs(replace(job, choices=replace(job.choices, applied=False)), profile, examples)
-        steps, seconds = costs.steps(batch), profile.step_overhead_s + flops / profile.flops_per_s
+        steps, unpacking = costs.steps(batch), costs.unpacking(bits, step.checkpointing)
+        seconds = profile.step_overhead_s + flops / profile.flops_per_s + unpacking
         told["machines"][name] = {
             "usable_bytes": costs.room,
             "peak_bytes": round(memory.peak * profile.peak_ratio) + profile.context_bytes,

@@ -16,7 +16,7 @@ from typing import Any
 from fedpeft.app.federation import Federation
 from fedpeft.app.holding import Holding, curve_facts
 from fedpeft.core import tree
-from fedpeft.core.adapter import ADAPTERS, AdapterSpec
+from fedpeft.core.adapter import spec_of
 from fedpeft.core.errors import ModelError, RequestError
 from fedpeft.core.tree import Params
 from fedpeft.data.answers import Prompting
@@ -311,19 +311,12 @@ def _small(path: Path, facts: Mapping[str, Any]) -> tuple[HFModel, Params]:
             f"{told['sha256'][:12]}; restore it"
         )
     model = HFModel(
-        base, _spec(read_json(path / NOTE)["adapter"]), 0, readout=GenerateReadout(load_lm_head(told["name"], base))
+        base, spec_of(read_json(path / NOTE)["adapter"]), 0, readout=GenerateReadout(load_lm_head(told["name"], base))
     )
     params = import_adapter(path, model)
     if tree.sha256(params) != facts["params_sha256"]:
         raise RequestError(f"{path / FILE} belongs to other parameters than those beside it; export the run again")
     return model, params
-
-
-def _spec(values: Mapping[str, Any]) -> AdapterSpec:
-    kind: type[Any] = ADAPTERS[values["kind"]]
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key != "kind"}
-    made: AdapterSpec = kind(**fields)
-    return made
 
 
 # --- speaking ---------------------------------------------------------------------------------------------------

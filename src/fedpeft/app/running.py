@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +253,7 @@ def _train(folder: RunFolder, fed: Federation, tell: Listener, held: Holding | N
     start = saved.start if saved else fed.start()
     ledger = Ledger.of(saved.progress if saved else {}, saved.best if saved else None)
     if held is not None:
-        held.folder = folder.path
+        held = replace(held, folder=folder.path)
     journal = Journal(folder, fed, ledger, tell, _trackers(folder, fed, saved), held)
     try:
         for warning in warnings:

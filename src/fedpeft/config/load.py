@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedpeft.config import sections as s
 from fedpeft.config.problems import nearest, sentences, unknown, value_sentence
 from fedpeft.config.reading import apply_overrides, find_path, read_yaml
-from fedpeft.core.adapter import ADAPTERS, AdapterSpec
+from fedpeft.core.adapter import ADAPTERS, AdapterSpec, spec_of
 from fedpeft.core.errors import ConfigError, DataError, ModelError, RequestError
 from fedpeft.core.metrics import lower
 from fedpeft.core.metrics import names as metric_names
@@ -99,10 +99,7 @@ def build_method(config: s.RunConfig) -> Method:
 
 def adapter_spec(config: s.RunConfig) -> AdapterSpec:
     """The adapter that the configuration describes."""
-    spec: type[Any] = ADAPTERS[config.adapter.kind]
-    given = {k: _frozen(v) for k, v in config.adapter.fields.items()}
-    made: AdapterSpec = spec(**given)
-    return made
+    return spec_of({**config.adapter.fields, "kind": config.adapter.kind})
 
 
 def _read(source: Source) -> tuple[dict[str, Any], Path]:
@@ -296,10 +293,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(value: Any) -> Any:
     return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _settle_clients(parts: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 
 @dataclass(frozen=True)
@@ -115,3 +116,15 @@ AdapterSpec: TypeAlias = (
 )
 
 ADAPTERS: dict[str, type[AdapterSpec]] = {spec.kind: spec for spec in get_args(AdapterSpec)}
+
+
+def spec_of(values: Mapping[str, Any]) -> AdapterSpec:
+    """The specification from plain data: its `kind`, and its fields, of which those left out have their defaults."""
+    spec: type[Any] = ADAPTERS[values["kind"]]
+    made: AdapterSpec = spec(**{name: frozen(value) for name, value in values.items() if name != "kind"})
+    return made
+
+
+def frozen(value: Any) -> Any:
+    """Plain data with the tuples that frozen dataclasses hold in the place of JSON's lists."""
+    return tuple(frozen(v) for v in value) if isinstance(value, list | tuple) else value

@@ -9,20 +9,9 @@ from torch import Tensor
 
 from fedpeft.core import pairs
 from fedpeft.core.errors import ClientError, FedpeftError
-from fedpeft.core.exchange import (
-    ClientEnv,
-    Exchange,
-    Fisher,
-    FisherProbe,
-    Meter,
-    Method,
-    Model,
-    Perturbation,
-    Record,
-    Steps,
-    TokenNorm,
-)
+from fedpeft.core.exchange import ClientEnv, Exchange, Meter, Method, Record, Steps
 from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.model import Fisher, FisherProbe, Model, Perturbation, TokenNorm
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 

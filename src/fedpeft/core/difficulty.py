@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Literal, TypeAlias
 
-from fedpeft.core.exchange import ClientEnv, Fisher, FisherProbe, TokenNorm
+from fedpeft.core.exchange import ClientEnv
+from fedpeft.core.model import Fisher, FisherProbe, TokenNorm
 from fedpeft.core.tree import Params
 
 Difficulty: TypeAlias = Literal["fisher", "loss", "length", "random", "reverse"]

@@ -17,13 +17,7 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import RecordError
 from fedpeft.core.fit import Data, Fit, Fitted
-from fedpeft.core.model import Fisher as Fisher
-from fedpeft.core.model import FisherProbe as FisherProbe
-from fedpeft.core.model import Model as Model
-from fedpeft.core.model import Perturbation as Perturbation
-from fedpeft.core.model import Target as Target
-from fedpeft.core.model import Teacher as Teacher
-from fedpeft.core.model import TokenNorm as TokenNorm
+from fedpeft.core.model import FisherProbe, Model
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.tree import Params
 

@@ -8,18 +8,8 @@ from typing import Any
 
 from fedpeft.core.counts import round_up
 from fedpeft.core.errors import QuorumError
-from fedpeft.core.exchange import (
-    Answers,
-    Call,
-    ClientId,
-    Exchange,
-    Method,
-    Model,
-    Receipt,
-    Record,
-    ServerEnv,
-    Transport,
-)
+from fedpeft.core.exchange import Answers, Call, ClientId, Exchange, Method, Receipt, Record, ServerEnv, Transport
+from fedpeft.core.model import Model
 
 ATTEMPTS = 4  # the first one and three repetitions, each with a new cohort
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from fedpeft.core.adapter import AdapterSpec, Lora
+from fedpeft.core.adapter import AdapterSpec, Lora, frozen
 from fedpeft.core.errors import ConfigError
 from fedpeft.core.examples import epoch_batches
 from fedpeft.core.exchange import ClientEnv, Exchange, Method, Nothing, Record
@@ -86,13 +86,7 @@ def plain(method: Method) -> dict[str, Any]:
 
 def rebuild(cls: type[M], values: Mapping[str, Any]) -> M:
     """A fresh method from plain data: JSON's lists become the tuples that frozen dataclasses hold."""
-    return cls(**{name: _frozen(value) for name, value in values.items()})
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(v) for v in value)
-    return value
+    return cls(**{name: frozen(value) for name, value in values.items()})
 
 
 # --- ordinary local training, from a method's fields -------------------------------------------------------------

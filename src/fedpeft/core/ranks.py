@@ -7,18 +7,18 @@ every round. The adapter's own rank is the largest; alpha / rank of the adapter 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from fedpeft.core import pairs
+from fedpeft.core import pairs, tree
 from fedpeft.core.adapter import Lora
 from fedpeft.core.averaging import Tuning
 from fedpeft.core.cohort import sample
 from fedpeft.core.errors import ConfigError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights
 from fedpeft.core.fit import Fit, Fitted
-from fedpeft.core.method import check_ranges, ordinary_fit
+from fedpeft.core.method import check_ranges, mean_loss, ordinary_fit
 from fedpeft.core.rng import rng_for
 from fedpeft.core.tree import Params
 
@@ -74,9 +74,25 @@ class RankedAveraging(Ranked, ABC):
         fitted = yield ordinary_fit(self, down.params, env)
         return Update(fitted.params, len(env.data), fitted.loss), memory
 
-    @abstractmethod
     def average(self, state: RankedState, ups: Mapping[ClientId, Update], env: ServerEnv) -> RankedState:
-        """How the server combines factors of unequal rank: what the method is about."""
+        """Factors as the method combines them, slot by slot, and the mean of the head by examples."""
+        updates = list(ups.values())
+        examples = [up.examples for up in updates]
+        mean = tree.mean((pairs.others(up.params), up.examples) for up in updates)
+        factors = pairs.combined(
+            [up.params for up in updates], lambda own, before: self.combine(own, examples, before), state.params
+        )
+        return RankedState(tree.overlay(mean, factors), client_ranks(self, env), mean_loss(updates))
+
+    @abstractmethod
+    def combine(self, own: Sequence[pairs.Pair], examples: Sequence[int], before: pairs.Pair) -> pairs.Pair:
+        """One pair from a slot's pairs of unequal rank: what the method is about.
+
+        Args:
+            own: (B, A) of every client that answered, (d_out, r_k) and (r_k, d_in).
+            examples: of these clients.
+            before: the server's own pair, of the largest rank.
+        """
 
     def result(self, state: RankedState) -> Params:
         """The factors of the largest rank."""

@@ -16,9 +16,10 @@ from fedpeft.core import records
 from fedpeft.core.client import Job, Metered, protocol
 from fedpeft.core.errors import ClientError, RecordError
 from fedpeft.core.evaluate import Evaluate
-from fedpeft.core.exchange import Call, ClientEnv, ClientId, Exchange, Meter, Method, Model, Nothing, Record
+from fedpeft.core.exchange import Call, ClientEnv, ClientId, Exchange, Meter, Method, Nothing, Record
 from fedpeft.core.fit import Data
 from fedpeft.core.memories import Memories
+from fedpeft.core.model import Model
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,12 @@ class Prompting:
                 _, found[i] = self._shrunk(table.texts[i], contexts[i], self.max_length - room)
         return [np.asarray(ids, np.int32) for ids in found]
 
+    def behind(self, instruction: str, context: str, answers: Sequence[str]) -> list[Ids]:
+        """The tokens of answers as they stand behind a prompt, without the end token."""
+        text = instruction if self.plain else self.render(instruction, context)
+        stem, *wholes = self._encode([text, *(text + answer for answer in answers)])
+        return [self._behind(stem, whole, answer) for whole, answer in zip(wholes, answers, strict=True)]
+
     def public(self, table: Table) -> Examples:
         """As `examples`, of rows of which some have no response: these end with their prompt.
 

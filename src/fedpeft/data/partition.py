@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.core.counts import dealt
 from fedpeft.core.errors import DataError
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.data.tasks import SPLITS, Table, Task
@@ -260,10 +261,7 @@ def split_quotas(sizes: NDArray[np.float64], n_rows: int) -> Rows:
     Args:
         sizes: (clients,) share of each client, sum 1.
     """
-    exact = sizes * n_rows
-    quotas = np.floor(exact).astype(np.int64)
-    spare = n_rows - int(quotas.sum())
-    quotas[np.argsort(-(exact - quotas), kind="stable")[:spare]] += 1
+    quotas = np.array(dealt(sizes.tolist(), n_rows), dtype=np.int64)
     if n_rows >= len(sizes):
         for client in np.flatnonzero(quotas == 0):
             quotas[np.argmax(quotas)] -= 1

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from fedpeft.core import records
 from fedpeft.core.client import reason, run_jobs
 from fedpeft.core.errors import ClientError
-from fedpeft.core.exchange import Answers, Call, ClientId, Exchange, Meter, Method, Model, Receipt, Record
+from fedpeft.core.exchange import Answers, Call, ClientId, Exchange, Meter, Method, Receipt, Record
 from fedpeft.core.fit import Data
 from fedpeft.core.memories import InMemory, Memories
+from fedpeft.core.model import Model
 from fedpeft.core.spool import Spool
 from fedpeft.core.turn import Site, Turn, TurnTask, receive
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.difficulty import Difficulty, difficulties
 from fedpeft.core.errors import ConfigError
-from fedpeft.core.exchange import ClientEnv, Exchange, Fisher, FisherProbe, Record, Steps
+from fedpeft.core.exchange import ClientEnv, Exchange, Record, Steps
+from fedpeft.core.model import Fisher, FisherProbe
 from fedpeft.core.tree import Params
 from fedpeft.maths import curriculum
 from fedpeft.maths.curriculum import Pacing

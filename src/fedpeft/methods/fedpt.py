@@ -37,9 +37,10 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.cohort import sample
 from fedpeft.core.errors import ClientError
-from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Teacher, Update
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update
 from fedpeft.core.fit import AdamW, Data, Fit, Fitted
 from fedpeft.core.method import Defaults, check_ranges, mean_loss, ordinary_fit
+from fedpeft.core.model import Teacher
 from fedpeft.core.tree import Params
 
 KINDS = ("lora", "full")  # of adapters whose model can be asked token by token

@@ -8,8 +8,8 @@ Paper to code
 | paper | here |
 |---|---|
 | rank r_k of client k | `ranks`, or the devices file; `RankedState.ranks` |
-| mean of the clients' products B_k A_k | `average` |
-| SVD of the mean; each client gets its own rank of it | `average`, `send`; `maths.lowrank.truncate` |
+| mean of the clients' products B_k A_k | `combine` |
+| SVD of the mean; each client gets its own rank of it | `combine`, `send`; `maths.lowrank.truncate` |
 
 Departures: the SVD is taken of the small core of the stacked factors, which gives the same. The server keeps the
 adapter's rank of it, which is the largest that a client has; where the mean has less rank than that, a component keeps
@@ -20,13 +20,10 @@ Traffic per client and round: down = params; up = params
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedpeft.core import pairs, tree
-from fedpeft.core.exchange import ClientId, ServerEnv, Update
-from fedpeft.core.method import mean_loss
-from fedpeft.core.ranks import RankedAveraging, RankedState, client_ranks
+from fedpeft.core.ranks import RankedAveraging
 from fedpeft.maths import lowrank
 
 
@@ -34,18 +31,10 @@ from fedpeft.maths import lowrank
 class FlexLora(RankedAveraging):
     """FlexLoRA (Bai et al. 2024): unequal ranks, mean of products, SVD."""
 
-    def average(self, state: RankedState, ups: Mapping[ClientId, Update], env: ServerEnv) -> RankedState:
-        """The SVD of sum_k p_k B_k A_k, and the mean of the head."""
-        updates = list(ups.values())
-        weights = lowrank.shares([up.examples for up in updates])
-
-        def decomposed(own: Sequence[lowrank.Pair], before: lowrank.Pair) -> lowrank.Pair:
-            cut = lowrank.truncate(lowrank.stack(own, weights), len(before[1]))
-            return lowrank.revived(cut, before[1])
-
-        mean = tree.mean((pairs.others(up.params), up.examples) for up in updates)
-        factors = pairs.combined([up.params for up in updates], decomposed, state.params)
-        return RankedState(tree.overlay(mean, factors), client_ranks(self, env), mean_loss(updates))
+    def combine(self, own: Sequence[lowrank.Pair], examples: Sequence[int], before: lowrank.Pair) -> lowrank.Pair:
+        """The SVD of sum_k p_k B_k A_k."""
+        mean = lowrank.stack(own, lowrank.shares(examples))
+        return lowrank.revived(lowrank.truncate(mean, len(before[1])), before[1])
 
 
 METHOD = FlexLora

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Target, Teacher
 from fedpeft.core.fit import Fit, Fitted
+from fedpeft.core.model import Target, Teacher
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params
 from fedpeft.maths import logits

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Fisher, FisherProbe
 from fedpeft.core.fit import SGD, Fit, check_fit
+from fedpeft.core.model import Fisher, FisherProbe
 from fedpeft.core.pairs import stems
 from fedpeft.core.train import stack_params
 from fedpeft.models.adapters import Rows

@@ -17,8 +17,8 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Fisher, FisherProbe, Perturbation, Teacher, TokenNorm
 from fedpeft.core.fit import Data, Fit, Fitted, Soften, blocks_in
+from fedpeft.core.model import Fisher, FisherProbe, Perturbation, Teacher, TokenNorm
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedpeft.core.errors import ModelError
 from fedpeft.core.examples import Examples
-from fedpeft.core.exchange import Perturbation
+from fedpeft.core.model import Perturbation
 from fedpeft.core.rng import Rng
 from fedpeft.core.train import stack_params
 from fedpeft.core.tree import Params

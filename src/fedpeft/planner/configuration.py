@@ -7,7 +7,38 @@ from typing import Any
 
 from fedpeft.core.errors import ModelError
 
+FAMILIES = {  # by model_type: what it is built like
+    "bert": "bert",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+    "camembert": "roberta",
+    "electra": "bert",
+    "gpt2": "gpt2",
+    "opt": "opt",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "gemma": "llama",
+}
 _UNFUSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # written out in transformers, product by product
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """What the model is built like: bert, roberta, gpt2, opt, llama, or generic where it is not known."""
+    return FAMILIES.get(str(config.get("model_type")), "generic")
+
+
+def most_tokens(config: Mapping[str, Any]) -> int | None:
+    """How many tokens the model was made for, None where its positions have no end or its configuration is silent.
+
+    RoBERTa counts positions from the padding's id on, so that many and one are no tokens'.
+    """
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions is None or family_of(config) != "roberta":
+        return positions
+    padding = config.get("pad_token_id")
+    return int(positions) - (1 if padding is None else int(padding)) - 1
 
 
 def details(config: Mapping[str, Any], family: str, hidden: int, head_size: int) -> dict[str, Any]:

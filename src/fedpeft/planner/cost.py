@@ -26,23 +26,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedpeft.core.errors import ModelError
-from fedpeft.planner.configuration import details, size
-
-FAMILIES = {
-    "bert": "bert",
-    "roberta": "roberta",
-    "xlm-roberta": "roberta",
-    "camembert": "roberta",
-    "electra": "bert",
-    "gpt2": "gpt2",
-    "opt": "opt",
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "llama",
-    "qwen3": "llama",
-    "gemma": "llama",
-}
-
+from fedpeft.planner.configuration import details, family_of, size
 
 _PLACE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 2, "down": 3}  # of a matrix's input
 WHOLE = -1  # place of the first input that needs a gradient, where the block's own input needs one
@@ -112,7 +96,7 @@ def shape_of(config: Mapping[str, Any], lm_head: bool = False) -> Shape:
     heads = size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     gated = _is_gated(config)
     head_size = size(config, "head_dim", default=hidden // heads)
-    family = FAMILIES.get(str(config.get("model_type")), "generic")
+    family = family_of(config)
     return Shape(
         layers=layers,
         hidden=hidden,
@@ -129,7 +113,7 @@ def shape_of(config: Mapping[str, Any], lm_head: bool = False) -> Shape:
 
 
 def _is_gated(config: Mapping[str, Any]) -> bool:
-    family = FAMILIES.get(str(config.get("model_type")), "generic")
+    family = family_of(config)
     return family == "llama" or (family == "generic" and config.get("hidden_act") in ("silu", "swiglu"))
 
 

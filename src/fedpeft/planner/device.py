@@ -47,6 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpeft.core.counts import dealt
 from fedpeft.core.errors import ConfigError, RecordError, RequestError
 from fedpeft.core.exchange import ClientId
 from fedpeft.core.rng import rng_for
@@ -145,9 +146,14 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _every(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[str, tuple[Profile, int]]:
     """Profiles of both kinds of table, and the examples of those that say them."""
-    tables = dict(content.get("profile") or {}) if isinstance(content.get("profile", {}), dict) else content["profile"]
+    named, listed = content.get("profile", {}), content.get("device", [])
+    if not isinstance(named, dict):
+        problems.append(f"{path}: profile is {named!r}; write a table such as [profile.phone]")
+    if not isinstance(listed, list):
+        problems.append(f"{path}: device is {listed!r}; write a table [[device]] for each machine")
+    tables = dict(named) if isinstance(named, dict) else {}
     devices = set[str]()
-    for i, table in enumerate(content.get("device", ())):
+    for i, table in enumerate(listed if isinstance(listed, list) else ()):
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
             problems.append(f'{path}: the {i + 1}. [[device]] has no name; add name = ".."')
             continue
@@ -156,7 +162,7 @@ def _every(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[
         tables[table["name"]] = {key: value for key, value in table.items() if key != "name"}
         devices.add(table["name"])
     examples = {}
-    for name, table in tables.items() if isinstance(tables, dict) else ():
+    for name, table in tables.items():
         count = table.pop("examples", 0) if isinstance(table, dict) else 0
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             problems.append(f"{path}: examples of {name} is {count!r}; give a whole number of at least 1")
@@ -171,9 +177,11 @@ def _scaled(key: str, value: Any) -> Any:
     return value * unit if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _profiles(tables: Any, devices: Collection[str], path: Path, problems: list[str]) -> dict[str, Profile]:
+def _profiles(
+    tables: Mapping[str, Any], devices: Collection[str], path: Path, problems: list[str]
+) -> dict[str, Profile]:
     """Profiles by name; those of `devices` may be in larger units."""
-    if not isinstance(tables, dict) or not tables:
+    if not tables:
         problems.append(f"{path} defines no profile; add a table such as [profile.phone]")
         return {}
     found: dict[str, Profile] = {}
@@ -274,17 +282,10 @@ def _dealt(
         problems.append(f"{path}: the shares of clients.assign sum to {math.fsum(shares.values()):g}; make it 1")
         return {}
     order = rng_for(seed, "devices").permutation(len(clients))
-    names = [name for name, n in _counts(shares, len(clients)).items() for _ in range(n)]
+    counts = dealt([shares[name] for name in sorted(shares)], len(clients))
+    by_name = dict(zip(sorted(shares), counts, strict=True))
+    names = [name for name in shares for _ in range(by_name[name])]
     return {sorted(clients)[place]: name for place, name in zip(order, names, strict=True)}
-
-
-def _counts(shares: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers in the given shares that sum to the total: what is left over goes to the largest remainders."""
-    counts = {name: math.floor(share * total + 1e-9) for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
-    for name in by_remainder[: total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
 
 
 def _unknown(where: str, key: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Protocol
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.answers import Answer, Completion, Emitted, told
 from fedpeft.proxy.choosing import choose
+from fedpeft.proxy.demands import check_prompts
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.speculate import Drafting, Speculation
 from fedpeft.proxy.trio import Prompts, Trio, Voices, combined
@@ -172,8 +173,7 @@ def _checked(
         raise RequestError(
             f"{len(prompts)} prompts came with {len(settings)} settings; give at least one, and settings for each"
         )
-    if not all(map(len, prompts)):
-        raise RequestError("a prompt has no tokens; begin with at least one, such as the beginning-of-text token")
+    check_prompts(prompts)
     for row, own in enumerate(settings):
         if trio.steered and own.alpha is None:
             raise RequestError(

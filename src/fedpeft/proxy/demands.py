@@ -28,8 +28,7 @@ def check_open(caps: Caps, prompts: Sequence[Sequence[int]], want: Want) -> None
         RequestError: no prompts or too many, one that is empty or too long, a token that does not exist.
         CannotDo: what is wanted is beyond `caps`.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise RequestError("a prompt has no tokens; begin with at least one, such as the beginning-of-text token")
+    check_prompts(prompts)
     if len(prompts) > caps.max_batch:
         raise RequestError(
             f"{len(prompts)} prompts came at once, and {caps.identity} takes {caps.max_batch}; send fewer at a time"
@@ -56,6 +55,12 @@ def check_open(caps: Caps, prompts: Sequence[Sequence[int]], want: Want) -> None
         if not want.ids or len(set(want.ids)) != len(want.ids):
             raise RequestError(f"the labels {want.ids} are none, or one is twice among them; give different tokens")
         check_tokens(caps, [want.ids])
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise RequestError where there is no prompt, or one without tokens."""
+    if not prompts or not all(map(len, prompts)):
+        raise RequestError("a prompt has no tokens; begin with at least one, such as the beginning-of-text token")
 
 
 def check_length(caps: Caps, tokens: int) -> None:
@@ -88,6 +93,18 @@ def check_new(caps: Caps, lengths: Sequence[int], new: Sequence[Sequence[int]]) 
         raise CannotDo(caps.identity, "scores of several positions", "it scores one position a call", _HTTP)
     check_length(caps, max(lengths) + counts[0])
     check_tokens(caps, new)
+
+
+def check_rollback(lengths: Sequence[int], prompts: Sequence[int], n: int) -> None:
+    """Raise RequestError where so many tokens were not added to each of the rows.
+
+    Args:
+        lengths: tokens of each row.
+        prompts: how many of them it began with.
+    """
+    room = min((now - own for now, own in zip(lengths, prompts, strict=True)), default=0)
+    if not 0 <= n <= room:
+        raise RequestError(f"{n} tokens cannot be taken back: {room} were added to the prompts")
 
 
 def check_rows(rows: Sequence[int], of: int) -> None:

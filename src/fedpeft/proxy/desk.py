@@ -20,7 +20,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Artefact(Protocol):
-    """What is served: `fedpeft.app.open_artefact` gives one."""
+    """What is served: `fedpeft.app.proxying.open_artefact` gives one."""
 
     @property
     def name(self) -> str:

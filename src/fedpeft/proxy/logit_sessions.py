@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy import demands, protocol
-from fedpeft.proxy.blackbox import BlackBoxLM, Full, Scores, Session, TopK, Want
+from fedpeft.proxy.blackbox import BlackBoxLM, Scores, Session, Want
 from fedpeft.proxy.protocol import Begin, Begun, Hello, Step
 from fedpeft.proxy.refusal import OVERLOADED, Refusal, refusal_of
 
@@ -194,9 +194,7 @@ class LogitSessions:
         rows = list(range(len(own.lengths))) if told.keep is None else _whole(told.keep, 1, "keep").tolist()
         demands.check_rows(rows, len(own.lengths))
         new: list[list[int]] = _whole(told.new, 2, "new").tolist()
-        room = min((own.lengths[row] - own.prompts[row] for row in rows), default=0)
-        if not rows or not 0 <= told.drop <= room:
-            raise RequestError(f"{told.drop} tokens cannot be taken back of {len(rows)} rows; {room} were added")
+        demands.check_rollback([own.lengths[row] for row in rows], [own.prompts[row] for row in rows], told.drop)
         kept = [own.lengths[row] - told.drop for row in rows]
         demands.check_new(self.model.caps, kept, new)
         self._check_room(len(rows) * (own.width - told.drop + len(new[0])) - own.tokens)
@@ -210,8 +208,7 @@ class LogitSessions:
             raise Refusal(text, None, "too_many_tokens", 503, OVERLOADED)
 
     def _check_answer(self, want: Want, wire: str, rows: int, positions: int) -> None:
-        wanted = None if isinstance(want, Full) else want.k if isinstance(want, TopK) else len(want.ids)
-        size = rows * positions * protocol.bytes_per_position(self.model.caps, wanted, wire)
+        size = rows * positions * protocol.bytes_per_position(self.model.caps, protocol.width_of(want), wire)
         if size > self.limits.max_answer_bytes:
             text = f"the answer would have {size} bytes, of {self.limits.max_answer_bytes} allowed"
             raise Refusal(f"{text}; ask for fewer positions at a time", None, "answer_too_large", 413)

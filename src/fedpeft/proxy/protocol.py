@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedpeft.proxy.blackbox import Caps, Scores, Want
+from fedpeft.proxy.blackbox import Caps, Full, Scores, TopK, Want
 
 PROTOCOL = 1
 RECORD = "application/x-fedpeft-record"  # no web page can send it to another site without being asked first
@@ -88,11 +88,18 @@ def begin(prompts: list[list[int]], want: Want, wire: str) -> Begin:
     return Begin(flat, torch.tensor(list(map(len, prompts)), dtype=torch.int64), want, wire)
 
 
+def width_of(want: Want) -> int | None:
+    """How many candidates or labels are asked for; None: all tokens."""
+    if isinstance(want, Full):
+        return None
+    return want.k if isinstance(want, TopK) else len(want.ids)
+
+
 def bytes_per_position(caps: Caps, wanted: int | None, wire: str) -> int:
     """Of one row's scores in an answer.
 
     Args:
-        wanted: candidates or labels; None: all tokens.
+        wanted: see `width_of`.
     """
     width = 2 if wire == "float16" else 4
     return 4 + (caps.vocab * width if wanted is None else wanted * (width + 8))

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpeft.core.errors import StoreError
-from fedpeft.core.exchange import Target
+from fedpeft.core.model import Target
 from fedpeft.core.spool import write_at
 from fedpeft.proxy.blackbox import BlackBoxLM, Caps, Full, Scores, Session, Want
 from fedpeft.proxy.demands import check_scorable
 
 MOST_BYTES = 2 * 2**30  # of whole rows
 CANDIDATES = 128  # of a position, where whole rows take more
-BATCH_SCORES = 2**25  # numbers that are asked for at once, padding included
+BATCH_SCORES = 2**25  # numbers that are asked for at once, padding included: 128 MiB
 Texts = Sequence[Sequence[int]]
 
 
@@ -198,13 +198,16 @@ def ask(
                 break
             batch.append(row)
         order = order[len(batch) :]
-        yield from zip(
-            batch, _asked(large, [sequences[r] for r in batch], [starts[r] for r in batch], vocab), strict=True
-        )
+        own = [sequences[row] for row in batch], [starts[row] for row in batch]
+        yield from zip(batch, asked(large, *own, lambda said: said.values[..., :vocab].cpu()), strict=True)
 
 
-def _asked(large: BlackBoxLM, sequences: Texts, starts: Sequence[int], vocab: int) -> list[Tensor]:
-    """Of one session; shorter texts are padded behind, where nothing is read."""
+def asked(large: BlackBoxLM, sequences: Texts, starts: Sequence[int], form: Callable[[Scores], Tensor]) -> list[Tensor]:
+    """(positions, V_eff) at the scored positions of each text, in one session; shorter ones are padded behind.
+
+    Args:
+        form: (rows, positions, V_eff) of the model's scores of all tokens.
+    """
     rests = [list(map(int, own[start:-1])) for own, start in zip(sequences, starts, strict=True)]
     longest = max(map(len, rests))
     session = large.open([list(map(int, own[:start])) for own, start in zip(sequences, starts, strict=True)], Full())
@@ -214,5 +217,5 @@ def _asked(large: BlackBoxLM, sequences: Texts, starts: Sequence[int], vocab: in
             parts.append(session.scores([rest + [0] * (longest - len(rest)) for rest in rests]))
     finally:
         session.close()
-    values = torch.cat([part.values for part in parts], dim=1)[..., :vocab].cpu()
-    return [own[: len(rest) + 1] for own, rest in zip(values, rests, strict=True)]
+    scores = torch.cat([form(part) for part in parts], dim=1)
+    return [own[: len(rest) + 1] for own, rest in zip(scores, rests, strict=True)]

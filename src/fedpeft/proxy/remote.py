@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpeft.core import records
 from fedpeft.core.errors import RecordError, RequestError
 from fedpeft.proxy import demands, protocol
-from fedpeft.proxy.blackbox import BackendError, Caps, Full, Scores, TopK, Want
+from fedpeft.proxy.blackbox import BackendError, Caps, Scores, Want
 from fedpeft.proxy.connection import Connection, Refused
 from fedpeft.proxy.protocol import RECORD, Begun, Hello, Step
 
@@ -76,7 +76,7 @@ class RemoteSession:
     """
 
     def __init__(self, model: Remote, prompts: list[list[int]], want: Want) -> None:
-        self._model, self._want = model, want
+        self._model, self._want, self._wanted = model, want, protocol.width_of(want)
         self._texts = prompts
         self._prompts = list(map(len, prompts))
         self._open: str | None = None
@@ -96,9 +96,7 @@ class RemoteSession:
 
     def rollback(self, n: int) -> None:
         """See `Session.rollback`."""
-        room = min((len(own) - least for own, least in zip(self._texts, self._prompts, strict=True)), default=0)
-        if not 0 <= n <= room:
-            raise RequestError(f"{n} tokens cannot be taken back: {room} were added to the prompts")
+        demands.check_rollback(list(map(len, self._texts)), self._prompts, n)
         if n:
             self._drop += n
             self._texts = [own[:-n] for own in self._texts]
@@ -159,16 +157,6 @@ class RemoteSession:
         self._drop, self._there, self._rows = 0, len(self._texts), list(range(len(self._texts)))
         self._texts = [[*own, *more] for own, more in zip(self._texts, new, strict=True)]
         return self._checked(self._decoded(body, Scores), len(new[0]))
-
-    @property
-    def _wanted(self) -> int | None:
-        return (
-            None
-            if isinstance(self._want, Full)
-            else self._want.k
-            if isinstance(self._want, TopK)
-            else len(self._want.ids)
-        )
 
     @property
     def _most_bytes(self) -> int:

@@ -17,16 +17,15 @@ from fedpeft.core.errors import RequestError
 from fedpeft.maths.logits import combine, curve_terms, losses, offsets
 from fedpeft.models.sessions import Speaker
 from fedpeft.proxy.answers import Top, told
-from fedpeft.proxy.blackbox import BlackBoxLM, Full, Labels, Scores
+from fedpeft.proxy.blackbox import BlackBoxLM, Labels
 from fedpeft.proxy.demands import check_scorable
 from fedpeft.proxy.expert import Expert
-from fedpeft.proxy.recorded import Recorded
+from fedpeft.proxy.recorded import BATCH_SCORES, Recorded, asked
 from fedpeft.proxy.settings import ALPHA_WORDS, alpha_fits
 from fedpeft.proxy.trio import Prompts, Trio
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 BEYOND = (3.0, 4.0)  # looked at where the end of the grid is best
-BATCH_SCORES = 2**25  # numbers that each model gives at once, padding included: 128 MiB
 
 Normalise = Literal["sum", "tokens", "bytes", "prior"]
 
@@ -306,23 +305,13 @@ def _one(
 
 
 def _large(trio: Trio, large: BlackBoxLM, sequences: Prompts, starts: Sequence[int]) -> list[Tensor]:
-    """(n, V_eff) of each text; shorter ones are padded behind, where nothing is read."""
+    """(n, V_eff) of each text."""
     if isinstance(large, Recorded):
         known = [large.find(own, start) for own, start in zip(sequences, starts, strict=True)]
         if large.candidates is None and None not in known:
             device = torch.device("cpu") if trio.tuned is None else trio.tuned.model.device
             return [large.forced([row]).logits.to(device) for row in known if row is not None]
-    rests = [list(own[start:-1]) for own, start in zip(sequences, starts, strict=True)]
-    longest = max(map(len, rests))
-    session = large.open([list(own[:start]) for own, start in zip(sequences, starts, strict=True)], Full())
-    try:
-        parts: list[Scores] = [session.first]
-        if longest:
-            parts.append(session.scores([rest + [0] * (longest - len(rest)) for rest in rests]))
-    finally:
-        session.close()
-    scores = torch.cat([trio.large_scores(part) for part in parts], dim=1)
-    return [own[: len(rest) + 1] for own, rest in zip(scores, rests, strict=True)]
+    return asked(large, sequences, starts, trio.large_scores)
 
 
 def _batches(trio: Trio, sequences: Prompts, starts: Sequence[int]) -> list[list[int]]:
