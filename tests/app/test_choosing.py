@@ -114,7 +114,7 @@ def test_single_tokens_can_be_asked_of_a_server_of_few_candidates(
     monkeypatch.setattr(backends, "open_backend", lambda *given, **named: Few())
     few = fedpeft.choose(ran.folder, "a film ?", ["a", "b", "c"])
     assert few.best == whole.best and few.scores == pytest.approx(whole.scores, abs=1e-5)
-    with pytest.raises(CannotDo, match="gives the 5 likeliest tokens"):
+    with pytest.raises(CannotDo, match="tells the 5 likeliest tokens"):
         fedpeft.choose(ran.folder, "a film ?", OPTIONS)
 
 
@@ -122,3 +122,13 @@ def test_options_that_are_none_are_refused(ran: app.Run) -> None:
     for options in ([], ["a", ""]):
         with pytest.raises(RequestError, match=f"{len(options)} options, some without tokens"):
             fedpeft.choose(ran.folder, "a film ?", options)
+
+
+def test_the_tuned_model_alone_reads_an_expert_prompt(ran: app.Run) -> None:
+    """Single tokens, asked by themselves, against whole texts: both read it."""
+    options, asked = ["a", "b", "c"], {"alpha": 1.5, "expert_prompt": "once "}
+    plain = fedpeft.choose(ran.folder, "a film ?", options, alpha=1.5)
+    framed = fedpeft.choose(ran.folder, "a film ?", options, **asked)  # type: ignore[arg-type]
+    whole = fedpeft.choose(ran.folder, "a film ?", options, normalise="bytes", **asked)  # type: ignore[arg-type]
+    assert np.diff(framed.scores) == pytest.approx(np.diff(whole.scores), abs=1e-4)
+    assert np.diff(framed.scores) != pytest.approx(np.diff(plain.scores), abs=1e-2)

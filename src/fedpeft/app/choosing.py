@@ -19,6 +19,7 @@ def choose(
     large: str | None = None,
     alpha: float | None = None,
     token: str | None = None,
+    expert_prompt: str | None = None,
 ) -> Chosen:
     """The likeliest of several answers to an instruction.
 
@@ -30,13 +31,13 @@ def choose(
         options: answers as a row's response would be written, with its blank before it.
         normalise: "sum" of the tokens' log-probabilities; per "tokens" or "bytes" of the option; or less its score
             behind an empty prompt ("prior").
-        large, alpha, token: see `open_artefact`.
+        large, alpha, token, expert_prompt: see `open_artefact`.
 
     Raises:
         RequestError: no or empty options, or what `open_artefact` refuses.
         CannotDo: the large model does not give what is needed.
     """
-    artefact = open_artefact(folder, large, alpha, token)
+    artefact = open_artefact(folder, large, alpha, token, expert_prompt)
     prompt = artefact.prompt(instruction=instruction, context=context)
     answers = artefact.prompting.behind(instruction, context, options)
     tokenizer = artefact.prompting.tokenizer
