@@ -114,7 +114,7 @@ def test_single_tokens_can_be_asked_of_a_server_of_few_candidates(
     monkeypatch.setattr(backends, "open_backend", lambda *given, **named: Few())
     few = fedpeft.choose(ran.folder, "a film ?", ["a", "b", "c"])
     assert few.best == whole.best and few.scores == pytest.approx(whole.scores, abs=1e-5)
-    with pytest.raises(CannotDo, match="tells the 5 likeliest tokens"):
+    with pytest.raises(CannotDo, match="gives the 5 likeliest tokens"):
         fedpeft.choose(ran.folder, "a film ?", OPTIONS)
 
 

@@ -228,7 +228,7 @@ def test_what_cannot_be_scored() -> None:
             choose_continuation(trio, [3], options, 1.0, **how)  # type: ignore[arg-type]
     speaker = trio.large.speaker  # type: ignore[union-attr]
     poor = replace(trio, large=black_boxes.box(speaker, full=False, top_k=20))
-    with pytest.raises(CannotDo, match="tells the 20 likeliest"):
+    with pytest.raises(CannotDo, match="gives the 20 likeliest"):
         alpha_curve(poor, [[3, 4]], [1])
     single = replace(trio, large=black_boxes.box(speaker, block=False))
     with pytest.raises(CannotDo, match="one position a call"):

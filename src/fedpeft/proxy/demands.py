@@ -121,6 +121,6 @@ def check_scorable(caps: Caps, positions: int) -> None:
     """
     remedy = "use a model in this process or a logit server (fedpeft serve --logits)"
     if not caps.full:
-        raise CannotDo(caps.identity, "scores of given texts", f"it tells the {caps.top_k} likeliest tokens", remedy)
+        raise CannotDo(caps.identity, "scores of given texts", f"it gives the {caps.top_k} likeliest tokens", remedy)
     if positions > 1 and not caps.block:
         raise CannotDo(caps.identity, "scores of given texts", "it scores one position a call", remedy)
