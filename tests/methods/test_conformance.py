@@ -28,7 +28,6 @@ import torch
 
 import toy
 from fedpeft import methods
-from fedpeft.app import running
 from fedpeft.core import records
 from fedpeft.core.adapter import AdaLora, Bottleneck, HeadOnly, Lora
 from fedpeft.core.client import answer
@@ -173,7 +172,7 @@ def test_who_plans_by_the_number_of_rounds_is_told_to_users(name: str) -> None:
         model = toy.ToyModel(**case.model)
         loop = federate(case.make(), case.engine(), model, rounds=rounds, seed=SEED)
         found.append([records.encode(done.state) for done in itertools.takewhile(lambda done: done.round <= 2, loop)])
-    assert found[0] == found[1] or name in running.PLANNED
+    assert found[0] == found[1] or methods.load(name).plans_by_rounds
 
 
 @every

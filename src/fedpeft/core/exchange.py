@@ -211,6 +211,7 @@ class Method(Protocol):
     state: ClassVar[type[Record]]
     memory: ClassVar[type[Record]]
     pooled: ClassVar[bool]  # whether it runs on one client that holds everybody's rows
+    plans_by_rounds: ClassVar[bool]  # whether another number of rounds makes the same round another one
 
     @property
     def personalised(self) -> bool:

@@ -154,6 +154,7 @@ class FibecFed(Tuning):
     head: Literal["shared", "local"] = "shared"  # whether the classification head travels
     token_norm: TokenNorm = "sqrt"  # how gradients of several answer tokens are added: sum / sqrt(n), mean, sum
 
+    plans_by_rounds: ClassVar[bool] = True
     state: ClassVar[type[State]] = State
     memory: ClassVar[type[Memory]] = Memory
 
