@@ -272,7 +272,8 @@ class Method(Protocol):
     def choices(self, state: Any) -> Mapping[str, Any]:
         """What the method decided by itself, as JSON can carry it, for the run's record; a "warning" is logged.
 
-        Known to the report are `layers`, `of_layers` and `layer_scores`; everything else is shown as it is.
+        Known to the report are `layers`, `of_layers`, `layer_scores` and a sentence `scores_mean` that says what these
+        mean; everything else is shown as it is.
         """
         ...
 

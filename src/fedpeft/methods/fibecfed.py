@@ -455,6 +455,10 @@ class FibecFed(Tuning):
         }
         if self.scores_count:
             told["layer_scores"] = state.scores.tolist()
+            told["scores_mean"] = (
+                "The score is how much a layer's output changes when its input is perturbed; FibecFed shares the "
+                "layers with the largest scores and leaves the others to the clients."
+            )
         if state.ratio is not None:
             told |= {"ratio": state.ratio, "ratio_from": self.gal_count}
         if not (self.ratio_counts and state.layers):
