@@ -17,8 +17,6 @@ from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import RecordError
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.model import Model
-from fedpeft.core.model import Perturbation as Perturbation
-from fedpeft.core.model import TokenNorm as TokenNorm
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.tree import Params
 

@@ -46,19 +46,10 @@ from fedpeft.core.cohort import everyone, sample
 from fedpeft.core.counts import round_up
 from fedpeft.core.difficulty import Difficulty, difficulties
 from fedpeft.core.errors import ConfigError, RecordError
-from fedpeft.core.exchange import (
-    ClientEnv,
-    ClientId,
-    Exchange,
-    Perturbation,
-    ServerEnv,
-    TokenNorm,
-    Update,
-    Weights,
-    matching,
-)
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, Update, Weights, matching
 from fedpeft.core.fit import SGD, Fit, Fitted
 from fedpeft.core.method import check_ranges, local_batches, mean_loss, ordinary_fit
+from fedpeft.core.model import Perturbation, TokenNorm
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.maths import curriculum, spectrum
