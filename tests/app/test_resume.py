@@ -94,6 +94,20 @@ def test_process_of_the_command_line_is_killed_and_resumed(place: Path, tmp_path
     assert small.story(tmp_path / "run") == small.story(tmp_path / "whole")
 
 
+def test_a_method_of_another_package_may_plan_by_the_number_of_rounds(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere.py").write_text(
+        "from dataclasses import dataclass\nfrom fedpeft.methods.fedavg import FedAvg\n"
+        "@dataclass(frozen=True)\nclass Planner(FedAvg):\n    plans_by_rounds = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    app.run(small.config(place, run__rounds=1, method__name="elsewhere:Planner"), out=tmp_path / "run")
+    told: list[str] = []
+    app.resume(tmp_path / "run", {"run.rounds": 2}, progress=lambda sign: told.append(sign.message or ""))
+    assert any("elsewhere:Planner plans by it; from here on it plans by 2" in said for said in told)
+
+
 @pytest.mark.parametrize(
     ("changes", "by"),
     [({}, None), ({"method__name": "voc"}, "voc"), ({"method__schedule": "random"}, "method.schedule")],

@@ -32,12 +32,14 @@ def test_the_longest_label_ends_inside_the_picture() -> None:
 
 def test_the_words_say_which_layers_and_what_a_score_means() -> None:
     told = {"layers": [1], "of_layers": 2, "layers_by": "score", "layer_scores": [0.5, 1.33]}
-    config, manifest = {"method": {"name": "fedpeptao"}}, {"choices": told}
+    told["scores_mean"] = "The score is <b> where a layer helps."
+    config, manifest = {"method": {"name": "elsewhere:Chooser"}}, {"choices": told}
     run = History(Path("here"), config, manifest, (), (), {}, (), ())
     page = choices(Group("FedPepTAO", (run,)))
-    assert "1 layer of 2 shared: layer 1, chosen by score. The score is large where a layer hardly tells" in page
+    assert "1 layer of 2 shared: layer 1, chosen by score. The score is &lt;b&gt; where a layer helps." in page
+    assert "scores_mean" not in page and "scores mean" not in page
     told["layers_by"] = "random"
-    assert "The score is large" not in choices(Group("FedPepTAO", (run,)))
+    assert "The score is" not in choices(Group("FedPepTAO", (run,)))
 
 
 def test_layers_without_scores_are_boxes() -> None:

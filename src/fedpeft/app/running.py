@@ -30,7 +30,6 @@ from fedpeft.runs.units import count_text
 # What may change when a run is resumed; everything else would make it another run.
 CHANGEABLE = ("run.rounds", "run.stop", "run.evaluate_every", "run.quorum", "run.deadline_s", "run.trackers")
 FIXED = {"data_sha256": "data", "model_sha256": "base model", "initial_sha256": "adapter that it started from"}
-PLANNED = ("adalora", "fedadapter", "fibecfed", "shortformer", "slora", "slw", "voc")  # by the number of rounds
 OPEN = {"status": "running", "error": None, "stopped": None, "params_sha256": None, "finished": None}
 
 
@@ -147,16 +146,16 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
                 opened.save_partition(json.loads(fed.partition.to_json()))
             opened.save_config(resolved(fed.config))
             opened.update_manifest(**identity, **OPEN, resumed=now())
-            notes = _replanned(before, config) if saved is not None and saved.number else ()
+            notes = _replanned(before, fed) if saved is not None and saved.number else ()
             return _go(opened, fed, progress, held, notes)
 
 
-def _replanned(before: RunConfig, config: RunConfig) -> tuple[str, ...]:
+def _replanned(before: RunConfig, fed: Federation) -> tuple[str, ...]:
     """What to say where another number of rounds makes it another run than one that had it from its start."""
-    old, new, method = before.run.rounds, config.run.rounds, config.method
-    by = "method.schedule" if method.fields.get("schedule") is not None else method.name
-    if old == new or (by == method.name and by not in PLANNED):
+    old, new, method = before.run.rounds, fed.config.run.rounds, fed.config.method
+    if old == new or not fed.method.plans_by_rounds:
         return ()
+    by = "method.schedule" if method.fields.get("schedule") is not None else method.name
     own = f"a run that has {count_text(new, 'round')} from its start"
     return (f"run.rounds was {old}, and {by} plans by it; from here on it plans by {new}, and {own} may end otherwise",)
 

@@ -217,6 +217,7 @@ class Method(Protocol):
     state: ClassVar[type[Record]]
     memory: ClassVar[type[Record]]
     pooled: ClassVar[bool]  # whether it runs on one client that holds everybody's rows
+    plans_by_rounds: ClassVar[bool]  # whether another number of rounds makes the same round another one
 
     @property
     def personalised(self) -> bool:
@@ -277,7 +278,8 @@ class Method(Protocol):
     def choices(self, state: Any) -> Mapping[str, Any]:
         """What the method decided by itself, as JSON can carry it, for the run's record; a "warning" is logged.
 
-        Known to the report are `layers`, `of_layers` and `layer_scores`; everything else is shown as it is.
+        Known to the report are `layers`, `of_layers`, `layer_scores` and a sentence `scores_mean` that says what these
+        mean; everything else is shown as it is.
         """
         ...
 

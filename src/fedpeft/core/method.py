@@ -23,6 +23,7 @@ class Defaults:
 
     memory: ClassVar[type[Record]] = Nothing
     pooled: ClassVar[bool] = False  # True: the method runs on one client that holds everybody's rows
+    plans_by_rounds: ClassVar[bool] = False  # True: how many rounds there are changes what is done in each
 
     def adapter(self) -> AdapterSpec:
         """LoRA of rank 8 on query and value."""

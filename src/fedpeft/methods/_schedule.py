@@ -74,6 +74,7 @@ def with_schedule(cls: type[Any]) -> type[Any]:
         schedule_beta: float = 0.6  # share of the rows in use at first (fisher, loss, random)
         schedule_alpha: float = 0.8  # share of the rounds after which all are (fisher, loss, random)
         schedule_pacing: Pacing = "linear"  # how the share grows (fisher, loss, random)
+        plans_by_rounds: ClassVar[bool] = True
         memory: ClassVar[type[Any]] = kept
 
         def __post_init__(self) -> None:

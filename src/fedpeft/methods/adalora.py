@@ -88,6 +88,7 @@ class AdaLoraMethod(Tuning):
     beta1: float = 0.85  # momentum of the sensitivity
     beta2: float = 0.85  # momentum of its uncertainty
 
+    plans_by_rounds: ClassVar[bool] = True
     state: ClassVar[type[State]] = State
 
     def __post_init__(self) -> None:

@@ -123,6 +123,7 @@ class FedAdapter(Tuning):
     expand: float = 4.0  # a trial at depth D is this many times D longer, plus one
     judges: int = 10  # clients that score the branches at the end of a trial; 0: all
 
+    plans_by_rounds: ClassVar[bool] = True
     state: ClassVar[type[State]] = State
 
     def __post_init__(self) -> None:

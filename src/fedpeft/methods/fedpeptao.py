@@ -374,6 +374,8 @@ class FedPepTAO(Defaults):
             "of_layers": len(state.scores),
             "layers_by": self.layers_by,
             "layer_scores": state.scores.tolist(),
+            "scores_mean": "The score is large where a layer hardly tells samples apart; FedPepTAO shares the layers "
+            "with the largest scores and leaves the others to the devices.",
             "ratio": state.ratio,
             "ratio_from": state.ratio_from,
             "ratios": ratios,

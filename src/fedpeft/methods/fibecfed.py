@@ -145,6 +145,7 @@ class FibecFed(Tuning):
     head: Literal["shared", "local"] = "shared"  # whether the classification head travels
     token_norm: TokenNorm = "sqrt"  # how gradients of several answer tokens are added: sum / sqrt(n), mean, sum
 
+    plans_by_rounds: ClassVar[bool] = True
     state: ClassVar[type[State]] = State
     memory: ClassVar[type[Memory]] = Memory
 
@@ -445,6 +446,10 @@ class FibecFed(Tuning):
         }
         if self.scores_count:
             told["layer_scores"] = state.scores.tolist()
+            told["scores_mean"] = (
+                "The score is how much a layer's output changes when its input is perturbed; FibecFed shares the "
+                "layers with the largest scores and leaves the others to the clients."
+            )
         if state.ratio is not None:
             told |= {"ratio": state.ratio, "ratio_from": self.gal_count}
         if not (self.ratio_counts and state.layers):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedpeft.core.averaging import Averaging
 from fedpeft.core.exchange import ClientEnv, Nothing, Update, Weights
@@ -33,6 +34,8 @@ from fedpeft.maths import curriculum
 @dataclass(frozen=True)
 class Shortformer(Averaging):
     """Two stages of length (Press et al. 2021), on LoRA."""
+
+    plans_by_rounds: ClassVar[bool] = True
 
     def accepts_schedule(self, kind: str) -> str | None:
         """None beside its own."""

@@ -68,6 +68,7 @@ class SLora(Tuning):
     density: float = 0.01  # share of the weights that stage 1 trains
     stage_lr: float = 1e-3  # local learning rate of stage 1
 
+    plans_by_rounds: ClassVar[bool] = True
     state: ClassVar[type[State]] = State
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedpeft.core.averaging import Averaging
 from fedpeft.core.exchange import ClientEnv, Nothing, Update, Weights
@@ -32,6 +33,8 @@ from fedpeft.maths import curriculum
 @dataclass(frozen=True)
 class Slw(Averaging):
     """Sequence-length warm-up (Li et al. 2022), on LoRA."""
+
+    plans_by_rounds: ClassVar[bool] = True
 
     def accepts_schedule(self, kind: str) -> str | None:
         """None beside its own."""

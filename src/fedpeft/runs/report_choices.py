@@ -13,15 +13,11 @@ from fedpeft.runs.report_plans import plans
 from fedpeft.runs.report_sections import definitions, direction, section, table
 from fedpeft.runs.units import count_text, score_text
 
-_DRAWN = ("layers", "of_layers", "layers_by", "layer_scores", "ratio", "ratio_from", "ratios", "client_scores")
+_DRAWN = (
+    "layers", "of_layers", "layers_by", "layer_scores", "scores_mean", "ratio", "ratio_from", "ratios", "client_scores"
+)  # fmt: skip
 BAR, STEP, LEFT, RIGHT = 15.0, 21.0, 64.0, 110.0  # of the ranking: height of a bar, distance of two, margins
 WIDTH = 460.0
-SCORES = {  # what a layer's score means, by method
-    "fedpeptao": "The score is large where a layer hardly tells samples apart; FedPepTAO shares the layers with the "
-    "largest scores and leaves the others to the devices.",
-    "fibecfed": "The score is how much a layer's output changes when its input is perturbed; FibecFed shares the "
-    "layers with the largest scores and leaves the others to the clients.",
-}
 
 
 def choices(g: Group) -> str:
@@ -32,7 +28,7 @@ def choices(g: Group) -> str:
     first, told = chosen[0]
     if drawn := plans(told):
         return section(f"What {g.label} planned, and why", f"Seed {first.seed}.", drawn)
-    inner = _layers(told, first.method) if isinstance(told.get("layers"), Sequence) else ""
+    inner = _layers(told) if isinstance(told.get("layers"), Sequence) else ""
     rest = {key: value for key, value in told.items() if not inner or key not in (*_DRAWN, "warning")}
     inner += definitions(rest) if rest else ""
     inner += _teacher(first, told) + _plugged_in(g)
@@ -85,14 +81,14 @@ def _plugged_in(g: Group) -> str:
     return f"<p>{escape(words)}.</p>"
 
 
-def _layers(told: Mapping[str, Any], method: str) -> str:
+def _layers(told: Mapping[str, Any]) -> str:
     layers = [int(layer) for layer in told["layers"]]
     total = int(told.get("of_layers", max(layers, default=0) + 1))
     scores = [float(score) for score in told.get("layer_scores") or []]
     how = str(told.get("layers_by", "the method's rule"))
     named = f"layer{'s' if len(layers) != 1 else ''} {', '.join(map(str, layers))}"
     words = f"<p>{count_text(len(layers), 'layer')} of {total} shared: {named}, chosen by {escape(how)}. "
-    words += f"{SCORES[method]} " if scores and how == "score" and method in SCORES else ""
+    words += f"{escape(str(told['scores_mean']))} " if scores and how == "score" and "scores_mean" in told else ""
     if told.get("ratio") is not None:
         words += f"The share of layers, {float(told['ratio']):.3g}, is "
         words += {"fixed": "given.", "fallback": "the given one, because the devices' own were of no use."}.get(
