@@ -85,13 +85,23 @@ def test_the_command_passes_on_what_it_was_told(run, opened, monkeypatch):
         ("RUN --max-tokens-limit 0", "--max-tokens-limit 0 answers nobody"),
         ("RUN --timeout 0", "--timeout 0.0 answers nobody"),
         ("RUN --timeout nan", "--timeout nan answers nobody"),
-        ("nowhere", "nowhere is not a folder"),
     ],
 )
 def test_what_cannot_be_served(run, opened, words, told):
     arguments = [str(run) if word == "RUN" else word for word in words.split()]
     done = command_line.call("serve", *arguments, *(["--port", "0"] if arguments else []))
     assert done.exit_code == 2 and told in done.output, done.output
+
+
+def test_an_exported_adapter_is_served(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr("fedpeft.proxy.listening.listen", lambda *told: signal.SIGTERM)
+    assert command_line.call("serve", str(tmp_path), "--port", "0").exit_code == 0
+    assert [folder for folder, *_ in opened] == [tmp_path]
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    done = command_line.call("serve", str(tmp_path / "nowhere"), "--port", "0")
+    assert done.exit_code == 2 and "nowhere is no folder; give that of a run, or of an exported adapter" in done.output
 
 
 def test_a_port_that_is_taken(run, opened):

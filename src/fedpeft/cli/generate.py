@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -82,12 +83,13 @@ def generate(
         raise RequestError(f"--stream prints one answer as it is said; leave out {'--json' if json else '--compare'}")
     if raw and context:
         raise RequestError(f"--context {context!r} has no place in a raw prompt; leave out --raw or --context")
-    opened = open_artefact(folder, large, alpha, key_of(token_env, "--token-env"), expert_prompt)
-    ids = opened.prompt(prompt) if raw else opened.prompt(instruction=prompt, context=context)
     settings = Settings(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), **opened.settings,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
     )  # fmt: skip
+    opened = open_artefact(folder, large, alpha, key_of(token_env, "--token-env"), expert_prompt)
+    settings = replace(settings, **opened.settings)
+    ids = opened.prompt(prompt) if raw else opened.prompt(instruction=prompt, context=context)
     drafts = opened.speculate if speculate is None else speculate
     if stream:
         _stream(opened, ids, settings, drafts)

@@ -41,7 +41,9 @@ ApiKeyEnv: TypeAlias = Annotated[
 
 Folder: TypeAlias = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN_DIR]", help="The folder of a run, to be served.", show_default=False),
+    typer.Argument(
+        metavar="[RUN_DIR]", help="The folder of a run or of an exported adapter, to be served.", show_default=False
+    ),
 ]
 MaxQueue: TypeAlias = Annotated[int, typer.Option(metavar="ROWS", help="Answers that may wait; more are turned away.")]
 MaxTokensLimit: TypeAlias = Annotated[int, typer.Option(metavar="N", help="Most tokens of one answer.")]
@@ -129,9 +131,8 @@ def serve(
 
 def _serve_run(folder: Path, serving: Serving) -> None:
     from fedpeft.app.serving import serve
-    from fedpeft.cli.folders import run_folder
 
-    _end(serve(run_folder(folder), serving, _begun))
+    _end(serve(folder, serving, _begun))
 
 
 def _serve_scores(serving: LogitServing) -> None:
