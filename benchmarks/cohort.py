@@ -21,7 +21,7 @@ import torch
 from benchmarks import record, timing, workload
 from fedpeft.core import tree
 from fedpeft.core.examples import Examples
-from fedpeft.core.fit import AdamW, Fit, Fitted
+from fedpeft.core.fit import AdamW, Fit, Fitted, alone
 from fedpeft.core.rng import rng_for
 from fedpeft.models.hf import HFModel
 from fedpeft.planner.cost import shape_of, train_flops
@@ -36,12 +36,7 @@ def make_fits(model: HFModel, data: dict[str, Examples], batch: int, steps: int 
 
 def together(model: HFModel, fits: Sequence[Fit]) -> list[Fitted]:
     """The whole cohort in the same passes."""
-    done: list[Fitted] = []
-    for result in model.fit_many(fits):
-        if isinstance(result, Exception):
-            raise result
-        done.append(result)
-    return done
+    return [alone([result]) for result in model.fit_many(fits)]
 
 
 def one_by_one(model: HFModel, fits: Sequence[Fit]) -> list[Fitted]:

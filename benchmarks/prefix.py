@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import record, timing, workload
 from fedpeft.core.adapter import AdapterSpec, Lora, Prefix
 from fedpeft.core.examples import Examples
-from fedpeft.core.fit import AdamW, Fit, Fitted
+from fedpeft.core.fit import AdamW, Fit, Fitted, alone
 from fedpeft.core.rng import rng_for
 from fedpeft.models.hf import HFModel
 from fedpeft.models.load import Base
@@ -50,12 +50,7 @@ def make_fits(model: HFModel, data: Mapping[str, Examples], options: argparse.Na
 
 def train(model: HFModel, fits: Sequence[Fit]) -> list[Fitted]:
     """The whole cohort in the same passes."""
-    done: list[Fitted] = []
-    for result in model.fit_many(fits):
-        if isinstance(result, Exception):
-            raise result
-        done.append(result)
-    return done
+    return [alone([result]) for result in model.fit_many(fits)]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import record, timing, workload
 from fedpeft.core.examples import Examples
-from fedpeft.core.fit import AdamW, Fit, Fitted
+from fedpeft.core.fit import AdamW, Fit, Fitted, alone
 from fedpeft.core.rng import rng_for
 from fedpeft.core.tree import Params
 from fedpeft.models.hf import HFModel
@@ -42,12 +42,7 @@ def make_fits(model: HFModel, data: Mapping[str, Examples], options: argparse.Na
 
 def train(model: HFModel, fits: Sequence[Fit]) -> list[Fitted]:
     """The whole cohort in the same passes."""
-    done: list[Fitted] = []
-    for result in model.fit_many(fits):
-        if isinstance(result, Exception):
-            raise result
-        done.append(result)
-    return done
+    return [alone([result]) for result in model.fit_many(fits)]
 
 
 def kept_bytes(model: HFModel, fits: Sequence[Fit]) -> int:

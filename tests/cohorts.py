@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from fedpeft.core import tree
+from fedpeft.core import fit, tree
 from fedpeft.core.adapter import HeadOnly
 from fedpeft.core.fit import SGD, AdamW, Fit, Fitted, Optimizer, Prox
 from fedpeft.core.rng import Rng
@@ -165,11 +165,7 @@ def alone(model: HFModel, fits: list[Fit]) -> list[Fitted]:
 
 
 def together(model: HFModel, fits: list[Fit]) -> list[Fitted]:
-    fitted = model.fit_many(fits)
-    for each in fitted:
-        if isinstance(each, Exception):
-            raise each
-    return [each for each in fitted if isinstance(each, Fitted)]
+    return [fit.alone([fitted]) for fitted in model.fit_many(fits)]
 
 
 def assert_close(a: list[Fitted], b: list[Fitted], tolerance: float) -> None:

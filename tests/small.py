@@ -93,6 +93,14 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
+def changed(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with other values; `run__rounds` is `run.rounds`."""
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    return values
+
+
 def config(place: Path, **changes: Any) -> dict[str, Any]:
     """Six clients, four per round, three rounds of FedAvg; `run__rounds=5` changes one key."""
     values: dict[str, Any] = {
@@ -105,9 +113,7 @@ def config(place: Path, **changes: Any) -> dict[str, Any]:
         "adapter": {"rank": 4},
         "run": {"rounds": 3, "evaluate_every": 1, "threads": 1},
     }  # fmt: skip
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
+    changed(values, changes)
     if values["method"]["name"] == "centralized":  # it has one client
         del values["method"]["cohort"]
     if values["method"]["name"] == "scaffold":  # plain SGD

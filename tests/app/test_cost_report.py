@@ -53,10 +53,7 @@ def config(place: Path, **changes: Any) -> dict[str, Any]:
         "run": {"rounds": 2, "threads": 1},
         "proxy": {"large": str(place / "large"), "alpha": 1.0},
     }  # fmt: skip
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
-    return values
+    return small.changed(values, changes)
 
 
 @pytest.fixture(scope="module")

@@ -62,10 +62,7 @@ def config(place: Path, **changes: Any) -> dict[str, Any]:
         "name": "ask", "train": str(place / "ask.jsonl"), "test": str(place / "ask_test.jsonl"), "format": "generate",
         "template": "{instruction} {context}", "max_length": 64, "generate_rows": 5, "generate_tokens": 6,
     }  # fmt: skip
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
-    return values
+    return small.changed(values, changes)
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +238,7 @@ def test_mistakes_are_told(changes: dict[str, Any], error: type[Exception], mess
     if changes.get("task__train") == "who":
         plain = [{key: row[key] for key in ("instruction", "response")} for row in rows(40, "plain")]
         changes = {**changes, "task__train": str(small.write_rows(models / "plain.jsonl", plain)), "task__test": None}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
+    small.changed(values, changes)
     if "adapter__kind" in changes:
         del values["adapter"]["rank"]
     with pytest.raises(error, match=message):

@@ -214,15 +214,16 @@ def test_the_meter_counts_fits_and_forward_passes() -> None:
 
 
 def test_the_meter_counts_probes() -> None:
-    """Hidden states cost a forward pass, a product with the Hessian two gradients; making it costs nothing."""
+    """Hidden states cost a forward pass, a Fisher information a gradient, a product with the Hessian two of them."""
 
     def work(down: Weights, memory: Any, env: ClientEnv) -> Any:
         env.model.hidden(None, env.data, [0, 2])
+        env.model.fisher_many([FisherProbe(down.params, env.data, [1])])
         product = env.model.hessian(down.params, env.data, [1])
         return Weights(product(product(down.params))), memory
 
     one = job(work)
-    assert one.env.meter == Meter(trained={1: (2 * 2 * 3, 2 * 2 * 9)}, forward_tokens=7, forward_pairs=29)
+    assert one.env.meter == Meter(trained={1: (3 + 2 * 2 * 3, 9 + 2 * 2 * 9)}, forward_tokens=7, forward_pairs=29)
 
 
 def test_probes_come_before_fits_and_are_counted() -> None:

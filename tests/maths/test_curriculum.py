@@ -10,7 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.maths.curriculum import easy_first, ends, enough, kept_rows, pace, stratified
+from fedpeft.maths.curriculum import (
+    easy_first,
+    ends,
+    enough,
+    kept_rows,
+    pace,
+    row_masks,
+    some_of,
+    stratified,
+    whole_batches,
+)
 
 TIMES = (0, 10, 20, 40, 60, 79, 80, 99)
 
@@ -72,6 +82,32 @@ def test_rows_that_are_kept() -> None:
     many = torch.cat([torch.tensor([100.0]), torch.full((39,), 1e-3)])
     assert kept_rows(many, 0.5, "energy", 0.9).sum() == 4, "a tenth of the rows at least"
     assert kept_rows(torch.tensor([5.0, 3.0, 2.0]), 0.5, "energy", 0.8).tolist() == [True, True, False]
+
+
+def test_masks_have_the_layout_of_their_matrices() -> None:
+    params = {"a.A": torch.zeros(3, 2).double(), "a.B": torch.zeros(2, 3), "head": torch.zeros(1)}
+    made = row_masks(params, {"a.A": torch.tensor([1.0, 3.0, 2.0]), "a.B": torch.zeros(2)}, 0.5)
+    assert made.keys() == {"a.A"} and made["a.A"].tolist() == [[0, 0], [1, 1], [1, 1]]
+    assert made["a.A"].dtype == torch.float64, "where a matrix has no information, all of it may change"
+
+
+def test_whole_batches_keep_their_rows() -> None:
+    """Three batches, two epochs: each once per epoch; five steps are of two epochs."""
+    rows, parts = [5, 3, 1, 0, 2], [[5, 3], [1, 0], [2]]
+    for steps, wanted in ((None, 6), (5, 5), (2, 2)):
+        got = whole_batches(rows, [2, 4, 5], 2, steps, np.random.default_rng(1))
+        assert len(got) == wanted and all(batch in parts for batch in got)
+        assert sorted(got[:3]) == sorted(parts) or len(got) < 3
+    assert (
+        whole_batches(rows, [2, 4, 5], 9, None, np.random.default_rng(1))[:3]
+        != whole_batches(rows, [2, 4, 5], 9, None, np.random.default_rng(1))[3:6]
+    )
+
+
+def test_some_rows_are_drawn_without_repeats() -> None:
+    got = some_of([9, 4, 7, 2], 3, np.random.default_rng(0))
+    assert len(set(got)) == 3 and got == [row for row in (9, 4, 7, 2) if row in got]
+    assert some_of([9, 4], 3, np.random.default_rng(0)) == [9, 4]
 
 
 def test_golden_number_of_layers_by_energy() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpeft.core.rng import rng_for
-from fedpeft.maths.layers import choose_layers, layer_count, layer_score
+from fedpeft.maths.layers import choose_layers, layer_count, layer_score, relative_changes
 
 RNG = rng_for(0, "test")
 
@@ -66,3 +66,12 @@ def test_choices() -> None:
     assert choose_layers(scores, 12, "middle", range(24), RNG) == tuple(range(6, 18))
     drawn = {choose_layers(scores, 2, "random", every, rng_for(s, "layers")) for s in range(40)}
     assert len(drawn) == 10 and all(a < b for a, b in drawn)
+
+
+def test_relative_changes_by_hand() -> None:
+    """Changes (1 2), (4 2), (1 3) of outputs (2 2), (4 4), (2 2); where nothing changes the number is still finite."""
+    changes = torch.tensor([[1.0, 2.0], [4.0, 2.0], [1.0, 3.0]])
+    sizes = torch.tensor([[2.0, 2.0], [4.0, 4.0], [2.0, 2.0]])
+    assert relative_changes(changes, sizes).tolist() == [0.75, 1.0]
+    assert relative_changes(changes, sizes, of_input=True).tolist() == pytest.approx([2.5, (1 / 4 + 3 / 2) / 2])
+    assert bool(torch.isfinite(relative_changes(torch.zeros(2, 2), torch.zeros(2, 2))).all())

@@ -164,10 +164,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def config(place: Path, **changes: Any) -> dict[str, Any]:
     values = small.config(place, model__name=str(place / "deep"), run__rounds=2, method__lr=2e-3)
     values["method"]["name"], values["adapter"] = "offsite", {}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
-    return values
+    return small.changed(values, changes)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tiny
 import tiny_lm
+from cohorts import alone, assert_close, together
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
 from fedpeft.core.fit import SGD, AdamW, Fit
@@ -106,13 +107,9 @@ def test_a_cohort_is_its_clients_one_by_one(family: str, budget: int) -> None:
         data = masked(tiny.place(client), 6 + client)
         batches = data.epochs(2, 3, tiny.place(10 + client))
         fits.append(Fit(adapter(of, client), data, batches, AdamW(1e-2, eps=1e-6)))
-    together, alone = of.fit_many(fits), [model(family).fit(fit) for fit in fits]
-    for one, other in zip(together, alone, strict=True):
-        assert not isinstance(one, Exception)
-        assert one.losses == pytest.approx(other.losses, rel=1e-9)
-        for name, t in other.params.items():
-            torch.testing.assert_close(one.params[name], t, rtol=1e-9, atol=1e-9)
-            assert not torch.equal(t, fits[0].params[name])
+    single = alone(model(family), fits)
+    assert_close(together(of, fits), single, 1e-9)
+    assert not any(torch.equal(t, fits[0].params[name]) for one in single for name, t in one.params.items())
 
 
 def test_another_precision_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,14 +90,19 @@ def test_clients_of_unequal_prefixes_need_our_own_form(tmp_path: Path) -> None:
     assert tree.sha256(import_adapter(tmp_path / "a", model)) == tree.sha256(params)
 
 
+def in_peft(family: str, place: Path) -> Any:
+    """PEFT's own model with the adapter of that folder."""
+    classifier = tiny.token_classifier(tiny.saved(family, place / "base", "float32"), 3, "float32")
+    return peft.PeftModel.from_pretrained(classifier, place / "adapter").eval()
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_prompt_gives_equal_logits_in_peft(family: str, tmp_path: Path) -> None:
     """PEFT's logits of the text's own tokens, pooled, are ours."""
     model = tiny.model(family, Prompt(length=P), dtype="float32")
     params, _ = exported(model, tmp_path / "adapter")
     data = tiny.examples(tiny.place(1), 6)
-    classifier = tiny.token_classifier(tiny.saved(family, tmp_path / "base", "float32"), 3, "float32")
-    wrapped = peft.PeftModel.from_pretrained(classifier, tmp_path / "adapter").eval()
+    wrapped = in_peft(family, tmp_path)
     batch = tiny.padded(data, 1)
     with torch.no_grad():
         logits = wrapped(**batch).logits[:, -batch["input_ids"].shape[1] :]
@@ -111,8 +116,7 @@ def test_a_prefix_has_pefts_layout(family: str, tmp_path: Path) -> None:
     """weight.view(P, layers, 2, heads, size), and PEFT loads it with its head."""
     model = tiny.model(family, Prefix(length=P), dtype="float32")
     params, _ = exported(model, tmp_path / "adapter")
-    classifier = tiny.token_classifier(tiny.saved(family, tmp_path / "base", "float32"), 3, "float32")
-    wrapped = peft.PeftModel.from_pretrained(classifier, tmp_path / "adapter").eval()
+    wrapped = in_peft(family, tmp_path)
     heads, size = key_value_size(model.base.module.config)
     weight = wrapped.prompt_encoder["default"].embedding.weight.detach().view(P, tiny.BLOCKS, 2, heads, size)
     for block in range(tiny.BLOCKS):
@@ -127,8 +131,7 @@ def test_a_prefix_gives_equal_logits_in_peft_at_the_texts_own_positions(family: 
     model = tiny.model(family, Prefix(length=P), dtype="float32")
     params, _ = exported(model, tmp_path / "adapter")
     data = tiny.examples(tiny.place(1), 6)
-    classifier = tiny.token_classifier(tiny.saved(family, tmp_path / "base", "float32"), 3, "float32")
-    wrapped = peft.PeftModel.from_pretrained(classifier, tmp_path / "adapter").eval()
+    wrapped = in_peft(family, tmp_path)
     batch = tiny.padded(data, 1)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     seen = torch.cat([mask.new_ones(len(ids), P), mask], dim=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import tiny
 import tiny_lm
+from cohorts import alone, assert_close, together
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
 from fedpeft.core.fit import SGD, AdamW, Fit
@@ -76,12 +77,7 @@ def test_a_cohort_is_its_clients_one_by_one(family: str, budget: int) -> None:
     for client in range(4):
         data = tiny.examples(tiny.place(client), 5 + client)
         fits.append(Fit(adapter(of, client), data, data.epochs(2, 3, tiny.place(9 + client)), AdamW(1e-2, eps=1e-6)))
-    together, alone = of.fit_many(fits), [model(family).fit(fit) for fit in fits]
-    for one, other in zip(together, alone, strict=True):
-        assert not isinstance(one, Exception)
-        assert one.losses == pytest.approx(other.losses, rel=1e-9)
-        for name, t in other.params.items():
-            torch.testing.assert_close(one.params[name], t, rtol=1e-9, atol=1e-9)
+    assert_close(together(of, fits), alone(model(family), fits), 1e-9)
 
 
 def test_gradient_by_finite_differences() -> None:

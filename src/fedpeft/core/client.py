@@ -186,6 +186,12 @@ class Metered:
         charge(self._meter, self._model, FisherProbe(params, data, rows))
         return self._model.fisher(params, data, rows, token_norm, also)
 
+    def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
+        """See `Model.fisher_many`."""
+        for probe in probes:
+            charge(self._meter, self._model, probe)
+        return self._model.fisher_many(probes)
+
     def sensitivity(
         self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
     ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fedpeft.core.errors import FitError, RecordError
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 
+R = TypeVar("R")
 Rate: TypeAlias = float | tuple[float, ...]
 Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -185,6 +186,14 @@ class Fitted:
     def loss(self) -> float:
         """The mean loss over the steps; 0 where there was no step."""
         return math.fsum(self.losses) / len(self.losses) if self.losses else 0.0
+
+
+def alone(results: Sequence[R | Exception]) -> R:
+    """The only result of a call for many; raises where it is what went wrong."""
+    (result,) = results
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 # --- validation -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.core.counts import ROUNDING, round_up
+from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 
 Pacing: TypeAlias = Literal["linear", "sqrt", "exp", "quad", "step"]
@@ -113,6 +114,12 @@ def stratified(order: Sequence[int], labels: Sequence[int]) -> list[int]:
     return sorted(order, key=lambda row: (places[row], rank[row]))
 
 
+def some_of(rows: Sequence[int], most: int, rng: Rng) -> list[int]:
+    """At most so many of the rows, drawn by chance, in their order."""
+    places = rng.choice(len(rows), size=min(most, len(rows)), replace=False)
+    return [rows[i] for i in sorted(places.tolist())]
+
+
 def ranked_batches(batches: Sequence[Sequence[int]], difficulty: Sequence[float]) -> tuple[list[int], list[int]]:
     """Whole batches from easy to hard, by their rows' mean difficulty: the rows in a row, and where batches end."""
     means = [sum(difficulty[row] for row in batch) / len(batch) for batch in batches]
@@ -123,6 +130,19 @@ def ranked_batches(batches: Sequence[Sequence[int]], difficulty: Sequence[float]
 def parted(rows: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
     """The batches that end there."""
     return [list(rows[begin:end]) for begin, end in pairwise((0, *ends))]
+
+
+def whole_batches(
+    rows: Sequence[int], ends: Sequence[int], epochs: int, steps: int | None, rng: Rng
+) -> list[list[int]]:
+    """The batches that end there, each epoch in an order of its own.
+
+    Args:
+        steps: so many batches, of as many epochs as that takes; None: `epochs` epochs.
+    """
+    whole = parted(rows, ends)
+    passes = epochs if steps is None else math.ceil(steps / len(whole))
+    return [whole[i] for _ in range(passes) for i in rng.permutation(len(whole)).tolist()][:steps]
 
 
 def ends(rows: int, size: int) -> list[int]:
@@ -150,6 +170,23 @@ def kept_rows(scores: Tensor, share: float, rule: RowRule = "fixed", energy: flo
         count = max(round_up(LEAST_ROWS * len(scores)), enough(scores[order].tolist(), energy))
     kept[order[: max(1, count)]] = True
     return kept
+
+
+def row_masks(
+    params: Params, scores: Params, share: float, rule: RowRule = "fixed", energy: float = 0.9
+) -> dict[str, Tensor]:
+    """1 in the rows that `kept_rows` keeps of each scored matrix, in its layout; nothing where that is every row.
+
+    Args:
+        params: has the matrices.
+        scores: (rows,) of some of them.
+    """
+    made = {}
+    for name, own in scores.items():
+        kept = kept_rows(own, share, rule, energy)
+        if not bool(kept.all()):
+            made[name] = kept[:, None].expand_as(params[name]).to(params[name].dtype)
+    return made
 
 
 def blended(before: Params, now: Params, gamma: float) -> dict[str, Tensor]:

@@ -36,6 +36,19 @@ def layer_score(outputs: Tensor) -> float:
     return float((eigenvalues.log() + 1 / eigenvalues).mean())
 
 
+def relative_changes(changes: Tensor, sizes: Tensor, of_input: bool = False) -> Tensor:
+    """(blocks,) float32: how much each block's output changes for its size, the mean over samples.
+
+    Args:
+        changes: (blocks + 1, samples) norms of the changes, first of what enters the lowest block.
+        sizes: (blocks + 1, samples) norms of the outputs.
+        of_input: for the change of what enters the block instead of its output's size.
+    """
+    changes, sizes = (t.double().clamp_min(1e-30) for t in (changes, sizes))
+    whole = changes[1:] / (changes[:-1] if of_input else sizes[1:])
+    return whole.mean(dim=1).float()
+
+
 def layer_count(ratio: float, layers: int, candidates: int) -> int:
     """clamp(ceil(ratio L), 1, number of candidates); a ratio that rounding puts just above a whole number counts less.
 

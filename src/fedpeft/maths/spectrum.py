@@ -123,6 +123,13 @@ def eigengap(theta: Tensor, omega: Tensor, lipschitz: float) -> Kept:
     return Kept(ratio, least <= ratio <= most, float(theta[m]), float(theta[m + 1]))
 
 
+def plateau_of_sizes(theta: Tensor, omega: Tensor) -> float | None:
+    """`plateau` of the eigenvalues' absolute values; None where it gives nothing."""
+    order = torch.argsort(theta.abs(), stable=True)
+    kept = plateau(theta.abs()[order], omega[order])
+    return kept.ratio if kept.usable else None
+
+
 def first_gap(values: Tensor, lipschitz: float) -> float | None:
     """1 - m / R, with m the first place of a gap above four Lipschitz constants between R values; None without one.
 

@@ -32,7 +32,6 @@ shared layers
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -54,7 +53,7 @@ from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.maths import curriculum, spectrum
 from fedpeft.maths.curriculum import Pacing, RowRule
-from fedpeft.maths.layers import choose_layers, layer_count
+from fedpeft.maths.layers import choose_layers, layer_count, relative_changes
 
 LANCZOS_STEPS, LANCZOS_PROBES = 50, 4  # of the spectrum, for gal_count eigengap and plateau
 DISPLACEMENTS, DISPLACEMENT = 4, 1e-2  # random steps for the Lipschitz constant, and their length over ||A||
@@ -241,14 +240,11 @@ class FibecFed(Tuning):
 
     def sensitivities(self, params: Params, env: ClientEnv) -> Tensor:
         """(blocks,) the mean relative change of every block's output."""
-        count = min(self.score_samples, len(env.data))
-        rows = sorted(env.rng("samples").choice(len(env.data), size=count, replace=False).tolist())
+        rows = curriculum.some_of(range(len(env.data)), self.score_samples, env.rng("samples"))
         found = env.model.sensitivity(
             params, env.data, rows, self.perturbation, self.gamma_eps, env.rng("perturbation")
         )
-        changes, sizes = (t.double().clamp_min(1e-30) for t in found)
-        whole = changes[1:] / (sizes[1:] if self.layer_score == "output" else changes[:-1])
-        return whole.mean(dim=1).float()
+        return relative_changes(*found, of_input=self.layer_score == "amplification")
 
     def measure(self, params: Params, env: ClientEnv) -> Generator[Fit, Fitted, float | None]:
         """The share of large eigenvalues of the Hessian over the factors B, None where the rule gives nothing."""
@@ -259,9 +255,7 @@ class FibecFed(Tuning):
         size, rng = tree.count(like), env.rng("probe")
         theta, omega = spectrum.lanczos(operator, size, LANCZOS_STEPS, rng, LANCZOS_PROBES)
         if self.gal_count == "plateau":
-            order = torch.argsort(theta.abs(), stable=True)
-            kept = spectrum.plateau(theta.abs()[order], omega[order])
-            return kept.ratio if kept.usable else None
+            return spectrum.plateau_of_sizes(theta, omega)
         length, rest = DISPLACEMENT * tree.norm(pairs.factors(params, "A")), []
         for _ in range(DISPLACEMENTS):
             step = torch.from_numpy(rng.standard_normal(size))
@@ -396,12 +390,10 @@ class FibecFed(Tuning):
         """The batches of a round: examples up to the pace, in fresh batches; or whole batches in fresh order."""
         ends = memory.ends.tolist()
         n = curriculum.pace(env.round - 1, env.rounds, len(ends), self.pacing, self.beta, self.alpha_pace)
-        rows, rng = memory.rows.tolist(), env.rng("batches")
+        rows = memory.rows.tolist()
         if self.batching == "sorted_samples":
             return local_batches(self, env, among=rows[: ends[n - 1]])
-        whole = curriculum.parted(rows, ends[:n])
-        epochs = self.epochs if self.steps is None else math.ceil(self.steps / n)
-        return [whole[i] for _ in range(epochs) for i in rng.permutation(n).tolist()][: self.steps]
+        return curriculum.whole_batches(rows, ends[:n], self.epochs, self.steps, env.rng("batches"))
 
     # --- sparse local updates ---
 
@@ -413,19 +405,13 @@ class FibecFed(Tuning):
         if not names or (self.rho_rule == "fixed" and self.rho == 1):
             return {}
         used = sorted({row for batch in batches for row in batch})
-        count = min(self.fisher_samples, len(used))
-        some = [used[i] for i in sorted(env.rng("fisher").choice(len(used), size=count, replace=False).tolist())]
+        some = curriculum.some_of(used, self.fisher_samples, env.rng("fisher"))
         found = yield FisherProbe(params, env.data, some, self.token_norm)
         return curriculum.blended(memory.fisher, {name: found.rows[name] for name in sorted(names)}, self.gamma)
 
     def mask(self, params: Params, fisher: Params) -> dict[str, Tensor]:
         """1 in the rows of local factors with most information; everything else may change."""
-        made = {}
-        for name, scores in fisher.items():
-            kept = curriculum.kept_rows(scores, self.rho, self.rho_rule, self.eta)
-            if not bool(kept.all()):
-                made[name] = kept[:, None].expand_as(params[name]).to(params[name].dtype)
-        return made
+        return curriculum.row_masks(params, fisher, self.rho, self.rho_rule, self.eta)
 
     # --- models, and what is told about the choice ---
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
-from fedpeft.core.fit import Fit, Fitted
+from fedpeft.core.fit import Fit, Fitted, alone
 from fedpeft.core.model import Target, Teacher
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params
@@ -78,10 +78,7 @@ def distil(model: HFModel, fit: Fit, teach: Teacher, temperature: float = 1.0, s
         raise FitError(f"the teacher's share of the loss is {share}; it must lie in [0, 1]")
     data = cast(Examples, fit.data)
     lesson = _Lesson(model, _lm(model, data), teach, temperature, share)
-    (fitted,) = train_many([fit], lesson, lambda own: model.check_params(own.params))
-    if isinstance(fitted, Exception):
-        raise fitted
-    return fitted
+    return alone(train_many([fit], lesson, lambda own: model.check_params(own.params)))
 
 
 def positions(data: Examples) -> NDArray[np.int64]:

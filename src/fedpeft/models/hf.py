@@ -17,19 +17,18 @@ from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import FitError, ModelError, RecordError
 from fedpeft.core.examples import Examples
-from fedpeft.core.fit import Data, Fit, Fitted, Soften, blocks_in
+from fedpeft.core.fit import Data, Fit, Fitted, alone, blocks_in
 from fedpeft.core.model import Fisher, FisherProbe, Perturbation, Teacher, TokenNorm
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
-from fedpeft.models import distil, probes, virtual
-from fedpeft.models.adapters import Partner, Rows, Shape, delta
+from fedpeft.models import checks, distil, probes, virtual
+from fedpeft.models.adapters import Rows, delta
 from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.kinds import build_adapter
-from fedpeft.models.adapters.prompt import complete
 from fedpeft.models.checkpointing import checkpointed
 from fedpeft.models.depth import saved
-from fedpeft.models.families import block_paths, is_decoder, slots
+from fedpeft.models.families import is_decoder, slots
 from fedpeft.models.fisher import fisher_many
 from fedpeft.models.lm_head import LmHead
 from fedpeft.models.load import Base
@@ -38,9 +37,9 @@ from fedpeft.models.parts import Batch, collate, cut
 from fedpeft.models.readouts import Item, Readout, Seen
 from fedpeft.models.readouts.head import HeadReadout
 from fedpeft.models.sensitivity import sensitivity
+from fedpeft.models.soften import softened
 
 TOKEN_BUDGET = 2048  # padded tokens of one forward pass
-_HEAD_PARTNERS: Mapping[str, Partner] = {"weight": ("bias", 0, 0), "bias": ("weight", 0, 0)}
 
 
 class HFModel:
@@ -82,13 +81,14 @@ class HFModel:
         self.places = slots(base.module, base.family) | self.slots
         self._last = is_decoder(base.family)
         self.readout: Readout = readout or HeadReadout(classes, self.width, self._last)
-        self._shapes: Mapping[str, Shape] = {
-            **self.adapter.shapes(),
-            **delta.shapes(self.places),
-            **self.readout.shapes(),
-        }
         self.weights: Mapping[str, str] = getattr(self.adapter, "weights", {})  # paths of the base's own, by name
-        self._partners = {**_HEAD_PARTNERS, **delta.PARTNERS, **self.adapter.partners}
+        self._layout = checks.Layout(
+            spec.kind,
+            {**self.adapter.shapes(), **delta.shapes(self.places), **self.readout.shapes()},
+            {**checks.HEAD_PARTNERS, **delta.PARTNERS, **self.adapter.partners},
+            self.weights.keys(),
+            self.adapter.networks,
+        )
         self._segments = int(getattr(base.module.config, "type_vocab_size", 0) or 0) > 1
         self._pad = int(getattr(base.module.config, "pad_token_id", None) or 0)
         caches = "use_cache" in inspect.signature(base.module.forward).parameters
@@ -158,53 +158,11 @@ class HFModel:
 
     def check(self, fit: Fit) -> None:
         """Raise FitError unless every parameter is one that this model has, in the right shape, with its partner."""
-        if not isinstance(fit.data, Examples):
-            raise FitError(f"a Fit's data is a {type(fit.data).__name__}; this model needs tokenised Examples")
-        for layer in (fit.params, *fit.also):
-            self.check_params(layer)
-        twice = [name for layer in fit.also for name in layer if name in self.readout.params]
-        if twice:
-            raise FitError(f"Fit.also holds {twice[0]!r}; a forward pass has one head, that of Fit.params")
-        self.readout.check(fit.params, fit.data)
-        try:
-            self.base.at(fit.base)
-        except ModelError as error:
-            raise FitError(f"Fit.base: {error}") from None
-        if (kept := blocks_in(fit.base)) is not None:
-            for name in (name for layer in (fit.params, *fit.also) for name in layer):
-                if block_of(name) not in (None, *kept):
-                    raise FitError(
-                        f"a Fit has {name!r}, whose block its base {fit.base!r} leaves out; leave it out, too"
-                    )
-        if fit.checkpointing and not block_paths(self.base.module, self.base.family):
-            raise FitError(
-                f"Fit.checkpointing needs to know the blocks, and those of the family {self.base.family!r} are not "
-                "known; leave it out, or use a BERT, RoBERTa, GPT-2 or Llama model"
-            )
+        checks.check_fit(self, fit)
 
     def check_params(self, params: Params) -> None:
         """Raise FitError at the first parameter that this model does not have, or not in this shape."""
-        for name, t in params.items():
-            want = self._shapes.get(name)
-            if want is None:
-                raise FitError(f"parameter {name!r} does not exist in this model with adapter {self._spec.kind!r}")
-            if len(want) != t.dim() or any(w is not None and w != n for w, n in zip(want, t.shape, strict=True)):
-                shown = tuple("any" if w is None else w for w in want)
-                raise FitError(f"parameter {name!r} has shape {tuple(t.shape)}; this model needs {shown}")
-        for name, t in params.items():
-            stem, _, side = name.rpartition(".")
-            if name in self.weights:  # each means something alone
-                continue
-            other, dim, partner_dim = self._partners.get(side, ("", 0, 0))
-            partner = f"{stem}.{other}"
-            if other and partner not in params:
-                raise FitError(f"parameter {name!r} came without its partner {partner}")
-            if other and t.shape[dim] != params[partner].shape[partner_dim]:
-                both = f"{tuple(t.shape)} and {tuple(params[partner].shape)}"
-                raise FitError(f"parameters {name!r} and {partner!r} do not fit together: {both}")
-        own = {name: (tuple(t.shape),) for name, t in params.items()}
-        for names, down, up in self.adapter.networks:
-            complete(names, down, up, params, own)
+        self._layout.check(params)
 
     def lowest_block(self, names: Iterable[str]) -> int:
         """The lowest block that these parameters act in: no backward pass goes below it.
@@ -220,10 +178,7 @@ class HFModel:
 
     def fit(self, fit: Fit) -> Fitted:
         """Train one fit; raises what went wrong."""
-        fitted = self.fit_many([fit])[0]
-        if isinstance(fitted, Exception):
-            raise fitted
-        return fitted
+        return alone(self.fit_many([fit]))
 
     def fit_many(self, fits: Sequence[Fit]) -> list[Fitted | Exception]:
         """Train every fit, the whole cohort in the same passes; a failed one gives its exception.
@@ -266,18 +221,8 @@ class HFModel:
             items = [every[i] for i in part]
             kept = checkpointed(base) if stack.fits[0].checkpointing else nullcontext()
             with kept, self.seen(base, stack, items, step) as seen:  # in place until the consumer's backward has ended
-                terms = self._softened(self.readout.losses(seen), items, stack.fits)
+                terms = softened(self.readout.losses(seen), items, stack.fits)
                 yield items, terms * torch.from_numpy(shares[part]).to(terms)
-
-    def _softened(self, losses: Tensor, items: Sequence[Item], fits: Sequence[Fit]) -> Tensor:
-        """The losses, with smaller gradients where `Fit.soften` says so."""
-        if not any(fit.soften for fit in fits):
-            return losses
-        soft = [fits[item.client].soften or Soften(float("inf"), 0.0) for item in items]
-        bounds = torch.tensor([s.threshold for s in soft], dtype=losses.dtype, device=self.device)
-        shares = torch.tensor([s.share for s in soft], dtype=losses.dtype, device=self.device)
-        fixed = losses.detach()
-        return torch.where(fixed > bounds, (1 - shares) * losses + shares * fixed, losses)
 
     def cost(self, fit: Fit) -> tuple[int, int, int]:
         """See `train.Objective`: tokens and pairs of all rows that a fit uses, prompts included."""
@@ -438,10 +383,7 @@ class HFModel:
         also: tuple[Params, ...] = (),
     ) -> Fisher:
         """See `Model.fisher`; raises what went wrong."""
-        (found,) = self.fisher_many([FisherProbe(params, data, rows, token_norm, also)])
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return alone(self.fisher_many([FisherProbe(params, data, rows, token_norm, also)]))
 
     def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
         """See `fisher.fisher_many`."""

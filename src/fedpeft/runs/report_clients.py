@@ -44,10 +44,7 @@ def partition_picture(run: History, suffix: str) -> str:
     most = sum(clients[0].label_counts)
     some = f"{len(shown)} of {len(clients)} clients, evenly chosen" if len(shown) < len(clients) else ""
     below = "<span>largest client</span>" + (f"<span>{some}</span>" if some else "") + "<span>smallest</span>"
-    frame = (
-        f'<div class="columns-frame"><div class="scale"><span>{most:,}</span><span>rows</span><span>0</span></div>'
-        f'{picture}<div class="below">{below if len(shown) > 1 else ""}</div></div>'
-    )
+    frame = _frame(picture, most, below if len(shown) > 1 else "")
     kind = (run.config.get("partition") or {}).get("kind", "")
     sizes = [sum(c.label_counts) for c in clients]
     note = (
@@ -87,8 +84,16 @@ def labels_in_training(run: History) -> str:
         + (f" and {shares[1]:.2f} in round {rounds[-1]}." if len(rounds) > 1 else ".")
     )
     picture = charts.stacked_columns(bars, names, colours, "round")
-    below = f'<div class="below"><span>round {rounds[0]}</span><span>round {rounds[-1]}</span></div>'
-    return section("Which labels were trained on", note, f"{picture}{below}{_legend(names, colours)}")
+    ends = dict.fromkeys((rounds[0], rounds[-1]))
+    below = "".join(f"<span>round {r}</span>" for r in ends)
+    frame = _frame(picture, max(sum(counts) for _, counts in bars), below)
+    return section("Which labels were trained on", note, frame + _legend(names, colours))
+
+
+def _frame(picture: str, most: int, below: str) -> str:
+    """Columns of rows with their scale, and what stands below them."""
+    scale = f'<div class="scale"><span>{most:,}</span><span>rows</span><span>0</span></div>'
+    return f'<div class="columns-frame">{scale}{picture}<div class="below">{below}</div></div>'
 
 
 def _purity(counts: Sequence[Sequence[int]]) -> float:
