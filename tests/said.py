@@ -40,7 +40,4 @@ def config(place: Path, **changes: Any) -> dict[str, Any]:
         "generate_rows": 3, "generate_tokens": 4,
     }  # fmt: skip
     values["proxy"] = {"large": str(place / "proxy-gpt2")}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
-    return values
+    return small.changed(values, changes)
