@@ -79,8 +79,8 @@ def profile(
     """
     where = resolve_device(device)
     config = SMALL if model is None else read_config(model)
-    trained, predicted = _model(config, where)
-    speed = measure_speed(trained, config)
+    trained, predicted = random_model(config, where)
+    speed = measure_speed(trained)
     ratio = _peak_ratio(trained, predicted, where)
     free, context = free_memory(where)
     up, down = (0.0, 0.0) if address is None else bandwidth(address)
@@ -109,7 +109,7 @@ def profile(
     }
 
 
-def _model(config: dict[str, Any], where: torch.device) -> tuple[HFModel, Callable[[int], int]]:
+def random_model(config: dict[str, Any], where: torch.device) -> tuple[HFModel, Callable[[int], int]]:
     """A model of this shape with random weights and few layers, and the planner's peak memory for a number of rows."""
     from transformers import AutoConfig, AutoModel
 
@@ -135,7 +135,7 @@ def rows_of(count: int, vocabulary: int) -> Examples:
     return Examples(tuple(ids), rng.integers(CLASSES, size=count))
 
 
-def measure_speed(model: HFModel, config: dict[str, Any]) -> Speed:
+def measure_speed(model: HFModel) -> Speed:
     """Operations per second and overhead from steps of b and 2 b rows; medians of interleaved repetitions."""
     shape = shape_of(model.config)
     ranks = {w.name: RANK for w in weights(shape, ("query", "value"))}
