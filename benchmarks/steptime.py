@@ -5,13 +5,15 @@
 In every turn speed and overhead are measured as `fedpeft profile --model` does it, on a model of the family's shape
 with few layers, and then one step of every setting: predicted over measured is a ratio of neighbours in time. Settings
 differ in rows, tokens, rank, matrices, lowest trained block, base and loss; nearly all are other steps than those that
-the profile was measured on. One client with LoRA trains on a transformer with random weights.
+the profile was measured on. One client with LoRA trains on a transformer with random weights. Both are processor time,
+divided by the threads, so that what else runs on the machine counts little.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 
 from benchmarks import peak, record, timing, workload
 from benchmarks.peak import Setting
+from fedpeft.app.profiling import REPEATS, measure_speed, random_model
 
 EVERY = "query key value output up down"
 SETTINGS = {
@@ -64,8 +67,10 @@ def works(options: argparse.Namespace, setting: Setting) -> tuple[Callable[[], o
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All ratios of one run."""
-    from fedpeft.app.profiling import measure_speed, random_model
     from fedpeft.planner.device import Profile
+
+    def clock() -> float:
+        return time.process_time() / options.threads
 
     settings = {name: setting for name, setting in SETTINGS.items() if setting.family in options.families}
     short = {
@@ -79,12 +84,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {family: [] for family in options.families}
     for _ in range(options.repeats):
         for family, model in short.items():
-            speed = measure_speed(model)
+            speed = measure_speed(model, options.profile_repeats, clock)
             machine = Profile(flops_per_s=speed.flops_per_s, step_overhead_s=speed.overhead_s)
             speeds[family].append(speed.flops_per_s)
             for name in (name for name, setting in settings.items() if setting.family == family):
                 work, predict = made[name]
-                seconds[name].append(timing.seconds(work) / STEPS)
+                start = clock()
+                work()
+                seconds[name].append((clock() - start) / STEPS)
                 told[name].append(predict(machine))
     ratios = {name: timing.ratios(told[name], seconds[name]) for name in made}
     return {
@@ -104,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--shrink", type=int, default=1, help="divides the tokens of a row")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile-repeats", type=int, default=REPEATS, help="of the steps that a profile is made of")
     families = list(dict.fromkeys(setting.family for setting in SETTINGS.values()))
     parser.add_argument("--families", nargs="+", default=families, choices=families)
     options = parser.parse_args(arguments)

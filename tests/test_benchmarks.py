@@ -16,7 +16,7 @@ RUNS = {
     "null_client": "--clients 3 --rounds 2 --starts 1",
     "memory": "--model tiny --clients 2 3 --rows 2 --cohort-batching 2",
     "peak": "--width 64 --layers 2 --vocabulary 100 --shrink 16 --settings bert llama",
-    "steptime": "--width 32 --layers 2 --vocabulary 100 --shrink 16 --repeats 1 --families llama",
+    "steptime": "--width 32 --layers 1 --vocabulary 100 --shrink 16 --repeats 1 --profile-repeats 1 --families llama",
     "overhead": f"{TINY} --repeats 2",
     "cohort": f"{TINY} --repeats 2 --matrix 32 --profile 3",
     "prefix": f"{TINY} --repeats 2",
