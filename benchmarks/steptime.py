@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from fedpeft.planner.device import Profile
 
     def clock() -> float:
-        return time.process_time() / options.threads
+        return time.process_time() / int(options.threads)
 
     settings = {name: setting for name, setting in SETTINGS.items() if setting.family in options.families}
     short = {
