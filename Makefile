@@ -47,6 +47,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.null_client
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.peak
+	$(BIN)/python -m benchmarks.steptime --threads 1
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.cohort --clients 10
 	$(BIN)/python -m benchmarks.cohort --clients 30

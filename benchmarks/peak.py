@@ -17,20 +17,38 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import record
 from benchmarks.memory import peak_bytes
+from fedpeft.planner.cost import Shape
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
-SETTINGS = {  # family, kinds, lowest block, rank, rows, tokens, whether a language model
-    "bert": ("bert", "query value", 0, 8, 16, 128, False),
-    "bert, upper half, all matrices": ("bert", "query key value output up down", 3, 8, 16, 128, False),
-    "gpt2, language model": ("gpt2", "query key value output", 0, 4, 8, 256, True),
-    "gpt2, last two blocks": ("gpt2", "query value", 4, 16, 8, 256, False),
-    "llama": ("llama", "query value", 0, 8, 4, 512, False),
-    "llama, language model": ("llama", "query key value output gate up down", 0, 16, 4, 512, True),
-    "llama, last block's down": ("llama", "down", 5, 8, 4, 512, False),
+CLASSES = 6
+
+
+class Setting(NamedTuple):
+    """What is trained."""
+
+    family: str
+    kinds: str
+    lowest: int  # block
+    rank: int
+    rows: int
+    tokens: int
+    language_model: bool = False
+    base: str = ""  # precision
+    checkpointing: bool = False
+
+
+SETTINGS = {
+    "bert": Setting("bert", "query value", 0, 8, 16, 128),
+    "bert, upper half, all matrices": Setting("bert", "query key value output up down", 3, 8, 16, 128),
+    "gpt2, language model": Setting("gpt2", "query key value output", 0, 4, 8, 256, True),
+    "gpt2, last two blocks": Setting("gpt2", "query value", 4, 16, 8, 256),
+    "llama": Setting("llama", "query value", 0, 8, 4, 512),
+    "llama, language model": Setting("llama", "query key value output gate up down", 0, 16, 4, 512, True),
+    "llama, last block's down": Setting("llama", "down", 5, 8, 4, 512),
 }
 
 
@@ -47,47 +65,71 @@ def one(options: argparse.Namespace, name: str) -> dict[str, int]:
 
 def inside(options: argparse.Namespace, name: str) -> dict[str, int]:
     """Train here."""
+    from benchmarks import workload
+    from fedpeft.core.fit import AdamW, Fit
+    from fedpeft.core.rng import rng_for
+    from fedpeft.planner.cost import Step
+    from fedpeft.planner.memory import peak_memory
+
+    workload.use_threads(options.threads)
+    model, data, tiny, shape, trained = prepared(options, SETTINGS[name])
+    model.fit(Fit(model.init(rng_for(0, "adapter")), tiny, [[0]], AdamW(1e-3)))  # what is made once
+    gc.collect()
+    before = _forget_peak()
+    rows, classes = len(data), None if SETTINGS[name].language_model else CLASSES
+    model.fit(Fit(model.init(rng_for(0, "adapter")), data, [list(range(rows))] * 2, AdamW(1e-3)))
+    found = peak_memory(shape, Step(rows, tokens_of(options, SETTINGS[name]), trained, classes=classes))
+    return {"base": found.base, "predicted": found.peak - found.base, "measured": peak_bytes() - before}
+
+
+def tokens_of(options: argparse.Namespace, setting: Setting) -> int:
+    """Of a row, as far as the options leave them."""
+    return max(4, setting.tokens // int(options.shrink))
+
+
+def prepared(options: argparse.Namespace, setting: Setting) -> tuple[Any, Any, Any, Shape, dict[str, int]]:
+    """A model with random weights, its rows, a tiny row, and for the planner the shape and the ranks that train."""
     from dataclasses import replace
 
     from benchmarks import workload
     from fedpeft.core.adapter import Lora
-    from fedpeft.core.fit import AdamW, Fit
-    from fedpeft.core.rng import rng_for
     from fedpeft.models.hf import HFModel
     from fedpeft.models.lm_head import lm_head_of
     from fedpeft.models.readouts.verbalizer import VerbalizerReadout
-    from fedpeft.planner.cost import Step, shape_of, weights
-    from fedpeft.planner.memory import peak_memory
+    from fedpeft.planner.cost import shape_of, weights
 
-    workload.use_threads(options.threads)
-    family, targets, lowest, rank, rows, tokens, language_model = SETTINGS[name]
-    tokens, kinds, lowest = max(4, tokens // options.shrink), tuple(targets.split()), min(lowest, options.layers - 1)
-    whole, base = _transformer(options, family)
+    family, targets, lowest, rank, rows, _, language_model, *_ = setting
+    tokens, kinds = tokens_of(options, setting), tuple(targets.split())
+    lowest = min(lowest, options.layers - 1)
+    whole, base = transformer(options, family)
     readout = VerbalizerReadout(lm_head_of(whole, base), [[7] * (tokens - 1)]) if language_model else None
     blocks = tuple(range(lowest, options.layers))
-    model = HFModel(base, Lora(rank, 2.0 * rank, targets=kinds, blocks=blocks), 6, rows * tokens, readout)
+    model = HFModel(base, Lora(rank, 2.0 * rank, targets=kinds, blocks=blocks), CLASSES, rows * tokens, readout)
     data = workload.random_rows("client", rows, 1 if language_model else tokens, options.vocabulary)
+    tiny = workload.random_rows("tiny", 1, 1, options.vocabulary)
     if language_model:
         data = replace(data, labels=data.labels * 0)
-    tiny = workload.random_rows("tiny", 1, 1, options.vocabulary)
-    params = model.init(rng_for(0, "adapter"))
-    model.fit(Fit(params, replace(tiny, labels=tiny.labels * 0), [[0]], AdamW(1e-3)))  # what is made once
-    del whole, params
-    gc.collect()
-    before = _forget_peak()
-    model.fit(Fit(model.init(rng_for(0, "adapter")), data, [list(range(rows))] * 2, AdamW(1e-3)))
     shape = replace(shape_of(base.config, language_model), lm_share=(tokens - 1) / tokens if language_model else 1.0)
     trained = {w.name: rank for w in weights(shape, kinds) if w.block >= lowest}
-    found = peak_memory(shape, Step(rows, tokens, trained, classes=None if language_model else 6))
-    return {"base": found.base, "predicted": found.peak - found.base, "measured": peak_bytes() - before}
+    return model, data, replace(tiny, labels=tiny.labels * 0), shape, trained
 
 
-def _transformer(options: argparse.Namespace, family: str) -> tuple[Any, Any]:
+def transformer(options: argparse.Namespace, family: str) -> tuple[Any, Any]:
     """A language model with random weights, and the frozen transformer in it."""
     import torch
     import transformers
 
     from fedpeft.models.load import freeze
+
+    config = configuration(options, family)
+    kind: Any = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    whole = kind.from_config(config)
+    return whole, freeze(whole.base_model, None, family, torch.device("cpu"))
+
+
+def configuration(options: argparse.Namespace, family: str) -> Any:
+    """Of the transformer, as transformers has it."""
+    import transformers
 
     d, layers = options.width, options.layers
     sizes = {"hidden_size": d, "num_hidden_layers": layers, "intermediate_size": 4 * d, "num_attention_heads": d // 16}
@@ -96,10 +138,7 @@ def _transformer(options: argparse.Namespace, family: str) -> tuple[Any, Any]:
         sizes["eos_token_id"] = 2
     if family == "llama":
         sizes |= {"num_key_value_heads": d // 32, "intermediate_size": 11 * d // 4}
-    config = transformers.AutoConfig.for_model(family, vocab_size=options.vocabulary, **sizes)
-    kind: Any = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
-    whole = kind.from_config(config)
-    return whole, freeze(whole.base_model, None, family, torch.device("cpu"))
+    return transformers.AutoConfig.for_model(family, vocab_size=options.vocabulary, **sizes)
 
 
 def _forget_peak() -> int:

@@ -16,6 +16,7 @@ RUNS = {
     "null_client": "--clients 3 --rounds 2 --starts 1",
     "memory": "--model tiny --clients 2 3 --rows 2 --cohort-batching 2",
     "peak": "--width 64 --layers 2 --vocabulary 100 --shrink 16 --settings bert llama",
+    "steptime": "--width 32 --layers 1 --vocabulary 100 --shrink 16 --repeats 1 --profile-repeats 1 --families llama",
     "overhead": f"{TINY} --repeats 2",
     "cohort": f"{TINY} --repeats 2 --matrix 32 --profile 3",
     "prefix": f"{TINY} --repeats 2",
@@ -81,6 +82,16 @@ def test_predicted_peaks_are_compared_in_processes_of_their_own(tmp_path):
     assert result.keys() == {"bert", "llama"}
     for each in result.values():
         assert 0 < each["predicted"] < 10e6 and each["base"] > 0 and each["measured"] < 500e6
+
+
+def test_predicted_step_times_stand_beside_measured_ones(tmp_path):
+    """Of one turn, median, least and greatest are its one ratio."""
+    result = measured("steptime", tmp_path)
+    assert result["predicted_s"].keys() == result["seconds"].keys() == result["ratio"].keys()
+    assert result["flops_per_s"]["llama"] > 0 and min(result["seconds"].values()) > 0
+    for name in result["ratio"]:
+        ratio = result["predicted_s"][name] / result["seconds"][name]
+        assert result["ratio"][name] == {key: pytest.approx(ratio) for key in ("median", "min", "max")}
 
 
 def test_imports_are_slower_than_an_empty_interpreter(tmp_path):

@@ -17,6 +17,7 @@ from fedpeft.models.hf import HFModel
 from fedpeft.models.lm_head import lm_head_of
 from fedpeft.models.load import freeze
 from fedpeft.models.readouts.generate import GenerateReadout
+from fedpeft.planner.warmup import WarmUp
 
 PLANTED, STEPS, BATCH, ROWS, LENGTH, VOCABULARY = 4, 150, 48, 2048, 16, 64
 
@@ -55,8 +56,8 @@ def recall(seed: int, score: str) -> float:
     """The share of the planted matrices among the four that score highest; by chance .14."""
     model, data, planted = world(seed)
     env = ClientEnv("c0", model, {"train": data}, seed, 1)
-    own = FedPipe(score=score, warmup_steps=STEPS)  # type: ignore[arg-type]
-    work = own.warm_up(Warmup(BATCH, "full", 1, 28, {}, {}), Memory(), env)
+    own = FedPipe(score=score)  # type: ignore[arg-type]
+    work = own.warm_up(Warmup(WarmUp("full", BATCH, 1, STEPS), 28, {}, {}), Memory(), env)
     fit = next(work)
     try:
         while True:

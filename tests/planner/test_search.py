@@ -369,3 +369,25 @@ def test_bad_choices_are_told_all_at_once() -> None:
 def test_a_prediction_is_plain_data() -> None:
     told = Predicted(1, 1.0, 2.0, 3, 4, 0.25, 0.5)
     assert told.value == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
+def test_among_the_same_weights_less_is_left_undone_than_by_one_configuration_for_all(share: float) -> None:
+    """Speeds 4 : 2 : 1.5 : 1; 1.5, 1, .7 and .5 times the memory that query and value at rank 8 take with 8 rows."""
+    shape = shape_of(BERT)
+    every = weights(shape, ("query", "value"))
+    job = Job(shape, every, {w.name: 1 / len(every) for w in every}, 128, 100.0, 4, choices=Choices(ranks=(2, 4, 8)))
+    peak = Costs(job, MACHINE, 200).bytes(Setting("full", 8, 0, False), {w.name: 8 for w in every}) / 0.9
+    machines = {
+        str(speed): (
+            dataclasses.replace(
+                MACHINE, flops_per_s=1e11 * speed, memory_bytes=int(room * peak), step_overhead_s=0.01 / speed
+            ),
+            200,
+        )
+        for speed, room in ((4, 1.5), (2, 1.0), (1.5, 0.7), (1, 0.5))
+    }
+    deadline = share * plan_fleet(job, machines, 1e6, uniform=True).plans["1"].predicted.round_s
+    one, own = plan_fleet(job, machines, deadline, uniform=True), plan_fleet(job, machines, deadline)
+    assert not one.excluded and not own.excluded and one.under_training > 0
+    assert own.under_training < one.under_training

@@ -83,8 +83,8 @@ def profile(
     """
     where = resolve_device(device)
     config = SMALL if model is None else read_config(model)
-    trained, predicted = _model(config, where)
-    speed = measure_speed(trained, config)
+    trained, predicted = random_model(config, where)
+    speed = measure_speed(trained, REPEATS)
     ratio = _peak_ratio(trained, predicted, where)
     took = step_seconds(trained)
     free, context = free_memory(where)
@@ -115,7 +115,7 @@ def profile(
     }
 
 
-def _model(config: dict[str, Any], where: torch.device) -> tuple[HFModel, Callable[[int], int]]:
+def random_model(config: dict[str, Any], where: torch.device) -> tuple[HFModel, Callable[[int], int]]:
     """A model of this shape with random weights and few layers, and the planner's peak memory for a number of rows."""
     from transformers import AutoConfig, AutoModel
 
@@ -141,8 +141,12 @@ def rows_of(count: int, vocabulary: int) -> Examples:
     return Examples(tuple(ids), rng.integers(CLASSES, size=count))
 
 
-def measure_speed(model: HFModel, config: dict[str, Any]) -> Speed:
-    """Operations per second and overhead from steps of b and 2 b rows; medians of interleaved repetitions."""
+def measure_speed(model: HFModel, repeats: int = REPEATS, clock: Callable[[], float] = time.perf_counter) -> Speed:
+    """Operations per second and overhead from steps of b and 2 b rows; medians of interleaved repetitions.
+
+    Args:
+        clock: seconds; processor time leaves out what else runs on the machine.
+    """
     shape = shape_of(model.config)
     ranks = {w.name: RANK for w in weights(shape, ("query", "value"))}
     counts = (ROWS, 2 * ROWS, 3 * ROWS)
@@ -150,21 +154,21 @@ def measure_speed(model: HFModel, config: dict[str, Any]) -> Speed:
     params = model.init(rng_for(0, "adapter"))
     fits = [Fit(params, rows_of(n, shape.vocab), [list(range(n))] * 3, AdamW(1e-3)) for n in counts]
     times: list[list[float]] = [[] for _ in counts]
-    for turn in range(REPEATS + 1):
+    for turn in range(repeats + 1):
         for own, fit in zip(times, fits, strict=True):
-            seconds = _timed(model, fit)
+            seconds = _timed(model, fit, clock)
             if turn:  # the first turn warms up
                 own.append(seconds)
     return solve(flops, [statistics.median(own) for own in times])
 
 
-def _timed(model: HFModel, fit: Fit) -> float:
+def _timed(model: HFModel, fit: Fit, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one step."""
-    start = time.perf_counter()
+    start = clock()
     model.fit(fit)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    return (time.perf_counter() - start) / fit.steps
+    return (clock() - start) / fit.steps
 
 
 def solve(flops: list[int], seconds: list[float]) -> Speed:
