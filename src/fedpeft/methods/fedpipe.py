@@ -49,7 +49,7 @@ from fedpeft.core.tree import Params
 from fedpeft.maths import lowrank, sensitivity
 from fedpeft.planner.device import DEFAULT, Profile, check_profile
 from fedpeft.planner.fleet import Search, scores_of
-from fedpeft.planner.plan import Choices, job_of
+from fedpeft.planner.plan import BATCHES, DEPTHS, RANKS, Choices, job_of
 from fedpeft.planner.prices import Costs
 from fedpeft.planner.roster import Demands, Report, Roster, check_report
 from fedpeft.planner.warmup import WarmUp, warm_up_room
@@ -148,9 +148,9 @@ class FedPipe(Defaults):
     warmup_lr: float = 3e-3  # learning rate of the warm-up
     orth: float = 0.1  # weight of the orthogonality of P and Q in the warm-up
     refresh_every: int = 0  # rounds after which importance is measured and planned again; 0: once
-    ranks: tuple[int, ...] = (2, 4, 8, 16)  # R; those above adapter.rank are left out
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # B: rows per step to choose from; lr is the same for all of them
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)  # shares of the blocks below the lowest trained one
+    ranks: tuple[int, ...] = RANKS  # R; those above adapter.rank are left out
+    batches: tuple[int, ...] = BATCHES  # B: rows per step to choose from; lr is the same for all of them
+    depths: tuple[float, ...] = DEPTHS  # shares of the blocks below the lowest trained one
     bits: Literal["largest", "search", "full"] = "largest"  # of the base: the most that fit, any, or as it is loaded
     simulate: bool = False  # a quantised base is rounded and kept in its own type: no memory is saved, steps are faster
     kappa: float = 0.1  # what the error of a quantised base costs the planner, with bits search
