@@ -109,8 +109,14 @@ def test_clients_that_are_away_or_late_are_lost_in_the_estimate_too(place: Path,
     assert done["bytes_down"] + done["bytes_up"] == pytest.approx(estimate["bytes"], rel=0.03)
 
 
-def test_what_is_computed_besides_training_is_not_known(place: Path) -> None:
-    estimate = app.check(small.config(place, method__schedule="loss"))["estimate"]
+@pytest.mark.parametrize("schedule", ["loss", "fisher"])
+def test_what_is_computed_besides_training_is_not_known(
+    place: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in rehearsal.COMPUTING:  # nor is it computed
+        if name != "fit":
+            monkeypatch.setattr(HFModel, name, None)
+    estimate = app.check(small.config(place, method__schedule=schedule))["estimate"]
     assert "every round sends what the first one does" in estimate["assuming_that"]
 
 

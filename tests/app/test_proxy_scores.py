@@ -98,6 +98,7 @@ def test_own_proxies_are_the_mean_over_clients_at_an_alpha_of_their_own(local: a
         each.append({**held.scores(own, curve.best, "test")["proxy"], "alpha": curve.best})
     told = found["test"]["personalized_proxy"]
     assert told["clients"] == len(fed.clients) == 4
+    assert found["rounds"]["personalized_proxy"] == found["rounds"]["ensemble_proxy"] == checkpoint.round
     for key in ("loss", "perplexity", "alpha"):
         assert told[key] == pytest.approx(statistics.fmean(own[key] for own in each), rel=1e-5)
     assert each[0]["alpha"] > 0 == each[-1]["alpha"], "a client that was not trained steers nothing"

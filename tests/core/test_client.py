@@ -240,6 +240,9 @@ def test_probes_come_before_fits_and_are_counted() -> None:
     assert jobs[0].result is not None and jobs[0].result[0].params["w"] == 9.0 + 1
     assert jobs[0].env.meter.trained == {1: (30 + 7, 90 + 29)}
     assert isinstance(jobs[2].error, DivergedError)
+    alone = env()
+    answer(exchange(looks), Weights({"w": torch.tensor(1.0)}), Nothing(), alone)
+    assert alone.meter.trained == jobs[0].env.meter.trained
 
 
 def test_a_probe_that_fails_is_thrown_into_its_own_work() -> None:

@@ -223,6 +223,7 @@ def test_what_cannot_be_scored() -> None:
         ([[4], []], {}, "some without tokens"),
         ([[4], [60]], {}, "not all among 60"),
         ([[4], [5]], {"normalise": "prior"}, "an empty prompt"),
+        ([[4], [5]], {"normalise": "mean"}, "normalise is 'mean'; use one of sum, tokens, bytes, prior"),
     ):
         with pytest.raises(RequestError, match=words):
             choose_continuation(trio, [3], options, 1.0, **how)  # type: ignore[arg-type]

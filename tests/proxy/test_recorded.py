@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import resource
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_a_killed_recording_is_made_again(tmp_path: Path) -> None:
         own.forced([0])
     assert not list(tmp_path.glob("*.scores"))
     torch.testing.assert_close(recorded(tmp_path).forced([0]).logits, recorded().forced([0]).logits, rtol=0, atol=1e-4)
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    """Who comes second is refused, and takes nothing from the first; what a killed one left is written anew."""
+    own = recorded(tmp_path)
+    draft = tmp_path / f"{own.key[:32]}.scores.tmp"
+    draft.write_bytes(b"left by a killed process")
+    with draft.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match=r"another process is writing .*scores\.tmp now; wait until it is done"):
+            own.forced([0])
+    assert draft.read_bytes() == b"left by a killed process"
+    torch.testing.assert_close(own.forced([0]).logits, recorded().forced([0]).logits, rtol=0, atol=1e-4)
+    assert not draft.exists()
 
 
 @pytest.mark.parametrize("few", [False, True])

@@ -61,9 +61,10 @@ class Steering:
     def scores(self, split: str) -> Metrics:
         """Metrics by who says it, on a split of the run; nothing where the large model tells no losses.
 
-        Every client's own adapter steers with the alpha that is best for it on the validation texts. What is told of
-        these proxies is the mean over clients, each scored on all rows of the split (the baseline "local proxy"). Their
-        ensemble is steered by the mean of their changes, z_L + alpha mean_k (z_Tk - z_B).
+        Every client's own adapter steers with the alpha that the run would choose for it: `proxy.alpha` where that is a
+        number, else by `proxy.select` on the validation texts. What is told of these proxies is the mean over clients,
+        each scored on all rows of the split (the baseline "local proxy"). Their ensemble is steered by the mean of
+        their changes, z_L + alpha mean_k (z_Tk - z_B), with an alpha of least loss.
         """
         held = self.held
         found = held.scores(self.params, self.alpha, split)
@@ -115,7 +116,8 @@ def steering(
     before, now = manifest.get("large_identity"), held.large.caps.identity
     if before != now:
         raise RequestError(f"the large model of {folder.path} was {before}, and is {now} now; restore it, or {WITHOUT}")
-    if (folder.path / SCORES).is_dir():
+    finished = manifest.get("status") == "finished"
+    if finished and (folder.path / SCORES).is_dir():  # while a run goes on, what it keeps is its own
         held.folder = folder.path
-    told = manifest.get("proxy", {}).get("alpha") if manifest.get("status") == "finished" else None
+    told = manifest.get("proxy", {}).get("alpha") if finished else None
     return Steering(held, params, held.chosen(params) if told is None else float(told), own)

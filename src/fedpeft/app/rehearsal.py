@@ -27,7 +27,10 @@ log = logging.getLogger("fedpeft")
 MOST_BYTES, MOST_TURNS = 2**27, 1000  # after which the rounds that are left are taken for like the last ones
 LOSS = 0.7071067811865476  # of every step: as long in a record as a real one
 EXPECTED = ("not available", "late")  # reasons to be lost that a run has, too
-COMPUTING = ("fit", "fisher", "hessian", "hidden", "logits", "losses", "outcomes", "score", "sensitivity", "generate")
+COMPUTING = (
+    "fit", "fisher", "fisher_many", "hessian", "hidden", "logits", "token_logits", "losses", "item_losses", "outcomes",
+    "score", "sensitivity", "distil",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

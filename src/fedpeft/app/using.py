@@ -28,7 +28,7 @@ from fedpeft.data.tasks import Table, load_task, read_texts
 from fedpeft.models.export import export_adapter, export_merged
 from fedpeft.models.peft_folder import read_json
 from fedpeft.runs.files import make_folder, write_file
-from fedpeft.runs.history import GLOBAL, PERSONALIZED, PROXY
+from fedpeft.runs.history import ENSEMBLE, GLOBAL, OWN_PROXIES, PERSONALIZED, PROXY
 from fedpeft.runs.metrics import metrics_of
 from fedpeft.runs.store import Checkpoint, RunFolder
 from fedpeft.runs.units import count_text
@@ -62,11 +62,14 @@ def evaluate(
         own = partial(_own_params, opened, fed, checkpoint) if own_proxies else None
         asked = steering(fed, opened, params, own)
         rounds = {GLOBAL: checkpoint.best_round}
-        if asked is not None and asked.missing is None:
-            rounds[PROXY] = checkpoint.best_round
+        voices = {PROXY: checkpoint.best_round}
+        if own_proxies:
+            voices |= dict.fromkeys((OWN_PROXIES, ENSEMBLE), max(checkpoint.round, 0))
         rest: dict[str, Any] = {"rounds": rounds}
-        if asked is not None and asked.missing is not None:
-            rest["not_scored"] = {PROXY: asked.missing}
+        if asked is not None and asked.missing is None:
+            rounds |= voices
+        elif asked is not None:
+            rest["not_scored"] = dict.fromkeys(voices, asked.missing)
         if data is not None:
             rows = fed.format.tokens(_labelled(fed, data))
             told = {GLOBAL: metrics_of(fed.model.score(params, rows), fed.metric)}

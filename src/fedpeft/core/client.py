@@ -134,42 +134,42 @@ class Metered:
     """A model that counts the passes which a client's work makes directly."""
 
     def __init__(self, model: Model, meter: Meter) -> None:
-        self._model = model
+        self.inner = model
         self._meter = meter
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self.inner, name)
 
     def logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
         """See `Model.logits`."""
         self._count(params, data, rows)
-        return self._model.logits(params, data, rows)
+        return self.inner.logits(params, data, rows)
 
     def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
         """See `Model.losses`."""
         self._count(params, data, rows)
-        return self._model.losses(params, data, rows, also)
+        return self.inner.losses(params, data, rows, also)
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """See `Model.score`."""
         self._count(params, data, None)
-        return self._model.score(params, data)
+        return self.inner.score(params, data)
 
     def hidden(self, params: Params | None, data: Data, rows: Sequence[int]) -> Tensor:
         """See `Model.hidden`."""
         self._count(params, data, rows)
-        return self._model.hidden(params, data, rows)
+        return self.inner.hidden(params, data, rows)
 
     def hessian(
         self, params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
     ) -> Callable[[Params], dict[str, Tensor]]:
         """See `Model.hessian`; a product costs about what two gradients cost."""
-        tokens, pairs = self._model.passes(params, data, rows)
+        tokens, pairs = self.inner.passes(params, data, rows)
         over = tuple(params if names is None else names)
-        multiply = self._model.hessian(params, data, rows, over)
+        multiply = self.inner.hessian(params, data, rows, over)
 
         def product(vector: Params) -> dict[str, Tensor]:
-            self._meter.train(2 * tokens, 2 * pairs, self._model.lowest_block(over))
+            self._meter.train(2 * tokens, 2 * pairs, self.inner.lowest_block(over))
             return multiply(vector)
 
         return product
@@ -183,25 +183,25 @@ class Metered:
         also: tuple[Params, ...] = (),
     ) -> Fisher:
         """See `Model.fisher`."""
-        charge(self._meter, self._model, FisherProbe(params, data, rows))
-        return self._model.fisher(params, data, rows, token_norm, also)
+        charge(self._meter, self.inner, FisherProbe(params, data, rows))
+        return self.inner.fisher(params, data, rows, token_norm, also)
 
     def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
         """See `Model.fisher_many`."""
         for probe in probes:
-            charge(self._meter, self._model, probe)
-        return self._model.fisher_many(probes)
+            charge(self._meter, self.inner, probe)
+        return self.inner.fisher_many(probes)
 
     def sensitivity(
         self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
     ) -> tuple[Tensor, Tensor]:
         """See `Model.sensitivity`: forward, and backward through all blocks; forward once more."""
-        self._meter.train(*self._model.passes(params, data, rows), 0)
+        self._meter.train(*self.inner.passes(params, data, rows), 0)
         self._count(params, data, rows)
-        return self._model.sensitivity(params, data, rows, perturbation, size, rng)
+        return self.inner.sensitivity(params, data, rows, perturbation, size, rng)
 
     def _count(self, params: Params | None, data: Data, rows: Sequence[int] | None) -> None:
-        tokens, pairs = self._model.passes(params, data, rows)
+        tokens, pairs = self.inner.passes(params, data, rows)
         self._meter.forward_tokens += tokens
         self._meter.forward_pairs += pairs
 
@@ -209,7 +209,7 @@ class Metered:
 def answer(work: Exchange, down: Record, memory: Record, env: ClientEnv) -> tuple[Record, Record]:
     """The whole of one client's work, alone: (up, memory). Raises ClientError with the reason it failed."""
     job = Job(work, down, memory, env)
-    run_jobs([job], env.model)
+    run_jobs([job], env.model.inner if isinstance(env.model, Metered) else env.model)  # the job counts what it yields
     if job.error is not None:
         raise ClientError(reason(job.error)) from job.error
     assert job.result is not None

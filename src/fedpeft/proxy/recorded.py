@@ -7,6 +7,7 @@ fit, else the likeliest candidates of each position.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -157,25 +158,30 @@ class Recorded:
                         write_at(file, part.numpy().astype(dtype).tobytes(), place)
                 for file in files:
                     os.fsync(file)
-            for target, draft in drafts.items():
-                os.replace(draft, target)
+                for target, draft in drafts.items():
+                    os.replace(draft, target)
         except OSError as error:
             raise StoreError(
                 f"cannot keep what the large model said in {path.parent}: {error.strerror or error}; free space there "
                 "or mend its permissions, then resume the run"
             ) from error
-        finally:
-            for draft in drafts.values():
-                with suppress(OSError):
-                    draft.unlink()
 
 
 @contextmanager
 def _draft(path: Path) -> Iterator[int]:
-    """An empty file that its owner alone reads."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    """An empty file that its owner alone reads and one process alone writes; gone where it was not renamed."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        yield file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"another process is writing {path} now; wait until it is done, then try again") from error
+        try:
+            os.ftruncate(file, 0)
+            yield file
+        finally:
+            with suppress(FileNotFoundError):
+                path.unlink()
     finally:
         os.close(file)
 

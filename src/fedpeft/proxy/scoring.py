@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -183,9 +183,11 @@ def choose_continuation(
         empty: what an empty prompt is, such as the beginning-of-text token; for "prior".
 
     Raises:
-        RequestError: no options, an empty one, or no empty prompt where one is needed.
+        RequestError: no options, an empty one, another `normalise`, or no empty prompt where one is needed.
         CannotDo: see `score`.
     """
+    if normalise not in get_args(Normalise):
+        raise RequestError(f"normalise is {normalise!r}; use one of {', '.join(get_args(Normalise))}")
     if not options or not all(map(len, options)):
         raise RequestError(f"{len(options)} options, some without tokens: give at least one, none of them empty")
     if normalise in ("sum", "tokens") and all(len(option) == 1 for option in options):
