@@ -127,6 +127,22 @@ def test_other_models_get_a_batch_of_their_own(script, engines):
     assert {id(trio) for trio, _, _ in script.opened} == {id(TRIO), id(small)}
 
 
+def test_drafts_are_for_the_three_models_together_alone(engines):
+    drafts = []
+
+    def opened(trio, prompts, settings, speculate):
+        drafts.append((trio.steered, speculate))
+        return Script()(trio, prompts, settings, speculate)
+
+    engine = engines(opened, speculate=4)
+    parts = [TRIO, replace(TRIO, large=None, base=None), replace(TRIO, tuned=None, base=None)]
+    inboxes = [Inbox() for _ in parts]
+    for trio, inbox in zip(parts, inboxes, strict=True):
+        engine.submit(trio, [row("a")], inbox)
+    assert [inbox.wait().texts for inbox in inboxes] == [["you said a"]] * 3
+    assert sorted(drafts) == [(False, 0), (False, 0), (True, 4)]
+
+
 def test_a_batch_is_no_larger_than_the_black_box_takes(script, engines):
     trio, inbox = fake_trio(FakeLarge(replace(CAPS, max_batch=2))), Inbox(7)
     engines(script, max_batch=8).submit(trio, [row(str(i)) for i in range(7)], inbox)

@@ -191,9 +191,10 @@ class Engine:
 
     def _open(self, chosen: Sequence[tuple[Ticket, int]]) -> None:
         trio, rows = chosen[0][0].trio, [ticket.rows[i] for ticket, i in chosen]
+        drafts = self._speculate if trio.steered else 0  # one model alone has nothing to draft for
 
         def begin() -> Steps:
-            return self._decoding(trio, [row.prompt for row in rows], [row.settings for row in rows], self._speculate)
+            return self._decoding(trio, [row.prompt for row in rows], [row.settings for row in rows], drafts)
 
         self._batches.append(Batch(trio, chosen, begin, self._turn, self._stir))
 
