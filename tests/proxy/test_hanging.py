@@ -240,7 +240,9 @@ def test_a_worker_gives_its_turn_away_while_it_waits_and_what_nobody_wants_up() 
     until(lambda: worker.waited_s > 0)
     with turn:
         assert worker.busy, "its turn is ours"
-    door.set()
+        door.set()
+        until(lambda: len(turn._queue) == 1)
+        assert worker.waited_s == 0, "it waits for its turn, no longer for the server"
     until(lambda: not worker.busy)
     assert worker.take() == "done" and worker.waited_s == 0
     door.clear()

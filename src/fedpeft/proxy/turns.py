@@ -127,8 +127,8 @@ class Worker:
         try:
             yield
         finally:
+            self._since = None  # the answer is here: waiting for the turn is not waiting for the server
             self.turn.acquire()
-            self._since = None
             if self._unwanted:
                 raise Left
 
