@@ -148,7 +148,10 @@ class Engine:
             self._drop_cancelled()
             self._admit()
             for batch in list(self._batches):
-                self._advance(batch)
+                try:
+                    self._advance(batch)
+                except Exception as error:  # that nobody foresaw: others go on
+                    self._fail(batch, error)
         self._end()
 
     def _wait(self) -> bool:
@@ -165,7 +168,11 @@ class Engine:
         if not future.set_running_or_notify_cancel():
             return
         if elsewhere:
-            worker = Worker(self._turn, lambda: None)
+            try:
+                worker = Worker(self._turn, lambda: None)
+            except Exception as error:  # no thread to be had
+                future.set_exception(error)
+                return
             worker.do(lambda: _settle(future, work))
             worker.leave(lambda _: None, wanted=True)
         else:
@@ -255,7 +262,9 @@ class Engine:
         """End a batch; where its large model does not answer, nobody who waits for that shall wait as long again."""
         tickets = batch.tickets
         if isinstance(error, Late):
-            tickets += dict.fromkeys(ticket for ticket, _ in self._rows if ticket.trio.large is batch.trio.large)
+            with self._changed:
+                waiting = [ticket for ticket, _ in self._rows if ticket.trio.large is batch.trio.large]
+            tickets += dict.fromkeys(waiting)
         batch.open.clear()
         self._finish(batch)
         self._tell(tickets, error)
@@ -298,7 +307,7 @@ def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
     """Do the work of a call and tell what came of it."""
     try:
         future.set_result(work())
-    except Exception as error:
+    except BaseException as error:  # whatever it is, the engine goes on
         note(error)
         future.set_exception(error)
 
