@@ -12,7 +12,7 @@ import pytest
 
 from fedpeft.proxy.backends import open_backend
 from fedpeft.proxy.batch import Late, News, Row
-from fedpeft.proxy.blackbox import BackendError, Scores, TopK, Want
+from fedpeft.proxy.blackbox import BackendError, NoAnswer, Scores, TopK, Want
 from fedpeft.proxy.decode import decode
 from fedpeft.proxy.engine import Engine
 from fedpeft.proxy.scoring import score
@@ -80,13 +80,13 @@ def test_no_answer_within_the_limit_is_an_error(fakes: dict[str, str]) -> None:
     session.scores([[6]])
     session.scores([[7]])
     began = time.monotonic()
-    with pytest.raises(BackendError, match=r"did not answer \(ReadTimeout.*; see whether the server runs"):
+    with pytest.raises(NoAnswer, match=r"did not answer \(ReadTimeout.*; see whether the server runs"):
         session.scores([[8]])
     assert time.monotonic() - began < 5
 
 
 def test_an_answer_byte_by_byte_is_given_up(fakes: dict[str, str]) -> None:
-    with pytest.raises(BackendError, match=r"sent \d+ bytes in \d+ s; see what holds it up"):
+    with pytest.raises(NoAnswer, match=r"sent \d+ bytes in \d+ s; see what holds it up"):
         hanging(fakes, "drip", timeout_s=0.3).open([SHORT], TopK(5))
 
 
@@ -122,6 +122,18 @@ def test_who_waits_for_a_server_that_hangs_does_not_wait_as_long_again(fakes: di
     assert all(inbox.done.wait(10) for inbox in (*inboxes, free))
     assert time.monotonic() - began < 4 * 0.6, "one wait for all of them"
     assert all(isinstance(inbox.error, Late) for inbox in inboxes) and free.error is None and len(free.tokens) == 6
+
+
+@pytest.mark.parametrize("prompt", [LONG_TEXT, SHORT], ids=["opening", "a step"])
+def test_a_connection_that_gives_up_first_is_one_wait_for_all(
+    fakes: dict[str, str], engines: Any, prompt: list[int]
+) -> None:
+    engine, trio = engines(patience_s=0.3, max_batch=1), alone(hanging(fakes, timeout_s=0.3))
+    inboxes = [Inbox() for _ in range(4)]
+    for inbox in inboxes:
+        engine.submit(trio, [row(prompt)], inbox)
+    assert all(inbox.done.wait(10) for inbox in inboxes)
+    assert isinstance(inboxes[0].error, NoAnswer) and all(inbox.error is inboxes[0].error for inbox in inboxes)
 
 
 def test_a_request_that_is_cancelled_leaves_a_server_that_hangs(fakes: dict[str, str], engines: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 
 from fedpeft.core.errors import FedpeftError
 from fedpeft.proxy.answers import Completion, Emitted
-from fedpeft.proxy.blackbox import BackendError, elsewhere
+from fedpeft.proxy.blackbox import NoAnswer, elsewhere
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
 from fedpeft.proxy.turns import Turn, Worker
@@ -175,7 +175,7 @@ class Batch:
             self._worker.join(timeout_s)
 
 
-class Late(BackendError):
+class Late(NoAnswer):
     """A large model on another machine that does not answer."""
 
     def __init__(self, trio: Trio, patience_s: float) -> None:

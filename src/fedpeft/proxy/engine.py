@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from fedpeft.core.errors import RequestError
-from fedpeft.proxy.batch import Batch, Late, New, News, Open, Row, Steps, Ticket, note
-from fedpeft.proxy.blackbox import BackendError
+from fedpeft.proxy.batch import Batch, New, News, Open, Row, Steps, Ticket, note
+from fedpeft.proxy.blackbox import BackendError, NoAnswer
 from fedpeft.proxy.decode import Decoding
 from fedpeft.proxy.refusal import FAILED, OVERLOADED, Refusal
 from fedpeft.proxy.trio import Trio
@@ -224,7 +224,7 @@ class Engine:
         try:
             emitted = batch.step(self._patience_s)
         except Exception as error:
-            if batch.steps is None and not isinstance(error, Late):  # it could not be opened
+            if batch.steps is None and not isinstance(error, NoAnswer):  # it could not be opened
                 self._finish(batch)
                 self._refuse(batch.places, error)
             else:
@@ -261,7 +261,7 @@ class Engine:
     def _fail(self, batch: Batch, error: BaseException) -> None:
         """End a batch; where its large model does not answer, nobody who waits for that shall wait as long again."""
         tickets = batch.tickets
-        if isinstance(error, Late):
+        if isinstance(error, NoAnswer):
             with self._changed:
                 waiting = [ticket for ticket, _ in self._rows if ticket.trio.large is batch.trio.large]
             tickets += dict.fromkeys(waiting)
