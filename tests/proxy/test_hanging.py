@@ -124,6 +124,20 @@ def test_who_waits_for_a_server_that_hangs_does_not_wait_as_long_again(fakes: di
     assert all(isinstance(inbox.error, Late) for inbox in inboxes) and free.error is None and len(free.tokens) == 6
 
 
+@pytest.mark.parametrize("most", [1, 4])
+def test_rows_of_a_server_that_hangs_take_no_room_of_others(fakes: dict[str, str], engines: Any, most: int) -> None:
+    engine, stuck, local, other = engines(max_batch=most), Inbox(), Inbox(), Inbox()
+    trio = alone(hanging(fakes))
+    engine.submit(trio, [row(LONG_TEXT)] * most, stuck)
+    until(lambda: engine.running == most)
+    engine.submit(trio, [row(LONG_TEXT)], Inbox())
+    engine.submit(alone(large()), [row(SHORT)], local)
+    engine.submit(alone(open_backend(f"vllm+{fakes['vllm']}", token=KEY)), [row(SHORT)], other)
+    assert local.done.wait(10) and local.error is None and len(local.tokens) == 6
+    assert other.done.wait(10) and other.error is None and len(other.tokens) == 6
+    assert not stuck.done.is_set() and engine.waiting == 1 and engine.running == most
+
+
 @pytest.mark.parametrize("prompt", [LONG_TEXT, SHORT], ids=["opening", "a step"])
 def test_a_connection_that_gives_up_first_is_one_wait_for_all(
     fakes: dict[str, str], engines: Any, prompt: list[int]

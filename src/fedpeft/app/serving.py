@@ -80,7 +80,7 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
         try:
             app = make_app(artefact, engine, options)
             begun(artefact.name, address(sock))
-            connections = serving.max_batch + serving.max_queue + SPARE
+            connections = 2 * serving.max_batch + serving.max_queue + SPARE  # rows here and elsewhere
             return listen(app, sock, engine.stop, engine.close, GRACE_S, connections)
         finally:
             engine.close()

@@ -2,7 +2,8 @@
 
 Requests come from any thread. Their rows wait in one bounded queue; rows that wait for the same models are opened
 together, as many as there is room for, and a second batch may run beside a long first one, so that a short request
-does not wait for the end of a long one. No more than `max_batch` rows are open at once, whatever is asked for.
+does not wait for the end of a long one. No more than `max_batch` rows are open at once, whatever is asked for, and as
+many beside them for each large model on another machine: one that hangs must not take the room of others.
 
 A batch whose large model is on another machine has a thread of its own (`proxy/turns.py`): others go on while it waits
 for an answer, and its requests are told where none comes.
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.batch import Batch, New, News, Open, Row, Steps, Ticket, note
-from fedpeft.proxy.blackbox import BackendError, NoAnswer
+from fedpeft.proxy.blackbox import BackendError, BlackBoxLM, NoAnswer, elsewhere
 from fedpeft.proxy.decode import Decoding
 from fedpeft.proxy.refusal import FAILED, OVERLOADED, Refusal
 from fedpeft.proxy.trio import Trio
@@ -35,7 +36,7 @@ class Engine:
     """The thread, and the queue before it.
 
     Args:
-        max_batch: rows that are decoded at once.
+        max_batch: rows that are decoded at once; each large model on another machine has as many of its own.
         max_queue: rows, and texts to score, that may wait.
         speculate: tokens that the tuned small model drafts ahead; 0: none.
         decoding: opens a batch; replaced in tests.
@@ -208,17 +209,21 @@ class Engine:
     def _choose(self) -> list[tuple[Ticket, int]]:
         """Rows of the next batch, taken out of the queue: those that wait longest for models that have a batch free."""
         with self._changed:
-            free = self.max_batch - self.running
-            busy = [batch.trio for batch in self._batches]
-            first = next((t for t, _ in self._rows if sum(b is t.trio for b in busy) < BATCHES), None)
-            if first is None or free < (self.max_batch / 2 if busy else 1):
-                return []  # a batch of the few rows that came free would cost a step as a large one does
-            large = first.trio.large
-            room = free if large is None else min(free, large.caps.max_batch)
-            chosen = [place for place in self._rows if place[0].trio is first.trio][:room]
-            taken = set(map(id, chosen))
-            self._rows = deque(place for place in self._rows if id(place) not in taken)
-            return chosen
+            for trio in {id(ticket.trio): ticket.trio for ticket, _ in self._rows}.values():
+                if room := self._room(trio):
+                    chosen = [place for place in self._rows if place[0].trio is trio][:room]
+                    taken = set(map(id, chosen))
+                    self._rows = deque(place for place in self._rows if id(place) not in taken)
+                    return chosen
+            return []
+
+    def _room(self, trio: Trio) -> int:
+        """So many rows may form a batch for these models now."""
+        same = sum(batch.trio is trio for batch in self._batches)
+        free = self.max_batch - sum(len(b.open) for b in self._batches if _home(b.trio) is _home(trio))
+        if same >= BATCHES or free < (self.max_batch / 2 if same else 1):
+            return 0  # a batch of the few rows that came free would cost a step as a large one does
+        return free if trio.large is None else min(free, trio.large.caps.max_batch)
 
     def _advance(self, batch: Batch) -> None:
         try:
@@ -301,6 +306,11 @@ class Engine:
         self._calls.clear()
         for batch in ended:
             batch.join(FAREWELL_S)
+
+
+def _home(trio: Trio) -> BlackBoxLM | None:
+    """Where rows have room: of their own for each large model elsewhere, for none may keep others waiting."""
+    return trio.large if elsewhere(trio.large) else None
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
