@@ -21,7 +21,7 @@ from fedpeft.proxy.trio import Trio
 from fedpeft.proxy.turns import Turn, Worker, waiting
 from proxy.callers import post
 from proxy.fake_servers import KEY, LONGEST
-from proxy.lent import VOCAB, large
+from proxy.lent import VOCAB, large, lending
 from proxy.parrot import LONG, Parrot, Said, speaking
 from proxy.served import Artefact, serving, until
 
@@ -168,6 +168,37 @@ def test_the_engine_ends_while_a_server_hangs(fakes: dict[str, str]) -> None:
     assert time.monotonic() - began < 5 and stuck.done.is_set() and "stopped" in str(stuck.error)
 
 
+class Slow:
+    """A model behind the logit server that opens a session when its door is open."""
+
+    def __init__(self) -> None:
+        self.caps, self.asked, self.door, self.closed = large().caps, threading.Event(), threading.Event(), []
+
+    def open(self, prompts: Sequence[Sequence[int]], want: Want) -> Any:
+        self.asked.set()
+        assert self.door.wait(20)
+        made: Any = large().open(prompts, want)
+        close = made.close
+        made.close = lambda: (self.closed.append(made), close())
+        return made
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+def test_a_session_that_opens_when_nobody_wants_it_is_closed_there(engines: Any, how: str) -> None:
+    slow, engine, inbox = Slow(), engines(), Inbox()
+    with lending(slow) as (url, sessions):
+        ticket = engine.submit(alone(open_backend(url)), [row(SHORT)], inbox)
+        assert slow.asked.wait(10)
+        if how == "cancelled":
+            engine.cancel(ticket)
+        else:
+            engine._patience_s = 0.0
+        until(lambda: engine.running == 0)
+        slow.door.set()
+        until(lambda: len(slow.closed) == 1)
+        assert not sessions.held and isinstance(inbox.error, Late) == (how == "late")
+
+
 # --- whole and in turn --------------------------------------------------------------------------------------------
 
 
@@ -277,6 +308,30 @@ def test_a_worker_gives_its_turn_away_while_it_waits_and_what_nobody_wants_up() 
     worker.leave(ended.append)
     door.set()
     worker.join(10)
-    assert ended == [None]
+    assert ended == ["done"], "what was asked is heard, since it may have to be closed"
     with turn, waiting():
         assert turn._held, "of a thread that is no worker nothing changes"
+
+
+def test_what_nobody_wants_asks_nothing_more_but_what_it_closes() -> None:
+    turn, door, asked = Turn(), threading.Event(), []
+    worker = Worker(turn, lambda: None)
+
+    def ask(what: str) -> None:
+        with waiting():
+            asked.append(what)
+            assert door.wait(20)
+
+    def work() -> None:
+        try:
+            ask("open")
+            ask("scores")
+        finally:
+            ask("close")
+
+    worker.do(work)
+    until(lambda: len(asked) == 1)
+    worker.leave(lambda _: ask("the end"))
+    door.set()
+    worker.join(10)
+    assert asked == ["open", "close", "the end"]

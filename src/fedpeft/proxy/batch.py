@@ -162,7 +162,7 @@ class Batch:
                 self.steps.drop(row)
 
     def close(self) -> None:
-        """Give everything back; what a thread of its own does is given up as soon as it waits."""
+        """Give everything back; what a thread of its own does is given up where it would ask next."""
         if self._worker is not None:
             self._worker.leave(lambda made: _close(self.steps or made))
         else:

@@ -58,12 +58,14 @@ class Decoding:
         ]
         self.drafting = Drafting()
         if speculate:
-            self._way: _Way = _OneByOne(
-                [
-                    Speculation(trio, answer, prompt, other, speculate, self.drafting)
-                    for answer, prompt, other in zip(self.answers, prompts, own, strict=True)
-                ]
-            )
+            rows: list[Speculation] = []
+            self._way: _Way = _OneByOne(rows)
+            try:
+                for answer, prompt, other in zip(self.answers, prompts, own, strict=True):
+                    rows.append(Speculation(trio, answer, prompt, other, speculate, self.drafting))
+            except BaseException:
+                self.close()
+                raise
         else:
             self._way = _Together(trio, self.answers, prompts, own)
 
