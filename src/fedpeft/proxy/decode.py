@@ -200,10 +200,9 @@ def _room(trio: Trio, prompt: Sequence[int], settings: Settings, row: int) -> in
     """Most tokens of a row's answer."""
     room = trio.room(prompt)
     if room is not None and room < 1:
-        longest = max(len(prompt), *map(len, trio.tuned_prompts([prompt])))
         raise RequestError(
-            f"prompt {row} has {longest} tokens and leaves no room in the context of the models, which is "
-            f"{longest + room} at most; shorten it"
+            f"prompt {row} has {len(prompt)} tokens and leaves no room for an answer: the models read "
+            f"{max(0, len(prompt) + room)} at most; shorten it"
         )
     return settings.max_tokens if room is None else min(settings.max_tokens, room)
 
