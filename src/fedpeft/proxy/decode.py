@@ -35,8 +35,9 @@ class Decoding:
         trio: the models.
         prompts: token ids, at least one each; they may differ in length.
         settings: one for each prompt.
-        speculate: drafts of the tuned small model that one call of the large one checks; 0: none. Rows then advance
-            one by one. Greedy tokens are the same, drawn ones have the same distribution.
+        speculate: tokens that are drafted ahead, from what the text said before or by the small model, and checked in
+            one call of the large one; 0: none. Rows then advance one by one. Greedy tokens are the same, drawn ones
+            have the same distribution.
 
     Raises:
         RequestError: prompts or settings that do not fit together or the models.

@@ -38,7 +38,7 @@ class Engine:
     Args:
         max_batch: rows that are decoded at once; each large model on another machine has as many of its own.
         max_queue: rows, and texts to score, that may wait.
-        speculate: tokens that the tuned small model drafts ahead; 0: none.
+        speculate: tokens that are drafted ahead, from what the text said before or by the small model; 0: none.
         decoding: opens a batch; replaced in tests.
         patience_s: in which another machine must have answered one question about a batch.
     """
