@@ -226,10 +226,10 @@ def test_no_thread_to_be_had_is_told_and_the_engine_goes_on(script, engines, mon
     def none(*_: Any) -> Any:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("fedpeft.proxy.engine.Worker", none)
+    monkeypatch.setattr("fedpeft.proxy.calls.Worker", none)
     engine = engines(script)
     with pytest.raises(RuntimeError, match="start new thread"):
-        engine.call(lambda: 1, True).result(10)
+        engine.call(lambda: 1, types.SimpleNamespace(elsewhere=True)).result(10)
     assert engine.call(lambda: 2).result(10) == 2
 
 
@@ -251,7 +251,7 @@ def test_a_request_may_come_while_those_that_wait_are_told(script, engines):
                     coming[0].join(0.2)
 
     engine._rows = Crowded(engine._rows)
-    engine._fail(types.SimpleNamespace(tickets=[], trio=TRIO, open=set()), Late(TRIO, 1.0))
+    engine._fail(types.SimpleNamespace(tickets=[], trio=TRIO, open=set()), Late("large", 1.0))
     assert isinstance(waiting.error, Late)
     coming[0].join(10)
     script.gate.set()

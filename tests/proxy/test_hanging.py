@@ -15,6 +15,7 @@ from fedpeft.proxy.batch import Late, News, Row
 from fedpeft.proxy.blackbox import BackendError, NoAnswer, Scores, TopK, Want
 from fedpeft.proxy.decode import decode
 from fedpeft.proxy.engine import Engine
+from fedpeft.proxy.refusal import Refusal
 from fedpeft.proxy.scoring import score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
@@ -260,12 +261,73 @@ def test_scores_of_a_model_elsewhere_are_asked_beside_the_engine(engines: Any) -
     there, engine = Remote("a text"), engines()
     trio = replace(speaking("").trio, large=there)
     there.door.clear()
-    future = engine.call(lambda: score(trio, [[1, 2, 3]], [1])[0], True)
+    future = engine.call(lambda: score(trio, [[1, 2, 3]], [1])[0], there)
     assert engine.call(lambda: 7).result(10) == 7 and not future.done()
     there.door.set()
     assert len(future.result(10).logprobs) == 2
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda: 1 / 0, True).result(10)
+        engine.call(lambda: 1 / 0, there).result(10)
+
+
+def asking(door: threading.Event, begun: list[str], what: str) -> Any:
+    """Work that waits for another machine."""
+
+    def work() -> str:
+        with waiting():
+            begun.append(what)
+            assert door.wait(20)
+        return what
+
+    return work
+
+
+def test_few_scores_of_a_model_elsewhere_are_asked_at_once_and_the_others_wait(engines: Any) -> None:
+    engine, there, other = engines(max_queue=3), Remote("a text"), Remote("a text")
+    door, begun = threading.Event(), list[str]()
+    futures = [engine.call(asking(door, begun, what), there) for what in "ab"]
+    until(lambda: engine.waiting == 0)
+    futures += [engine.call(asking(door, begun, what), there) for what in "cde"]
+    with pytest.raises(Refusal, match="3 answers wait already") as told:
+        engine.call(asking(door, begun, "f"), there)
+    assert told.value.status == 429
+    assert futures.pop().cancel()
+    until(lambda: engine.waiting == 2)
+    assert engine.call(lambda: 7, other).result(10) == 7 and engine.call(lambda: 8).result(10) == 8
+    assert sorted(begun) == ["a", "b"]
+    door.set()
+    assert [future.result(10) for future in futures] == list("abcd") and sorted(begun) == list("abcd")
+
+
+def test_who_waits_for_scores_that_do_not_come_is_told(engines: Any) -> None:
+    engine, there, inbox = engines(max_batch=1), Remote("a text"), Inbox()
+    door, begun = threading.Event(), list[str]()
+    there.door.clear()
+    engine.submit(alone(there), [row(SHORT)], Inbox())
+    until(lambda: engine.running == 1)
+    engine.submit(alone(there), [row(SHORT)], inbox)
+    futures = [engine.call(asking(door, begun, what), there) for what in "abcd"]
+    until(lambda: len(begun) == 2)
+    assert engine.waiting == 3
+    engine._patience_s = 0.0
+    assert all(isinstance(future.exception(10), NoAnswer) for future in futures)
+    assert inbox.done.wait(10) and isinstance(inbox.error, NoAnswer) and engine.waiting == 0
+    assert sorted(begun) == ["a", "b"]
+    door.set()
+    there.door.set()
+
+
+def test_the_engine_ends_while_scores_are_waited_for() -> None:
+    engine, there, door, begun = Engine(), Remote("a text"), threading.Event(), list[str]()
+    futures = [engine.call(asking(door, begun, what), there) for what in "abc"]
+    until(lambda: len(begun) == 2)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    for future in futures:
+        with pytest.raises(Refusal, match="the server stopped"):
+            future.result(10)
+    door.set()
+    closing.join(10)
+    assert not closing.is_alive() and sorted(begun) == ["a", "b"]
 
 
 def test_a_turn_goes_to_who_has_waited_longest() -> None:

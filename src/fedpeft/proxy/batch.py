@@ -137,7 +137,7 @@ class Batch:
                 return self.steps.step()
         if worker.busy:
             if worker.waited_s > patience_s:
-                raise Late(self.trio, patience_s)
+                raise Late(self.trio.name, patience_s)
             return ()
         if self.steps is None:
             self.steps = worker.take()
@@ -178,10 +178,8 @@ class Batch:
 class Late(NoAnswer):
     """A large model on another machine that does not answer."""
 
-    def __init__(self, trio: Trio, patience_s: float) -> None:
-        super().__init__(
-            f"{trio.name} did not answer within {patience_s:g} s; see whether its server hangs, and ask again"
-        )
+    def __init__(self, name: str, patience_s: float) -> None:
+        super().__init__(f"{name} did not answer within {patience_s:g} s; see whether its server hangs, and ask again")
 
 
 def _close(steps: Steps | None) -> None:

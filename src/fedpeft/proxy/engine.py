@@ -15,17 +15,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fedpeft.core.errors import RequestError
 from fedpeft.proxy.batch import Batch, New, News, Open, Row, Steps, Ticket, note
 from fedpeft.proxy.blackbox import BackendError, BlackBoxLM, NoAnswer, elsewhere
+from fedpeft.proxy.calls import Call
 from fedpeft.proxy.decode import Decoding
 from fedpeft.proxy.refusal import FAILED, OVERLOADED, Refusal
 from fedpeft.proxy.trio import Trio
-from fedpeft.proxy.turns import Turn, Worker
+from fedpeft.proxy.turns import Turn
 
-BATCHES = 2  # that run side by side for the same models
+BATCHES = 2  # that run side by side for the same models, and calls of one large model elsewhere
 PATIENCE_S = 120.0
 LOOK_S = 0.25  # between looks at what waits for another machine
 FAREWELL_S = 1.0  # in which sessions elsewhere may be closed at the end
@@ -60,7 +61,8 @@ class Engine:
         self._stirred = False  # something has happened since the last look
         self._changed = threading.Condition()
         self._rows: deque[tuple[Ticket, int]] = deque()
-        self._calls: deque[tuple[Future[Any], Callable[[], Any], bool]] = deque()
+        self._calls: deque[Call] = deque()
+        self._away: list[Call] = []  # that are done in threads of their own
         self._batches: list[Batch] = []
         self._stopping = self._closed = False
         self._thread = threading.Thread(target=self._run, name="fedpeft-engine", daemon=True)
@@ -77,19 +79,18 @@ class Engine:
             self._stir()
         return ticket
 
-    def call(self, work: Callable[[], T], elsewhere: bool = False) -> Future[T]:
+    def call(self, work: Callable[[], T], large: BlackBoxLM | None = None) -> Future[T]:
         """Have other work with the models done between two steps. Raises as `submit` does.
 
         Args:
-            elsewhere: whether it waits for another machine; it then has a thread of its own, else it is done in the
-                engine's.
+            large: the large model that it asks. Where that is on another machine, the work has a thread of its own.
         """
-        future: Future[T] = Future()
+        call = Call(work, large)
         with self._changed:
             self._check_room(1)
-            self._calls.append((future, work, elsewhere))
+            self._calls.append(call)
             self._stir()
-        return future
+        return call.future
 
     def cancel(self, ticket: Ticket) -> None:
         """Want no more of a request: waiting rows leave at once, running ones before the next step."""
@@ -144,8 +145,7 @@ class Engine:
 
     def _run(self) -> None:
         while self._wait():
-            while self._calls:
-                self._answer(*self._calls.popleft())
+            self._call_others()
             self._drop_cancelled()
             self._admit()
             for batch in list(self._batches):
@@ -159,26 +159,33 @@ class Engine:
         """Sleep until there is something to do; False: it is over."""
         with self._changed:
             while not (self._stirred or any(batch.ready for batch in self._batches)):
-                self._changed.wait(LOOK_S if self._batches else None)
-                if self._batches:
+                looking = bool(self._batches or self._away)
+                self._changed.wait(LOOK_S if looking else None)
+                if looking:
                     break
             self._stirred = False
             return not self._closed
 
-    def _answer(self, future: Future[Any], work: Callable[[], Any], elsewhere: bool) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        if elsewhere:
-            try:
-                worker = Worker(self._turn, lambda: None)
-            except Exception as error:  # no thread to be had
-                future.set_exception(error)
-                return
-            worker.do(lambda: _settle(future, work))
-            worker.leave(lambda _: None, wanted=True)
-        else:
-            with self._turn:
-                _settle(future, work)
+    def _call_others(self) -> None:
+        """Do other work; that with a large model elsewhere goes on beside the engine."""
+        for call in list(self._away):
+            if call.over(self._patience_s):
+                self._away.remove(call)
+                if (error := call.unanswered) is not None:
+                    self._give_up(call.large, error)
+        while (next_call := self._next_call()) is not None:
+            if next_call.begin(self._turn, self._stir):
+                self._away.append(next_call)
+
+    def _next_call(self) -> Call | None:
+        """The one that waits longest, taken out of the queue; of one large model elsewhere, few go on at once."""
+        with self._changed:
+            for call in self._calls:
+                same = sum(own.large is call.large for own in self._away)
+                if call.large is None or same < BATCHES or call.future.cancelled():
+                    self._calls.remove(call)
+                    return call
+            return None
 
     def _drop_cancelled(self) -> None:
         for batch in list(self._batches):
@@ -264,15 +271,23 @@ class Engine:
                 self._tell([ticket], other)
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
-        """End a batch; where its large model does not answer, nobody who waits for that shall wait as long again."""
+        """End a batch."""
         tickets = batch.tickets
-        if isinstance(error, NoAnswer):
-            with self._changed:
-                waiting = [ticket for ticket, _ in self._rows if ticket.trio.large is batch.trio.large]
-            tickets += dict.fromkeys(waiting)
         batch.open.clear()
         self._finish(batch)
         self._tell(tickets, error)
+        if isinstance(error, NoAnswer):
+            self._give_up(batch.trio.large, error)
+
+    def _give_up(self, large: BlackBoxLM | None, error: NoAnswer) -> None:
+        """A large model did not answer: nobody who waits for it shall wait as long again."""
+        with self._changed:
+            tickets = list(dict.fromkeys(ticket for ticket, _ in self._rows if ticket.trio.large is large))
+            calls = [call for call in self._calls if call.large is large]
+            self._calls = deque(call for call in self._calls if call.large is not large)
+        self._tell(tickets, error)
+        for call in calls:
+            call.end(error)
 
     def _tell(self, tickets: Sequence[Ticket], error: BaseException) -> None:
         """End requests with an error; their other rows go, too."""
@@ -299,27 +314,21 @@ class Engine:
             if not ticket.cancelled:
                 ticket.cancelled = True
                 _deliver(ticket, error)
-        for future, *_ in self._calls:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+        away = list(self._away)
+        for call in (*away, *self._calls):
+            call.end(error)
         self._rows.clear()
         self._calls.clear()
+        self._away.clear()
         for batch in ended:
             batch.join(FAREWELL_S)
+        for call in away:
+            call.join(FAREWELL_S)
 
 
 def _home(trio: Trio) -> BlackBoxLM | None:
     """Where rows have room: of their own for each large model elsewhere, for none may keep others waiting."""
     return trio.large if elsewhere(trio.large) else None
-
-
-def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
-    """Do the work of a call and tell what came of it."""
-    try:
-        future.set_result(work())
-    except BaseException as error:  # whatever it is, the engine goes on
-        note(error)
-        future.set_exception(error)
 
 
 def _deliver(ticket: Ticket, news: News) -> None:

@@ -91,19 +91,18 @@ class Worker:
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
-    def leave(self, last: Callable[[Any], None], wanted: bool = False) -> None:
+    def leave(self, last: Callable[[Any], None]) -> None:
         """Want nothing more: what the thread does is given up where it would ask another machine next, and it ends.
 
         Args:
             last: done at the end, with what the last work gave, None where it gave nothing.
-            wanted: what it does now is wanted, and done to its end.
         """
 
         def end() -> None:
             self._unwanted = False
             last(self._result)
 
-        self._unwanted = self.busy and not wanted
+        self._unwanted = self.busy
         self._works.put(end)
         self._works.put(None)
 
