@@ -67,9 +67,10 @@ def test_the_command_passes_on_what_it_was_told(run, opened, monkeypatch):
     assert opened == [(run, "http://there", 0.5, "t0ken", "Be brief.")]
     app, (host, port), connections = heard
     assert told.output == f"serving toy at http://127.0.0.1:{port}; stop with Ctrl+C\n" and host == "127.0.0.1"
-    assert app.key == b"s3cret" and connections == 3 + 5 + serving.SPARE
+    assert app.key == b"s3cret" and connections == 2 * 3 + 5 + serving.SPARE
     (engine,) = engines
     assert (engine.max_batch, engine.max_queue, engine._speculate) == (3, 5, 4) and not engine.alive
+    assert engine._patience_s == 9 / 2, "a server that hangs is told before the request's time is over"
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,16 @@ def test_the_context_is_the_least_of_the_three() -> None:
         decode(narrow, [[3] * 60], [Settings(alpha=1.0)])
 
 
+def test_what_the_models_read_is_told_in_tokens_of_the_prompt() -> None:
+    framed = replace(trios.trio(ends=NO_END), expert=Expert((1, 7), (8,)))
+    with pytest.raises(RequestError, match=r"prompt 0 has 61 tokens and .*: the models read 61 at most"):
+        decode(framed, [[3] * 61], [Settings(alpha=1.0)])
+    assert len(tokens(framed, [[3] * 60], max_tokens=9)[0]) == 1
+    alone = replace(framed, tuned=None, base=None)
+    with pytest.raises(RequestError, match=r"prompt 0 has 64 tokens and .*: the models read 64 at most"):
+        decode(alone, [[3] * 64], [Settings()])
+
+
 # --- what the large model gives ---------------------------------------------------------------------------------
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
+import types
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,12 +15,12 @@ from typing import Any
 import pytest
 
 from fedpeft.core.errors import RequestError
-from fedpeft.proxy.batch import News, Row
+from fedpeft.proxy.batch import Late, News, Row
 from fedpeft.proxy.blackbox import BackendError
 from fedpeft.proxy.engine import Engine
 from fedpeft.proxy.refusal import Refusal
 from fedpeft.proxy.settings import Settings
-from proxy.served import CAPS, TOKENIZER, FakeLarge, Script, fake_trio, until
+from proxy.served import CAPS, TOKENIZER, FakeLarge, Script, Scripted, fake_trio, until
 
 TRIO = fake_trio()
 
@@ -127,6 +130,22 @@ def test_other_models_get_a_batch_of_their_own(script, engines):
     assert {id(trio) for trio, _, _ in script.opened} == {id(TRIO), id(small)}
 
 
+def test_drafts_are_for_the_three_models_together_alone(engines):
+    drafts = []
+
+    def opened(trio, prompts, settings, speculate):
+        drafts.append((trio.steered, speculate))
+        return Script()(trio, prompts, settings, speculate)
+
+    engine = engines(opened, speculate=4)
+    parts = [TRIO, replace(TRIO, large=None, base=None), replace(TRIO, tuned=None, base=None)]
+    inboxes = [Inbox() for _ in parts]
+    for trio, inbox in zip(parts, inboxes, strict=True):
+        engine.submit(trio, [row("a")], inbox)
+    assert [inbox.wait().texts for inbox in inboxes] == [["you said a"]] * 3
+    assert sorted(drafts) == [(False, 0), (False, 0), (True, 4)]
+
+
 def test_a_batch_is_no_larger_than_the_black_box_takes(script, engines):
     trio, inbox = fake_trio(FakeLarge(replace(CAPS, max_batch=2))), Inbox(7)
     engines(script, max_batch=8).submit(trio, [row(str(i)) for i in range(7)], inbox)
@@ -189,6 +208,54 @@ def test_one_bad_row_does_not_take_its_neighbours_along(script, engines):
         engine.submit(TRIO, [row("bad")], wrong)
     assert good.wait().texts == ["you said good"]
     assert str(wrong.wait().error) == "too long"
+
+
+def test_an_error_behind_a_step_or_in_a_call_does_not_end_the_engine(script, engines, monkeypatch):
+    engine, broken, again = engines(script), Inbox(), Inbox()
+    with monkeypatch.context() as patched:
+        patched.setattr(Scripted, "completions", lambda self: 1 / 0)
+        engine.submit(TRIO, [row("a")], broken)
+        assert isinstance(broken.wait().error, ZeroDivisionError)
+    with pytest.raises(SystemExit):
+        engine.call(sys.exit).result(10)
+    engine.submit(TRIO, [row("b")], again)
+    assert again.wait().texts == ["you said b"] and engine.alive
+
+
+def test_no_thread_to_be_had_is_told_and_the_engine_goes_on(script, engines, monkeypatch):
+    def none(*_: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("fedpeft.proxy.calls.Worker", none)
+    engine = engines(script)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        engine.call(lambda: 1, types.SimpleNamespace(elsewhere=True)).result(10)
+    assert engine.call(lambda: 2).result(10) == 2
+
+
+def test_a_request_may_come_while_those_that_wait_are_told(script, engines):
+    engine, waiting, late = engines(script, max_batch=1), Inbox(), Inbox()
+    script.gate.clear()
+    engine.submit(TRIO, [row("a")], Inbox())
+    until(lambda: engine.running == 1)
+    engine.submit(TRIO, [row("b")], waiting)
+    coming: list[threading.Thread] = []
+
+    class Crowded(deque):
+        def __iter__(self) -> Iterator[Any]:
+            for place in deque.__iter__(self):
+                yield place
+                if not coming:
+                    coming.append(threading.Thread(target=engine.submit, args=(TRIO, [row("c")], late)))
+                    coming[0].start()
+                    coming[0].join(0.2)
+
+    engine._rows = Crowded(engine._rows)
+    engine._fail(types.SimpleNamespace(tickets=[], trio=TRIO, open=set()), Late("large", 1.0))
+    assert isinstance(waiting.error, Late)
+    coming[0].join(10)
+    script.gate.set()
+    assert late.wait().texts == ["you said c"]
 
 
 def test_errors_nobody_foresaw_are_logged_without_what_they_quote(script, engines, caplog):

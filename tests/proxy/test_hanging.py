@@ -12,16 +12,17 @@ import pytest
 
 from fedpeft.proxy.backends import open_backend
 from fedpeft.proxy.batch import Late, News, Row
-from fedpeft.proxy.blackbox import BackendError, Scores, TopK, Want
+from fedpeft.proxy.blackbox import BackendError, NoAnswer, Scores, TopK, Want
 from fedpeft.proxy.decode import decode
 from fedpeft.proxy.engine import Engine
+from fedpeft.proxy.refusal import Refusal
 from fedpeft.proxy.scoring import score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
 from fedpeft.proxy.turns import Turn, Worker, waiting
 from proxy.callers import post
 from proxy.fake_servers import KEY, LONGEST
-from proxy.lent import VOCAB, large
+from proxy.lent import VOCAB, large, lending
 from proxy.parrot import LONG, Parrot, Said, speaking
 from proxy.served import Artefact, serving, until
 
@@ -80,13 +81,13 @@ def test_no_answer_within_the_limit_is_an_error(fakes: dict[str, str]) -> None:
     session.scores([[6]])
     session.scores([[7]])
     began = time.monotonic()
-    with pytest.raises(BackendError, match=r"did not answer \(ReadTimeout.*; see whether the server runs"):
+    with pytest.raises(NoAnswer, match=r"did not answer \(ReadTimeout.*; see whether the server runs"):
         session.scores([[8]])
     assert time.monotonic() - began < 5
 
 
 def test_an_answer_byte_by_byte_is_given_up(fakes: dict[str, str]) -> None:
-    with pytest.raises(BackendError, match=r"sent \d+ bytes in \d+ s; see what holds it up"):
+    with pytest.raises(NoAnswer, match=r"sent \d+ bytes in \d+ s; see what holds it up"):
         hanging(fakes, "drip", timeout_s=0.3).open([SHORT], TopK(5))
 
 
@@ -124,6 +125,32 @@ def test_who_waits_for_a_server_that_hangs_does_not_wait_as_long_again(fakes: di
     assert all(isinstance(inbox.error, Late) for inbox in inboxes) and free.error is None and len(free.tokens) == 6
 
 
+@pytest.mark.parametrize("most", [1, 4])
+def test_rows_of_a_server_that_hangs_take_no_room_of_others(fakes: dict[str, str], engines: Any, most: int) -> None:
+    engine, stuck, local, other = engines(max_batch=most), Inbox(), Inbox(), Inbox()
+    trio = alone(hanging(fakes))
+    engine.submit(trio, [row(LONG_TEXT)] * most, stuck)
+    until(lambda: engine.running == most)
+    engine.submit(trio, [row(LONG_TEXT)], Inbox())
+    engine.submit(alone(large()), [row(SHORT)], local)
+    engine.submit(alone(open_backend(f"vllm+{fakes['vllm']}", token=KEY)), [row(SHORT)], other)
+    assert local.done.wait(10) and local.error is None and len(local.tokens) == 6
+    assert other.done.wait(10) and other.error is None and len(other.tokens) == 6
+    assert not stuck.done.is_set() and engine.waiting == 1 and engine.running == most
+
+
+@pytest.mark.parametrize("prompt", [LONG_TEXT, SHORT], ids=["opening", "a step"])
+def test_a_connection_that_gives_up_first_is_one_wait_for_all(
+    fakes: dict[str, str], engines: Any, prompt: list[int]
+) -> None:
+    engine, trio = engines(patience_s=0.3, max_batch=1), alone(hanging(fakes, timeout_s=0.3))
+    inboxes = [Inbox() for _ in range(4)]
+    for inbox in inboxes:
+        engine.submit(trio, [row(prompt)], inbox)
+    assert all(inbox.done.wait(10) for inbox in inboxes)
+    assert isinstance(inboxes[0].error, NoAnswer) and all(inbox.error is inboxes[0].error for inbox in inboxes)
+
+
 def test_a_request_that_is_cancelled_leaves_a_server_that_hangs(fakes: dict[str, str], engines: Any) -> None:
     engine, stuck, free = engines(max_batch=1), Inbox(), Inbox()
     ticket = engine.submit(alone(hanging(fakes)), [row(LONG_TEXT)], stuck)
@@ -140,6 +167,37 @@ def test_the_engine_ends_while_a_server_hangs(fakes: dict[str, str]) -> None:
     began = time.monotonic()
     engine.close()
     assert time.monotonic() - began < 5 and stuck.done.is_set() and "stopped" in str(stuck.error)
+
+
+class Slow:
+    """A model behind the logit server that opens a session when its door is open."""
+
+    def __init__(self) -> None:
+        self.caps, self.asked, self.door, self.closed = large().caps, threading.Event(), threading.Event(), []
+
+    def open(self, prompts: Sequence[Sequence[int]], want: Want) -> Any:
+        self.asked.set()
+        assert self.door.wait(20)
+        made: Any = large().open(prompts, want)
+        close = made.close
+        made.close = lambda: (self.closed.append(made), close())
+        return made
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+def test_a_session_that_opens_when_nobody_wants_it_is_closed_there(engines: Any, how: str) -> None:
+    slow, engine, inbox = Slow(), engines(), Inbox()
+    with lending(slow) as (url, sessions):
+        ticket = engine.submit(alone(open_backend(url)), [row(SHORT)], inbox)
+        assert slow.asked.wait(10)
+        if how == "cancelled":
+            engine.cancel(ticket)
+        else:
+            engine._patience_s = 0.0
+        until(lambda: engine.running == 0)
+        slow.door.set()
+        until(lambda: len(slow.closed) == 1)
+        assert not sessions.held and isinstance(inbox.error, Late) == (how == "late")
 
 
 # --- whole and in turn --------------------------------------------------------------------------------------------
@@ -203,12 +261,73 @@ def test_scores_of_a_model_elsewhere_are_asked_beside_the_engine(engines: Any) -
     there, engine = Remote("a text"), engines()
     trio = replace(speaking("").trio, large=there)
     there.door.clear()
-    future = engine.call(lambda: score(trio, [[1, 2, 3]], [1])[0], True)
+    future = engine.call(lambda: score(trio, [[1, 2, 3]], [1])[0], there)
     assert engine.call(lambda: 7).result(10) == 7 and not future.done()
     there.door.set()
     assert len(future.result(10).logprobs) == 2
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda: 1 / 0, True).result(10)
+        engine.call(lambda: 1 / 0, there).result(10)
+
+
+def asking(door: threading.Event, begun: list[str], what: str) -> Any:
+    """Work that waits for another machine."""
+
+    def work() -> str:
+        with waiting():
+            begun.append(what)
+            assert door.wait(20)
+        return what
+
+    return work
+
+
+def test_few_scores_of_a_model_elsewhere_are_asked_at_once_and_the_others_wait(engines: Any) -> None:
+    engine, there, other = engines(max_queue=3), Remote("a text"), Remote("a text")
+    door, begun = threading.Event(), list[str]()
+    futures = [engine.call(asking(door, begun, what), there) for what in "ab"]
+    until(lambda: engine.waiting == 0)
+    futures += [engine.call(asking(door, begun, what), there) for what in "cde"]
+    with pytest.raises(Refusal, match="3 answers wait already") as told:
+        engine.call(asking(door, begun, "f"), there)
+    assert told.value.status == 429
+    assert futures.pop().cancel()
+    until(lambda: engine.waiting == 2)
+    assert engine.call(lambda: 7, other).result(10) == 7 and engine.call(lambda: 8).result(10) == 8
+    assert sorted(begun) == ["a", "b"]
+    door.set()
+    assert [future.result(10) for future in futures] == list("abcd") and sorted(begun) == list("abcd")
+
+
+def test_who_waits_for_scores_that_do_not_come_is_told(engines: Any) -> None:
+    engine, there, inbox = engines(max_batch=1), Remote("a text"), Inbox()
+    door, begun = threading.Event(), list[str]()
+    there.door.clear()
+    engine.submit(alone(there), [row(SHORT)], Inbox())
+    until(lambda: engine.running == 1)
+    engine.submit(alone(there), [row(SHORT)], inbox)
+    futures = [engine.call(asking(door, begun, what), there) for what in "abcd"]
+    until(lambda: len(begun) == 2)
+    assert engine.waiting == 3
+    engine._patience_s = 0.0
+    assert all(isinstance(future.exception(10), NoAnswer) for future in futures)
+    assert inbox.done.wait(10) and isinstance(inbox.error, NoAnswer) and engine.waiting == 0
+    assert sorted(begun) == ["a", "b"]
+    door.set()
+    there.door.set()
+
+
+def test_the_engine_ends_while_scores_are_waited_for() -> None:
+    engine, there, door, begun = Engine(), Remote("a text"), threading.Event(), list[str]()
+    futures = [engine.call(asking(door, begun, what), there) for what in "abc"]
+    until(lambda: len(begun) == 2)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    for future in futures:
+        with pytest.raises(Refusal, match="the server stopped"):
+            future.result(10)
+    door.set()
+    closing.join(10)
+    assert not closing.is_alive() and sorted(begun) == ["a", "b"]
 
 
 def test_a_turn_goes_to_who_has_waited_longest() -> None:
@@ -240,7 +359,9 @@ def test_a_worker_gives_its_turn_away_while_it_waits_and_what_nobody_wants_up() 
     until(lambda: worker.waited_s > 0)
     with turn:
         assert worker.busy, "its turn is ours"
-    door.set()
+        door.set()
+        until(lambda: len(turn._queue) == 1)
+        assert worker.waited_s == 0, "it waits for its turn, no longer for the server"
     until(lambda: not worker.busy)
     assert worker.take() == "done" and worker.waited_s == 0
     door.clear()
@@ -249,6 +370,30 @@ def test_a_worker_gives_its_turn_away_while_it_waits_and_what_nobody_wants_up() 
     worker.leave(ended.append)
     door.set()
     worker.join(10)
-    assert ended == [None]
+    assert ended == ["done"], "what was asked is heard, since it may have to be closed"
     with turn, waiting():
         assert turn._held, "of a thread that is no worker nothing changes"
+
+
+def test_what_nobody_wants_asks_nothing_more_but_what_it_closes() -> None:
+    turn, door, asked = Turn(), threading.Event(), []
+    worker = Worker(turn, lambda: None)
+
+    def ask(what: str) -> None:
+        with waiting():
+            asked.append(what)
+            assert door.wait(20)
+
+    def work() -> None:
+        try:
+            ask("open")
+            ask("scores")
+        finally:
+            ask("close")
+
+    worker.do(work)
+    until(lambda: len(asked) == 1)
+    worker.leave(lambda _: ask("the end"))
+    door.set()
+    worker.join(10)
+    assert asked == ["open", "close", "the end"]

@@ -19,7 +19,7 @@ import black_boxes
 import tiny
 import trios
 from fedpeft.proxy import speculate
-from fedpeft.proxy.blackbox import CannotDo
+from fedpeft.proxy.blackbox import BackendError, CannotDo
 from fedpeft.proxy.choosing import Choice
 from fedpeft.proxy.decode import Decoding, Settings, Trio, decode
 from fedpeft.proxy.repeats import Repeats
@@ -213,6 +213,21 @@ def test_a_backend_that_scores_one_position_cannot_check_drafts() -> None:
     with pytest.raises(CannotDo, match=r"speculation.*one position a call"):
         Decoding(single, [[3]], [Settings(alpha=1.0)], speculate=2)
     assert decode(single, [[3]], [Settings(alpha=1.0, max_tokens=3)])[0].tokens
+
+
+def test_rows_that_were_opened_are_closed_where_one_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    box, opens = black_boxes.box(trios.trio().large.speaker), itertools.count()  # type: ignore[union-attr]
+    begin = box.open
+
+    def open_two(*told: Any) -> Any:
+        if next(opens) == 2:
+            raise BackendError("large died; start it again")
+        return begin(*told)
+
+    monkeypatch.setattr(box, "open", open_two)
+    with pytest.raises(BackendError, match="died"):
+        Decoding(replace(trios.trio(), large=box), [[3], [4], [5]], [Settings(alpha=1.0)] * 3, speculate=2)
+    assert box.open_sessions == 0
 
 
 @pytest.mark.parametrize(("uniforms", "token"), [((0.42,), 1), ((0.43, 0.74), 0), ((0.43, 0.76), 2)])

@@ -75,12 +75,12 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
             expert_prompt=serving.expert_prompt,
         )
         drafts = artefact.speculate if serving.speculate is None else serving.speculate
-        patience_s = min(PATIENCE_S, serving.timeout_s)
+        patience_s = min(PATIENCE_S, serving.timeout_s / 2)  # so that who asks hears of it, and not of the time limit
         engine = Engine(serving.max_batch, serving.max_queue, drafts, patience_s=patience_s)
         try:
             app = make_app(artefact, engine, options)
             begun(artefact.name, address(sock))
-            connections = serving.max_batch + serving.max_queue + SPARE
+            connections = 2 * serving.max_batch + serving.max_queue + SPARE  # rows here and elsewhere
             return listen(app, sock, engine.stop, engine.close, GRACE_S, connections)
         finally:
             engine.close()

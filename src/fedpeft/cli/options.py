@@ -48,7 +48,8 @@ Speculate: TypeAlias = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Tokens that the small model drafts ahead; 0: none; else as the run was configured.",
+        help="Tokens that are drafted ahead, from what the text said before or by the small model; 0: none; "
+        "else as the run was configured.",
         show_default=False,
     ),
 ]

@@ -280,7 +280,7 @@ class ProxySection(Section):
     """Plausibility: a token is out whose probability by the large model is below this share of the likeliest one's."""
 
     speculate: Annotated[int, Field(ge=0)] = 0
-    """Tokens that are drafted for one pass of the large one, when texts are said; 0: none."""
+    """Tokens drafted ahead where texts are said, from what a text said before or by the small model; 0: none."""
 
     top_k: Annotated[int, Field(ge=5)] = 20
     """Candidates asked of a large model that tells the likeliest tokens alone."""

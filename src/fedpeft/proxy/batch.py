@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 
 from fedpeft.core.errors import FedpeftError
 from fedpeft.proxy.answers import Completion, Emitted
-from fedpeft.proxy.blackbox import BackendError, elsewhere
+from fedpeft.proxy.blackbox import NoAnswer, elsewhere
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
 from fedpeft.proxy.turns import Turn, Worker
@@ -137,7 +137,7 @@ class Batch:
                 return self.steps.step()
         if worker.busy:
             if worker.waited_s > patience_s:
-                raise Late(self.trio, patience_s)
+                raise Late(self.trio.name, patience_s)
             return ()
         if self.steps is None:
             self.steps = worker.take()
@@ -162,7 +162,7 @@ class Batch:
                 self.steps.drop(row)
 
     def close(self) -> None:
-        """Give everything back; what a thread of its own does is given up as soon as it waits."""
+        """Give everything back; what a thread of its own does is given up where it would ask next."""
         if self._worker is not None:
             self._worker.leave(lambda made: _close(self.steps or made))
         else:
@@ -175,13 +175,11 @@ class Batch:
             self._worker.join(timeout_s)
 
 
-class Late(BackendError):
+class Late(NoAnswer):
     """A large model on another machine that does not answer."""
 
-    def __init__(self, trio: Trio, patience_s: float) -> None:
-        super().__init__(
-            f"{trio.name} did not answer within {patience_s:g} s; see whether its server hangs, and ask again"
-        )
+    def __init__(self, name: str, patience_s: float) -> None:
+        super().__init__(f"{name} did not answer within {patience_s:g} s; see whether its server hangs, and ask again")
 
 
 def _close(steps: Steps | None) -> None:

@@ -153,3 +153,7 @@ class CannotDo(RequestError):
 
 class BackendError(RequestError):
     """A backend that did not answer, or not as agreed; the message names it and says what to look at."""
+
+
+class NoAnswer(BackendError):
+    """A backend that was waited for as long as one may wait; whoever asks it next may wait as long."""

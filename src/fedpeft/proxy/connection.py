@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fedpeft.core.errors import RequestError
-from fedpeft.proxy.blackbox import BackendError
+from fedpeft.proxy.blackbox import BackendError, NoAnswer
 from fedpeft.proxy.turns import waiting
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Connection:
 
         Raises:
             Refused: the server answered with an error.
-            BackendError: it did not answer, or with more than `max_bytes`, or byte by byte.
+            NoAnswer: it did not answer within the limit, or byte by byte.
+            BackendError: it could not be reached, or answered with more than `max_bytes`.
         """
         import httpx
 
@@ -112,7 +113,7 @@ class Connection:
                     raise BackendError(f"{self.url} answered with more than {max_bytes} bytes; ask for less at a time")
                 spent = time.monotonic() - began
                 if spent > self._timeout_s and len(found) < TRICKLE * spent:
-                    raise BackendError(
+                    raise NoAnswer(
                         f"{self.url} sent {len(found)} bytes in {spent:.0f} s; see what holds it up, or ask another"
                     )
             if not response.is_success:
@@ -130,8 +131,11 @@ class Connection:
         return Refused(f"{self.url} answered {status}: {_message(body)}", status)
 
     def _silent(self, error: Exception) -> BackendError:
+        import httpx
+
+        kind = NoAnswer if isinstance(error, httpx.TimeoutException) else BackendError
         what = f"{type(error).__name__}: {str(error)[:200]}" if str(error) else type(error).__name__
-        return BackendError(f"{self.url} did not answer ({what}); see whether the server runs and can be reached")
+        return kind(f"{self.url} did not answer ({what}); see whether the server runs and can be reached")
 
     def _json(self, body: bytes) -> Any:
         try:

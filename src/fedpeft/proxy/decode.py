@@ -35,8 +35,9 @@ class Decoding:
         trio: the models.
         prompts: token ids, at least one each; they may differ in length.
         settings: one for each prompt.
-        speculate: drafts of the tuned small model that one call of the large one checks; 0: none. Rows then advance
-            one by one. Greedy tokens are the same, drawn ones have the same distribution.
+        speculate: tokens that are drafted ahead, from what the text said before or by the small model, and checked in
+            one call of the large one; 0: none. Rows then advance one by one. Greedy tokens are the same, drawn ones
+            have the same distribution.
 
     Raises:
         RequestError: prompts or settings that do not fit together or the models.
@@ -58,12 +59,14 @@ class Decoding:
         ]
         self.drafting = Drafting()
         if speculate:
-            self._way: _Way = _OneByOne(
-                [
-                    Speculation(trio, answer, prompt, other, speculate, self.drafting)
-                    for answer, prompt, other in zip(self.answers, prompts, own, strict=True)
-                ]
-            )
+            rows: list[Speculation] = []
+            self._way: _Way = _OneByOne(rows)
+            try:
+                for answer, prompt, other in zip(self.answers, prompts, own, strict=True):
+                    rows.append(Speculation(trio, answer, prompt, other, speculate, self.drafting))
+            except BaseException:
+                self.close()
+                raise
         else:
             self._way = _Together(trio, self.answers, prompts, own)
 
@@ -198,10 +201,9 @@ def _room(trio: Trio, prompt: Sequence[int], settings: Settings, row: int) -> in
     """Most tokens of a row's answer."""
     room = trio.room(prompt)
     if room is not None and room < 1:
-        longest = max(len(prompt), *map(len, trio.tuned_prompts([prompt])))
         raise RequestError(
-            f"prompt {row} has {longest} tokens and leaves no room in the context of the models, which is "
-            f"{longest + room} at most; shorten it"
+            f"prompt {row} has {len(prompt)} tokens and leaves no room for an answer: the models read "
+            f"{max(0, len(prompt) + room)} at most; shorten it"
         )
     return settings.max_tokens if room is None else min(settings.max_tokens, room)
 

@@ -2,7 +2,8 @@
 
 Requests come from any thread. Their rows wait in one bounded queue; rows that wait for the same models are opened
 together, as many as there is room for, and a second batch may run beside a long first one, so that a short request
-does not wait for the end of a long one. No more than `max_batch` rows are open at once, whatever is asked for.
+does not wait for the end of a long one. No more than `max_batch` rows are open at once, whatever is asked for, and as
+many beside them for each large model on another machine: one that hangs must not take the room of others.
 
 A batch whose large model is on another machine has a thread of its own (`proxy/turns.py`): others go on while it waits
 for an answer, and its requests are told where none comes.
@@ -14,17 +15,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fedpeft.core.errors import RequestError
-from fedpeft.proxy.batch import Batch, Late, New, News, Open, Row, Steps, Ticket, note
-from fedpeft.proxy.blackbox import BackendError
+from fedpeft.proxy.batch import Batch, New, News, Open, Row, Steps, Ticket, note
+from fedpeft.proxy.blackbox import BackendError, BlackBoxLM, NoAnswer, elsewhere
+from fedpeft.proxy.calls import Call
 from fedpeft.proxy.decode import Decoding
 from fedpeft.proxy.refusal import FAILED, OVERLOADED, Refusal
 from fedpeft.proxy.trio import Trio
-from fedpeft.proxy.turns import Turn, Worker
+from fedpeft.proxy.turns import Turn
 
-BATCHES = 2  # that run side by side for the same models
+BATCHES = 2  # that run side by side for the same models, and calls of one large model elsewhere
 PATIENCE_S = 120.0
 LOOK_S = 0.25  # between looks at what waits for another machine
 FAREWELL_S = 1.0  # in which sessions elsewhere may be closed at the end
@@ -35,9 +37,9 @@ class Engine:
     """The thread, and the queue before it.
 
     Args:
-        max_batch: rows that are decoded at once.
+        max_batch: rows that are decoded at once; each large model on another machine has as many of its own.
         max_queue: rows, and texts to score, that may wait.
-        speculate: tokens that the tuned small model drafts ahead; 0: none.
+        speculate: tokens that are drafted ahead, from what the text said before or by the small model; 0: none.
         decoding: opens a batch; replaced in tests.
         patience_s: in which another machine must have answered one question about a batch.
     """
@@ -59,7 +61,8 @@ class Engine:
         self._stirred = False  # something has happened since the last look
         self._changed = threading.Condition()
         self._rows: deque[tuple[Ticket, int]] = deque()
-        self._calls: deque[tuple[Future[Any], Callable[[], Any], bool]] = deque()
+        self._calls: deque[Call] = deque()
+        self._away: list[Call] = []  # that are done in threads of their own
         self._batches: list[Batch] = []
         self._stopping = self._closed = False
         self._thread = threading.Thread(target=self._run, name="fedpeft-engine", daemon=True)
@@ -76,19 +79,18 @@ class Engine:
             self._stir()
         return ticket
 
-    def call(self, work: Callable[[], T], elsewhere: bool = False) -> Future[T]:
+    def call(self, work: Callable[[], T], large: BlackBoxLM | None = None) -> Future[T]:
         """Have other work with the models done between two steps. Raises as `submit` does.
 
         Args:
-            elsewhere: whether it waits for another machine; it then has a thread of its own, else it is done in the
-                engine's.
+            large: the large model that it asks. Where that is on another machine, the work has a thread of its own.
         """
-        future: Future[T] = Future()
+        call = Call(work, large)
         with self._changed:
             self._check_room(1)
-            self._calls.append((future, work, elsewhere))
+            self._calls.append(call)
             self._stir()
-        return future
+        return call.future
 
     def cancel(self, ticket: Ticket) -> None:
         """Want no more of a request: waiting rows leave at once, running ones before the next step."""
@@ -143,34 +145,47 @@ class Engine:
 
     def _run(self) -> None:
         while self._wait():
-            while self._calls:
-                self._answer(*self._calls.popleft())
+            self._call_others()
             self._drop_cancelled()
             self._admit()
             for batch in list(self._batches):
-                self._advance(batch)
+                try:
+                    self._advance(batch)
+                except Exception as error:  # that nobody foresaw: others go on
+                    self._fail(batch, error)
         self._end()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False: it is over."""
         with self._changed:
             while not (self._stirred or any(batch.ready for batch in self._batches)):
-                self._changed.wait(LOOK_S if self._batches else None)
-                if self._batches:
+                looking = bool(self._batches or self._away)
+                self._changed.wait(LOOK_S if looking else None)
+                if looking:
                     break
             self._stirred = False
             return not self._closed
 
-    def _answer(self, future: Future[Any], work: Callable[[], Any], elsewhere: bool) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        if elsewhere:
-            worker = Worker(self._turn, lambda: None)
-            worker.do(lambda: _settle(future, work))
-            worker.leave(lambda _: None, wanted=True)
-        else:
-            with self._turn:
-                _settle(future, work)
+    def _call_others(self) -> None:
+        """Do other work; that with a large model elsewhere goes on beside the engine."""
+        for call in list(self._away):
+            if call.over(self._patience_s):
+                self._away.remove(call)
+                if (error := call.unanswered) is not None:
+                    self._give_up(call.large, error)
+        while (next_call := self._next_call()) is not None:
+            if next_call.begin(self._turn, self._stir):
+                self._away.append(next_call)
+
+    def _next_call(self) -> Call | None:
+        """The one that waits longest, taken out of the queue; of one large model elsewhere, few go on at once."""
+        with self._changed:
+            for call in self._calls:
+                same = sum(own.large is call.large for own in self._away)
+                if call.large is None or same < BATCHES or call.future.cancelled():
+                    self._calls.remove(call)
+                    return call
+            return None
 
     def _drop_cancelled(self) -> None:
         for batch in list(self._batches):
@@ -191,32 +206,37 @@ class Engine:
 
     def _open(self, chosen: Sequence[tuple[Ticket, int]]) -> None:
         trio, rows = chosen[0][0].trio, [ticket.rows[i] for ticket, i in chosen]
+        drafts = self._speculate if trio.steered else 0  # one model alone has nothing to draft for
 
         def begin() -> Steps:
-            return self._decoding(trio, [row.prompt for row in rows], [row.settings for row in rows], self._speculate)
+            return self._decoding(trio, [row.prompt for row in rows], [row.settings for row in rows], drafts)
 
         self._batches.append(Batch(trio, chosen, begin, self._turn, self._stir))
 
     def _choose(self) -> list[tuple[Ticket, int]]:
         """Rows of the next batch, taken out of the queue: those that wait longest for models that have a batch free."""
         with self._changed:
-            free = self.max_batch - self.running
-            busy = [batch.trio for batch in self._batches]
-            first = next((t for t, _ in self._rows if sum(b is t.trio for b in busy) < BATCHES), None)
-            if first is None or free < (self.max_batch / 2 if busy else 1):
-                return []  # a batch of the few rows that came free would cost a step as a large one does
-            large = first.trio.large
-            room = free if large is None else min(free, large.caps.max_batch)
-            chosen = [place for place in self._rows if place[0].trio is first.trio][:room]
-            taken = set(map(id, chosen))
-            self._rows = deque(place for place in self._rows if id(place) not in taken)
-            return chosen
+            for trio in {id(ticket.trio): ticket.trio for ticket, _ in self._rows}.values():
+                if room := self._room(trio):
+                    chosen = [place for place in self._rows if place[0].trio is trio][:room]
+                    taken = set(map(id, chosen))
+                    self._rows = deque(place for place in self._rows if id(place) not in taken)
+                    return chosen
+            return []
+
+    def _room(self, trio: Trio) -> int:
+        """So many rows may form a batch for these models now."""
+        same = sum(batch.trio is trio for batch in self._batches)
+        free = self.max_batch - sum(len(b.open) for b in self._batches if _home(b.trio) is _home(trio))
+        if same >= BATCHES or free < (self.max_batch / 2 if same else 1):
+            return 0  # a batch of the few rows that came free would cost a step as a large one does
+        return free if trio.large is None else min(free, trio.large.caps.max_batch)
 
     def _advance(self, batch: Batch) -> None:
         try:
             emitted = batch.step(self._patience_s)
         except Exception as error:
-            if batch.steps is None and not isinstance(error, Late):  # it could not be opened
+            if batch.steps is None and not isinstance(error, NoAnswer):  # it could not be opened
                 self._finish(batch)
                 self._refuse(batch.places, error)
             else:
@@ -251,13 +271,23 @@ class Engine:
                 self._tell([ticket], other)
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
-        """End a batch; where its large model does not answer, nobody who waits for that shall wait as long again."""
+        """End a batch."""
         tickets = batch.tickets
-        if isinstance(error, Late):
-            tickets += dict.fromkeys(ticket for ticket, _ in self._rows if ticket.trio.large is batch.trio.large)
         batch.open.clear()
         self._finish(batch)
         self._tell(tickets, error)
+        if isinstance(error, NoAnswer):
+            self._give_up(batch.trio.large, error)
+
+    def _give_up(self, large: BlackBoxLM | None, error: NoAnswer) -> None:
+        """A large model did not answer: nobody who waits for it shall wait as long again."""
+        with self._changed:
+            tickets = list(dict.fromkeys(ticket for ticket, _ in self._rows if ticket.trio.large is large))
+            calls = [call for call in self._calls if call.large is large]
+            self._calls = deque(call for call in self._calls if call.large is not large)
+        self._tell(tickets, error)
+        for call in calls:
+            call.end(error)
 
     def _tell(self, tickets: Sequence[Ticket], error: BaseException) -> None:
         """End requests with an error; their other rows go, too."""
@@ -284,22 +314,21 @@ class Engine:
             if not ticket.cancelled:
                 ticket.cancelled = True
                 _deliver(ticket, error)
-        for future, *_ in self._calls:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+        away = list(self._away)
+        for call in (*away, *self._calls):
+            call.end(error)
         self._rows.clear()
         self._calls.clear()
+        self._away.clear()
         for batch in ended:
             batch.join(FAREWELL_S)
+        for call in away:
+            call.join(FAREWELL_S)
 
 
-def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
-    """Do the work of a call and tell what came of it."""
-    try:
-        future.set_result(work())
-    except Exception as error:
-        note(error)
-        future.set_exception(error)
+def _home(trio: Trio) -> BlackBoxLM | None:
+    """Where rows have room: of their own for each large model elsewhere, for none may keep others waiting."""
+    return trio.large if elsewhere(trio.large) else None
 
 
 def _deliver(ticket: Ticket, news: News) -> None:

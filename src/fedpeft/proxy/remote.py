@@ -113,6 +113,10 @@ class RemoteSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        """Close the session there, where one is open."""
         if self._open is not None:
             with suppress(BackendError):  # it is closed there too, or will be for idleness
                 self._model.connection.send("DELETE", f"/v1/sessions/{self._open}")
@@ -141,10 +145,7 @@ class RemoteSession:
         raise AssertionError("unreachable")
 
     def _again(self) -> None:
-        name, self._open = self._open, None
-        if name is not None:
-            with suppress(BackendError):
-                self._model.connection.send("DELETE", f"/v1/sessions/{name}")
+        self._end()
         self._begin()
 
     def _step(self, new: list[list[int]]) -> Scores:

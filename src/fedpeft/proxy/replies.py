@@ -14,7 +14,6 @@ from typing import Any
 from fedpeft.proxy.answers import Completion
 from fedpeft.proxy.asking import Asked, Prompt, asked_of, fit, parse
 from fedpeft.proxy.batch import New, Row, Ticket
-from fedpeft.proxy.blackbox import elsewhere
 from fedpeft.proxy.bodies import Answers, ChatAnswers, Given, Part, Token, Usage
 from fedpeft.proxy.desk import Desk, View
 from fedpeft.proxy.guard import Message, Receive, Send, answer, read_body, refuse
@@ -179,8 +178,7 @@ class _Turn:
             job, top = self.job, self.asked.logprobs or 0
             trio = job.view.trio
             work = partial(score, trio, [prompt], [1], job.alpha, top)
-            future = self.desk.engine.call(work, elsewhere(trio.large))
-            (seen,) = await asyncio.wrap_future(future)
+            (seen,) = await asyncio.wrap_future(self.desk.engine.call(work, trio.large))
             found += [Given(*each) for each in zip(prompt[1:], seen.logprobs, seen.top, strict=True)]
         return found
 

@@ -1,11 +1,11 @@
-"""Speculative proxy decoding: the tuned small model drafts, and one call of the large one checks all drafts.
+"""Speculative proxy decoding: drafts from what the text said before or by the small model, checked by the large one.
 
 Leviathan et al. 2023 (arXiv 2211.17192) with the combined model as target and the tuned small one as draft, both under
 the same bias, penalties, temperature and filters. A draft x is accepted with probability min(1, c(x)/q(x)); at the
 first rejection the token comes from max(c - q, 0); where all are accepted the target gives one more. So tokens have
 the target's distribution, and greedy ones are those of the plain loop.
 
-Where the last tokens stood before in the text, what followed them there is drafted instead (`repeats.py`): that costs
+Where the last tokens stood before in the text, what followed them there is drafted first (`repeats.py`): that costs
 no call of the small model, and all three models read the drafts at once. Such a draft has probability 1 under q.
 
 Between rounds the caches hold all tokens but the last.

@@ -91,15 +91,19 @@ class Worker:
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
-    def leave(self, last: Callable[[Any], None], wanted: bool = False) -> None:
-        """Want nothing more: the thread ends.
+    def leave(self, last: Callable[[Any], None]) -> None:
+        """Want nothing more: what the thread does is given up where it would ask another machine next, and it ends.
 
         Args:
             last: done at the end, with what the last work gave, None where it gave nothing.
-            wanted: whether what it does now is still wanted; else it is given up where it waits.
         """
-        self._unwanted = self.busy and not wanted
-        self._works.put(lambda: last(self._result))
+
+        def end() -> None:
+            self._unwanted = False
+            last(self._result)
+
+        self._unwanted = self.busy
+        self._works.put(end)
         self._works.put(None)
 
     def join(self, timeout_s: float) -> None:
@@ -116,21 +120,25 @@ class Worker:
                     self._result, self._error = None, error
                 finally:
                     _here.worker = None
-            self._unwanted = self.busy = False
+            self.busy = False
             self._done()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Its turn is others' meanwhile. Raises Left where nobody wants it any more."""
+        """Its turn is others' meanwhile. Raises Left, once, where nobody wants an answer any more.
+
+        What was asked is heard to its end: it may have opened what must be closed again.
+        """
+        if self._unwanted:
+            self._unwanted = False  # what was opened is closed behind this
+            raise Left
         self._since = time.monotonic()
         self.turn.release()
         try:
             yield
         finally:
+            self._since = None  # the answer is here: waiting for the turn is not waiting for the server
             self.turn.acquire()
-            self._since = None
-            if self._unwanted:
-                raise Left
 
 
 @contextmanager
