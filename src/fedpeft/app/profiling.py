@@ -28,11 +28,10 @@ from fedpeft.core.fit import AdamW, Fit
 from fedpeft.core.rng import rng_for
 from fedpeft.models.hf import HFModel
 from fedpeft.models.load import freeze, resolve_device
-from fedpeft.planner.activations import DTYPE_BYTES
 from fedpeft.planner.cost import Shape, Step, shape_of, step_flops, weights
 from fedpeft.planner.device import DEFAULT, FORMATS, Profile
-from fedpeft.planner.memory import parameters, peak_memory
-from fedpeft.planner.prices import PASSES
+from fedpeft.planner.memory import peak_memory
+from fedpeft.planner.prices import unpacked_bytes
 
 SMALL: dict[str, Any] = {  # measured where no model is given
     "model_type": "bert",
@@ -207,7 +206,7 @@ def unpacking_speed(took: Mapping[str, float], shape: Shape) -> float:
 
     Args:
         took: seconds of a step by format; see `step_seconds`.
-        shape: of the model that made the step.
+        shape: of the model that made the step, whose lowest block trained.
 
     Returns:
         0, which is not counted, where a step takes no longer, or there is nothing to compare.
@@ -216,7 +215,7 @@ def unpacking_speed(took: Mapping[str, float], shape: Shape) -> float:
     if "full" not in took or not packed:
         return 0.0
     longer = statistics.fmean(packed) - took["full"]
-    return PASSES * DTYPE_BYTES["float32"] * parameters(shape).matrices / longer if longer > 0 else 0.0
+    return unpacked_bytes(shape) / longer if longer > 0 else 0.0
 
 
 def _peak_ratio(model: HFModel, predicted: Callable[[int], int], where: torch.device) -> float | None:

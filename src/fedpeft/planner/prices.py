@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.planner.activations import DTYPE_BYTES
-from fedpeft.planner.cost import Step, step_flops
+from fedpeft.planner.cost import Shape, Step, step_flops
 from fedpeft.planner.device import FORMATS, Profile
 from fedpeft.planner.memory import WEIGHT_ERROR, parameters, peak_memory
 from fedpeft.planner.plan import Job
 
 BYTES_PER_NUMBER = 4  # float32 on the wire
-PASSES = 2  # in which a step unpacks a quantised base: forward and backward
+UNPACKED_BYTES = 4  # of a weight of a quantised base, float32 whatever the products compute in
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -31,6 +31,16 @@ class Setting:
     depth: int
     checkpointing: bool
     used: float = 1.0  # nu
+
+
+def unpacked_bytes(shape: Shape, lowest: int = 0, checkpointing: bool = False) -> int:
+    """Bytes that a step unpacks of a quantised base's blocks, in every pass anew.
+
+    The forward pass goes through all blocks, the backward pass, and with checkpointing a second pass forward, through
+    those from the lowest one on. The lowest block's first matrices are not needed backward, which is not subtracted.
+    """
+    passes = shape.layers + (1 + checkpointing) * (shape.layers - lowest)  # of blocks, which are all alike
+    return UNPACKED_BYTES * parameters(shape).matrices // shape.layers * passes
 
 
 class Costs:
@@ -68,7 +78,6 @@ class Costs:
     def step(self, setting: Setting, ranks: Mapping[str, int], tokens: float) -> Step:
         """What one step does when these ranks train and everything else is applied."""
         frozen = {name: top - ranks.get(name, 0) for name, top in self._most.items() if top > ranks.get(name, 0)}
-        lowest = min((w.block for w in self.job.weights if w.name in ranks), default=self.job.shape.layers)
         return Step(
             rows=setting.batch,
             tokens=max(1, math.ceil(tokens)),
@@ -77,9 +86,14 @@ class Costs:
             base=self.job.loaded(setting.bits),
             compute=self.job.dtype,
             classes=self.job.classes,
-            depth=lowest if ranks else setting.depth,
+            depth=self._lowest(setting, ranks),
             checkpointing=setting.checkpointing,
         )
+
+    def _lowest(self, setting: Setting, ranks: Mapping[str, int]) -> int:
+        """The block that the backward pass ends in; without ranks, in a bound, the setting's depth."""
+        trained = [w.block for w in self.job.weights if w.name in ranks]
+        return min(trained, default=self.job.shape.layers if ranks else setting.depth)
 
     def bytes(self, setting: Setting, ranks: Mapping[str, int]) -> int:
         """Peak memory, before the machine's own ratio and context."""
@@ -96,7 +110,7 @@ class Costs:
             return step_flops(self.job.shape, self.step(setting, ranks, self.job.mean)).total
 
         flops = self._priced("flops", setting, ranks, price)
-        unpacking = self.unpacking(setting.bits, setting.checkpointing)
+        unpacking = self.unpacking(setting.bits, self._lowest(setting, ranks), setting.checkpointing)
         return self.machine.step_overhead_s + flops / self.machine.flops_per_s + unpacking
 
     def _priced(self, what: str, setting: Setting, ranks: Mapping[str, int], price: Callable[[], int]) -> int:
@@ -106,12 +120,11 @@ class Costs:
             self.job.prices[key] = price()
         return int(self.job.prices[key])
 
-    def unpacking(self, bits: str, checkpointing: bool = False) -> float:
-        """Seconds of a step in which the blocks' matrices of a quantised base are unpacked, in every pass anew."""
+    def unpacking(self, bits: str, lowest: int, checkpointing: bool) -> float:
+        """Seconds of a step in which the blocks' matrices of a quantised base are unpacked; see `unpacked_bytes`."""
         if bits == "full" or not self.machine.dequant_bytes_per_s:
             return 0.0
-        unpacked = DTYPE_BYTES[self.job.dtype] * parameters(self.job.shape).matrices
-        return (PASSES + checkpointing) * unpacked / self.machine.dequant_bytes_per_s
+        return unpacked_bytes(self.job.shape, lowest, checkpointing) / self.machine.dequant_bytes_per_s
 
     def base(self, setting: Setting) -> tuple[float, float]:
         """(bytes, seconds of a step) of a setting in which no weight trains, bounds from above."""
