@@ -44,12 +44,18 @@ def unpacked_bytes(shape: Shape, lowest: int = 0, checkpointing: bool = False) -
 
 
 class Costs:
-    """Prices of one job on one machine."""
+    """Prices of one job on one machine.
 
-    def __init__(self, job: Job, machine: Profile, examples: int) -> None:
+    Args:
+        frozen: rank by name of what is applied and not trained, whatever trains; None: what a plan leaves of the
+            largest rank.
+    """
+
+    def __init__(self, job: Job, machine: Profile, examples: int, frozen: Mapping[str, int] | None = None) -> None:
         self.job, self.machine, self.examples = job, machine, examples
         self.usable = ((1 - job.choices.headroom) * machine.memory_bytes - machine.context_bytes) / machine.peak_ratio
         self.room = (1 - job.choices.headroom) * machine.memory_bytes  # with context and the machine's ratio
+        self.frozen = frozen
         self._most = {w.name: job.ranks[-1] for w in job.weights} if job.choices.applied else {}
         self._bases: dict[tuple[str, int, int, bool], tuple[float, float]] = {}
         self.ranks = np.array([0, *job.ranks], dtype=np.float64)
@@ -77,12 +83,12 @@ class Costs:
 
     def step(self, setting: Setting, ranks: Mapping[str, int], tokens: float) -> Step:
         """What one step does when these ranks train and everything else is applied."""
-        frozen = {name: top - ranks.get(name, 0) for name, top in self._most.items() if top > ranks.get(name, 0)}
+        rest = {name: top - ranks.get(name, 0) for name, top in self._most.items() if top > ranks.get(name, 0)}
         return Step(
             rows=setting.batch,
             tokens=max(1, math.ceil(tokens)),
             trained=dict(ranks),
-            frozen=frozen,
+            frozen=rest if self.frozen is None else dict(self.frozen),
             base=self.job.loaded(setting.bits),
             compute=self.job.dtype,
             classes=self.job.classes,
@@ -115,7 +121,8 @@ class Costs:
 
     def _priced(self, what: str, setting: Setting, ranks: Mapping[str, int], price: Callable[[], int]) -> int:
         """A price that does not depend on the machine, computed once per job."""
-        key = what, replace(setting, used=1.0), frozenset(ranks.items())
+        beside = None if self.frozen is None else frozenset(self.frozen.items())
+        key = what, replace(setting, used=1.0), frozenset(ranks.items()), beside
         if key not in self.job.prices:
             self.job.prices[key] = price()
         return int(self.job.prices[key])
