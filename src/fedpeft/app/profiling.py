@@ -180,14 +180,20 @@ def solve(flops: list[int], seconds: list[float]) -> Speed:
     return Speed(1 / slope, overhead, error)
 
 
-def step_seconds(model: HFModel) -> dict[str, float]:
-    """Seconds of a step of one row by format of the base, of those in which it runs; the least of some repetitions."""
+def step_seconds(
+    model: HFModel, repeats: int = REPEATS, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds of a step of one row by format of the base, of those in which it runs; the least of some repetitions.
+
+    Args:
+        clock: see `measure_speed`.
+    """
     fit = Fit(model.init(rng_for(0, "adapter")), rows_of(1, 100), [[0]] * 3, AdamW(1e-3))
     able = {bits: other for bits in FORMATS if (other := _works(model, bits, fit)) is not None}
     times: dict[str, list[float]] = {bits: [] for bits in able}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for bits, other in able.items():
-            times[bits].append(_timed(other, fit))
+            times[bits].append(_timed(other, fit, clock))
     return {bits: min(own) for bits, own in times.items()}
 
 
