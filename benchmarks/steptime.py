@@ -2,11 +2,11 @@
 
     python -m benchmarks.steptime --threads 1
 
-In every turn speed and overhead are measured as `fedpeft profile --model` does it, on a model of the family's shape
-with few layers, and then one step of every setting: predicted over measured is a ratio of neighbours in time. Settings
-differ in rows, tokens, rank, matrices, lowest trained block, base and loss; nearly all are other steps than those that
-the profile was measured on. One client with LoRA trains on a transformer with random weights. Both are processor time,
-divided by the threads, so that what else runs on the machine counts little.
+In every turn speed, overhead and the speed of unpacking are measured as `fedpeft profile --model` does it, on a model
+of the family's shape with few layers, and then one step of every setting: predicted over measured is a ratio of
+neighbours in time. Settings differ in rows, tokens, rank, matrices, lowest trained block, base and loss; nearly all are
+other steps than those that the profile was measured on. One client with LoRA trains on a transformer with random
+weights. All times are processor time, divided by the threads, so that what else runs on the machine counts little.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ import torch
 
 from benchmarks import peak, record, timing, workload
 from benchmarks.peak import Setting
-from fedpeft.app.profiling import REPEATS, measure_speed, random_model
+from fedpeft.app.profiling import REPEATS, measure_speed, random_model, step_seconds, unpacking_speed
+from fedpeft.models.hf import HFModel
+from fedpeft.planner.cost import shape_of
+from fedpeft.planner.device import Profile
 
 EVERY = "query key value output up down"
 SETTINGS = {
@@ -65,9 +68,15 @@ def works(options: argparse.Namespace, setting: Setting) -> tuple[Callable[[], o
     return (lambda: model.fit(fit)), (lambda machine: prices.Costs(job, machine, rows).seconds(ask, trained))
 
 
+def profiled(model: HFModel, repeats: int, clock: Callable[[], float]) -> Profile:
+    """What `fedpeft profile` measures of a machine's time."""
+    speed = measure_speed(model, repeats, clock)
+    unpacking = unpacking_speed(step_seconds(model, repeats, clock), shape_of(model.config))
+    return Profile(flops_per_s=speed.flops_per_s, step_overhead_s=speed.overhead_s, dequant_bytes_per_s=unpacking)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All ratios of one run."""
-    from fedpeft.planner.device import Profile
 
     def clock() -> float:
         return time.process_time() / int(options.threads)
@@ -81,12 +90,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         work()
     seconds: dict[str, list[float]] = {name: [] for name in made}
     told: dict[str, list[float]] = {name: [] for name in made}
-    speeds: dict[str, list[float]] = {family: [] for family in options.families}
+    machines: dict[str, list[Profile]] = {family: [] for family in options.families}
     for _ in range(options.repeats):
         for family, model in short.items():
-            speed = measure_speed(model, options.profile_repeats, clock)
-            machine = Profile(flops_per_s=speed.flops_per_s, step_overhead_s=speed.overhead_s)
-            speeds[family].append(speed.flops_per_s)
+            machine = profiled(model, options.profile_repeats, clock)
+            machines[family].append(machine)
             for name in (name for name, setting in settings.items() if setting.family == family):
                 work, predict = made[name]
                 start = clock()
@@ -98,7 +106,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "ratio": ratios,
         "seconds": {name: statistics.median(own) for name, own in seconds.items()},
         "predicted_s": {name: statistics.median(own) for name, own in told.items()},
-        "flops_per_s": {family: statistics.median(own) for family, own in speeds.items()},
+        "flops_per_s": {f: statistics.median(m.flops_per_s for m in own) for f, own in machines.items()},
+        "dequant_bytes_per_s": {
+            f: statistics.median(m.dequant_bytes_per_s for m in own) for f, own in machines.items()
+        },
         "median": statistics.median(own["median"] for own in ratios.values()),
     }
 

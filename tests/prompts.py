@@ -41,6 +41,8 @@ def plain(
         x = _norm(x, w, "embeddings.LayerNorm", config.layer_norm_eps)
     if family == "gpt2":
         x = x + w["wpe.weight"][places]
+    if family == "opt":
+        x = x + w["decoder.embed_positions.weight"][places + 2]
     for block in range(tiny.BLOCKS):
         if late is not None and block == late[0]:
             made = late[1](x)
@@ -48,6 +50,8 @@ def plain(
         x = _BLOCKS[family](x, w, config, block, places)
     if family == "gpt2":
         x = _norm(x, w, "ln_f", config.layer_norm_epsilon)
+    if family == "opt":
+        x = _norm(x, w, "decoder.final_layer_norm", 1e-5)
     if family == "llama":
         x = _rms(x, w, "norm", config.rms_norm_eps)
     return x[len(x) - len(ids) :]
@@ -123,7 +127,15 @@ def _llama(x: Tensor, w: Weights, config: Any, block: int, places: Tensor) -> Te
     return x + _dense(high, w, f"{at}mlp.down_proj")
 
 
-_BLOCKS = {"bert": _bert, "roberta": _bert, "gpt2": _gpt2, "llama": _llama}
+def _opt(x: Tensor, w: Weights, config: Any, block: int, places: Tensor) -> Tensor:
+    at = f"decoder.layers.{block}."
+    low = _norm(x, w, f"{at}self_attn_layer_norm", 1e-5)
+    q, k, v = (_dense(low, w, f"{at}self_attn.{name}_proj") for name in "qkv")
+    x = x + _dense(_attend(q, k, v, config.num_attention_heads, True), w, f"{at}self_attn.out_proj")
+    return x + _dense(F.gelu(_dense(_norm(x, w, f"{at}final_layer_norm", 1e-5), w, f"{at}fc1")), w, f"{at}fc2")
+
+
+_BLOCKS = {"bert": _bert, "roberta": _bert, "gpt2": _gpt2, "llama": _llama, "opt": _opt}
 
 
 def tolerance(family: str) -> float:

@@ -67,7 +67,8 @@ def config_of(family: str, eager: bool = False, **sizes: Any) -> Any:
         return transformers.GPT2Config(n_positions=600, bos_token_id=1, eos_token_id=2, **more)
     more |= {"hidden_size": given["d"], "num_hidden_layers": given["layers"], "intermediate_size": given["f"]}
     more |= {"num_attention_heads": given["heads"], "max_position_embeddings": 600}
-    if family == "opt":
+    if family in ("opt", "opt, norms behind"):
+        more |= {"do_layer_norm_before": family == "opt"}
         more |= {"ffn_dim": given["f"], "word_embed_proj_dim": given["d"], "dropout": 0.0}
         return transformers.OPTConfig(**more)
     if family == "llama":

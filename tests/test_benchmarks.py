@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from fedpeft.app import profiling
 
 ROOT = Path(__file__).parents[1]
 TINY = "--model tiny --data random --length 8 --clients 3 --batch 2 --steps 2"
@@ -92,6 +96,17 @@ def test_predicted_step_times_stand_beside_measured_ones(tmp_path):
     for name in result["ratio"]:
         ratio = result["predicted_s"][name] / result["seconds"][name]
         assert result["ratio"][name] == {key: pytest.approx(ratio) for key in ("median", "min", "max")}
+
+
+def test_a_profiles_speed_of_unpacking_is_predicted_with(monkeypatch):
+    """Matrices of one block with d 32 and f 128: 4 * 32 * 32 + 2 * 32 * 128 = 12,288, two passes of 49,152 bytes;
+    packed steps take .1 s longer in the mean.
+    """
+    steptime = importlib.import_module("benchmarks.steptime")
+    monkeypatch.setattr(steptime, "step_seconds", lambda *args: {"full": 0.3, "int8": 0.35, "nf4": 0.45})
+    config = {**profiling.SMALL, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 128}
+    model, _ = profiling.random_model(config, torch.device("cpu"))
+    assert steptime.profiled(model, 1, time.perf_counter).dequant_bytes_per_s == pytest.approx(983_040)
 
 
 def test_imports_are_slower_than_an_empty_interpreter(tmp_path):

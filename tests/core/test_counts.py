@@ -12,6 +12,7 @@ def test_spare_ones_go_to_the_largest_remainders() -> None:
     assert dealt([0.5, 0.3, 0.2], 7) == [4, 2, 1]  # 3.5, 2.1, 1.4
     assert dealt([0.25] * 4, 6) == [2, 2, 1, 1]  # equal remainders: the earlier first
     assert dealt([0.29, 0.71], 100) == [29, 71]  # .29 * 100 is 28.999999999999996
+    assert dealt([13 / 30, 11 / 30, 6 / 30], 168) == [73, 62, 33]  # 72.8, 61.6, 33.6: equal, not in floating point
     assert dealt([], 0) == []
 
 

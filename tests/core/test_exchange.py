@@ -73,6 +73,18 @@ def test_a_meter_adds_what_fits_cost() -> None:
     assert (meter.trained_tokens, meter.trained_pairs) == (108, 950)
 
 
+@pytest.mark.parametrize(
+    ("base", "packed"), [("", 0), ("bfloat16", 0), ("blocks:0,1", 0), ("int8", 6), ("nf4:simulated", 6)]
+)
+def test_a_meter_counts_the_steps_on_a_quantised_base(base: str, packed: int) -> None:
+    meter = Meter()
+    fitted = Fitted({}, (1.0, 2.0, 6.0), 3, 20, Moments(), tokens=100, pairs=900)
+    for checkpointing in (False, True, True):
+        fit = Fit(toy.params(0, 0), toy.points([1, 0]), [[0]] * 3, SGD(1.0), base=base, checkpointing=checkpointing)
+        meter.add(fit, fitted, lowest_block=2)
+    assert meter.packed == (Counter({(2, False): 3, (2, True): packed}) if packed else Counter())
+
+
 def test_the_loss_of_a_fit_is_the_mean_over_its_steps() -> None:
     assert Fitted({}, (1.0, 2.0, 6.0), 3, 20, Moments()).loss == 3.0
     assert Fitted({}, (), 0, 0, Moments()).loss == 0.0

@@ -20,8 +20,11 @@ from fedpeft.core.fit import Fit, Fitted, Moments
 from fedpeft.core.method import stream_batches
 from fedpeft.engines.inprocess import InProcess
 from fedpeft.maths import lowrank
+from fedpeft.methods import fedpipe
 from fedpeft.methods.fedpipe import Ask, FedPipe, Memory, Report, Scores, State, Trained, fits, scored, sound
 from fedpeft.planner.device import DEFAULT, Profile
+from fedpeft.planner.prices import Costs
+from fedpeft.planner.warmup import WarmUp, messages
 
 QUICK = {"warmup_steps": 3, "lr": 0.05, "ranks": (1, 2, 4), "batches": (1, 2, 4)}
 MODEL = {"width": 6, "dtype": "float32", "blocks": 2, "rank": 4}
@@ -207,6 +210,27 @@ def test_where_nobody_can_measure_importance_all_weights_count_the_same_and_that
     state = done[-1].state
     assert set(state.roster.job.scores.values()) == {0.5} and "all count the same" in own.choices(state)["warning"]
     assert set(state.roster.plans) == {"c0", "c1", "c2", "c3"}
+
+
+def test_a_warm_up_is_priced_with_what_it_sends_and_applies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing at first; later what is trained at its whole rank, and what was folded away."""
+    asked: list[Costs] = []
+
+    def asking(costs: Costs, *rest: Any) -> WarmUp:
+        asked.append(costs)
+        return WarmUp("full", 2, 1, 3)
+
+    monkeypatch.setattr(fedpipe, "warm_up_room", asking)
+    own = method()
+    after = planned_state(own, {"block.0.w": 2})
+    stack = {"block.1.w.A": torch.ones(7, 2), "block.1.w.B": torch.ones(1, 7)}
+    for state in (dataclasses.replace(after, union=()), after, dataclasses.replace(after, union=(), stack=stack)):
+        down = own.ask_scores(state, "c0")
+        up = Scores(torch.zeros(2), torch.zeros(2, dtype=torch.bool), 4)
+        sent, told = 4 * tree.count({**down.params, **down.stack}), up.scores.nbytes + up.seen.nbytes + 8
+        expected = DEFAULT.latency_s + sent / DEFAULT.down_bytes_per_s + told / DEFAULT.up_bytes_per_s
+        assert messages(asked[-1]) == pytest.approx(expected, rel=1e-12)
+    assert [costs.frozen for costs in asked] == [{}, dict.fromkeys(pairs.stems(after.params), 4), {"block.1.w": 7}]
 
 
 def test_a_refreshed_importance_stands_on_what_was_learnt() -> None:

@@ -67,7 +67,7 @@ def changed(model: HFModel, params: dict[str, Tensor], relu: bool = False) -> An
     return freeze(body, None, "changed", tiny.CPU)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize("norms", [True, False])
 def test_logits_are_those_of_plain_modules(family: str, norms: bool) -> None:
     model = tiny.model(family, replace(SPEC, norms=norms))
@@ -88,7 +88,7 @@ def test_the_activation_is_the_one_asked_for() -> None:
     assert torch.allclose(model.logits(params, data), plain.logits(head, data), atol=1e-6)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_a_fresh_adapter_leaves_the_base_alone(family: str) -> None:
     model = tiny.model(family, SPEC, dtype="float32")
     params, data = model.init(tiny.place()), tiny.examples(tiny.place(1), 5)
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused() -> None:
         HFModel(freeze(tiny.module("distilbert"), None, "own", tiny.CPU), SPEC, 3)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_a_change_of_the_base_comes_before_the_bottleneck(family: str) -> None:
     """A base delta is a change of the frozen weight, whose output the bottleneck then takes."""
     model = tiny.model(family, SPEC)

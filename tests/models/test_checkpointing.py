@@ -47,7 +47,7 @@ def trained(model: HFModel, fits: list[Fit]) -> list[Fitted]:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "opt"])
 def test_training_gives_the_same_bits(family, kind):
     """Alone and together, with dropout noise that the second pass through a block must find again."""
     model = model_of(family, kind)

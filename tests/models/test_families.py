@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 import tiny
-from fedpeft.core.adapter import Lora
-from fedpeft.core.errors import ModelError
+from fedpeft.core.adapter import Bottleneck, HeadOnly, LatePrompt, Lora, Prefix
+from fedpeft.core.errors import FitError, ModelError
 from fedpeft.core.fit import SGD, Fit
+from fedpeft.models.depth import shortened
 from fedpeft.models.families import FAMILIES, Slot, choose, is_decoder, linear_size, slots
+from fedpeft.models.hf import HFModel
 from fedpeft.planner import configuration
+
+DATA = tiny.examples(tiny.place(), 2)
 
 
 @pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
@@ -33,6 +39,25 @@ def test_sizes_follow_the_family() -> None:
     assert llama["block.1.down"] == Slot("block.1.down", "layers.1.mlp.down_proj", 48, 32, 0, 32)
     assert [gpt2[f"block.0.{k}"].offset for k in ("query", "key", "value")] == [0, 32, 64]
     assert gpt2["block.0.value"] == Slot("block.0.value", "h.0.attn.c_attn", 32, 32, 64, 96)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda model: tiny.model("distilbert", Prefix()),
+        lambda model: tiny.model("distilbert", LatePrompt()),
+        lambda model: tiny.model("distilbert", Bottleneck()),
+        lambda model: shortened(model.base.module, "distilbert", [0]),
+        lambda model: model.hidden(None, DATA, [0]),
+        lambda model: model.sensitivity(model.init(tiny.place()), DATA, [0], "l2", 0.01, tiny.place()),
+        lambda model: model.fit(Fit(model.init(tiny.place()), DATA, [[0]], SGD(0.1), checkpointing=True)),
+    ],
+)
+def test_a_family_that_is_not_known_is_refused_with_those_that_are(refused: Callable[[HFModel], object]) -> None:
+    """OPT is among them: the tests of all these run on it."""
+    model = HFModel(tiny.base("distilbert"), HeadOnly(), 3)
+    with pytest.raises((ModelError, FitError), match="a BERT, RoBERTa, GPT-2, OPT or Llama model"):
+        refused(model)
 
 
 def test_the_planner_knows_the_same_families() -> None:

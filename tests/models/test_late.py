@@ -41,7 +41,7 @@ def generated(params: Params, block: int, count: int, states: Tensor) -> Tensor:
     return F.linear(pooled.relu(), w["up.weight"], w["up.bias"])
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize("block", range(tiny.BLOCKS))
 def test_plain_arithmetic_gives_the_same(family: str, block: int) -> None:
     """Rows of 1 to 12 tokens pooled to 3; clients of unequal size, and one without a prompt."""
@@ -98,7 +98,7 @@ def test_a_window_of_attention_stays_among_the_text() -> None:
 _SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize(("features", "budget"), [((), 2048), (("clip", "mask", "prox"), 13)])
 def test_fit_many_equals_fit(family: str, features: tuple[str, ...], budget: int) -> None:
     model = HFModel(tiny.base(family), LatePrompt(3, 4, 1), 3, budget)
@@ -118,7 +118,7 @@ def test_clients_with_prompts_at_different_blocks_train_one_by_one() -> None:
     assert_close(together(model, made), alone(model, made), 1e-9)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_the_gradient_reaches_every_number(family: str) -> None:
     model = tiny.model(family, LatePrompt(3, 4, 1))
     params = drawn(model, tiny.place())
@@ -128,7 +128,7 @@ def test_the_gradient_reaches_every_number(family: str) -> None:
         assert bool((fitted.params[name] != t).all()), name
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize("block", [1, 2])
 def test_no_backward_pass_below_the_block(family: str, block: int) -> None:
     model = tiny.model(family, LatePrompt(3, 4, block))
@@ -148,10 +148,11 @@ def test_no_backward_pass_below_the_block(family: str, block: int) -> None:
 
 def _layers(base: Base) -> Any:
     module = base.module
-    return {"gpt2": lambda: module.h, "llama": lambda: module.layers}.get(base.family, lambda: module.encoder.layer)()
+    own = {"gpt2": lambda: module.h, "llama": lambda: module.layers, "opt": lambda: module.decoder.layers}
+    return own.get(base.family, lambda: module.encoder.layer)()
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_probes_see_the_text_alone(family: str) -> None:
     """Below the block they are the frozen base's own states."""
     model = tiny.model(family, LatePrompt(3, 4, 1))

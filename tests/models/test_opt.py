@@ -10,6 +10,7 @@ import transformers
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import tiny
+from fedpeft.core.errors import ModelError
 from fedpeft.models.load import freeze
 from fedpeft.models.opt import keep_rows_apart, stock_blocks
 
@@ -34,6 +35,14 @@ def test_states_are_those_of_transformers(before: bool, padded: str | None) -> N
             expected = stock.train(train)(input_ids=ids, attention_mask=mask).last_hidden_state
             found = ours.train(train)(input_ids=ids, attention_mask=mask).last_hidden_state
             torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-12)
+
+
+def test_a_model_whose_states_are_projected_to_another_width_is_refused() -> None:
+    """As opt-350m's are; the head would meet them with a matrix of another shape."""
+    config = tiny.config("opt")
+    config.word_embed_proj_dim, config.do_layer_norm_before = config.hidden_size // 2, False
+    with pytest.raises(ModelError, match="two widths, such as opt-350m, cannot be used"):
+        freeze(transformers.AutoModel.from_config(config), None, "own", tiny.CPU)
 
 
 def test_dropout_is_that_of_transformers() -> None:

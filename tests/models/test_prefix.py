@@ -97,7 +97,7 @@ def batch_of(family: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks transformers for it
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_parity_with_pefts_keys_and_values(family: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = {n: t.float() for n, t in prefixes(model_of(family), tiny.place()).items()}
@@ -123,7 +123,7 @@ def test_parity_with_pefts_keys_and_values(family: str, implementation: str, mon
         assert torch.equal(module(**batch).last_hidden_state[real], without), "no layer selected"
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_logits_are_those_of_the_base_given_the_prefix(family: str) -> None:
     model = model_of(family, "float32")
     params = params_of(model, tiny.place(), blocks=(0, 2))
@@ -177,7 +177,7 @@ def uneven(model: HFModel, optimizer: Any, features: Sequence[str] = ()) -> list
     return fits
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("features", [(), ("dropout",), ("dropout", "mask", "drift", "clip"), ("prox", "settings")])
 def test_a_cohort_equals_each_client_alone(family: str, optimizer: str, features: tuple[str, ...]) -> None:
@@ -255,7 +255,7 @@ def test_dropout_scales_what_it_keeps_and_takes_its_noise_from_the_place() -> No
         assert dropped[step] == pytest.approx(model.fit(Fit(noisy, data, [[row]], SGD(0.0))).losses[0], abs=1e-9)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_nothing_below_the_lowest_prefix_is_differentiated(family: str) -> None:
     model = model_of(family)
     params = params_of(model, tiny.place(), blocks=(1, 2))
@@ -282,7 +282,7 @@ def test_nothing_below_the_lowest_prefix_is_differentiated(family: str) -> None:
         assert not torch.equal(fitted.params[name], t), f"{name} trains"
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_a_bfloat16_base(family: str) -> None:
     exact, half = model_of(family, "float32"), model_of(family, "bfloat16")
     params = params_of(exact, tiny.place())

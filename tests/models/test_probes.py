@@ -15,7 +15,7 @@ from fedpeft.core.tree import Params
 from fedpeft.models.hf import HFModel
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize("budget", [2048, 20])
 def test_hidden_states_are_those_of_the_blocks(family: str, budget: int) -> None:
     model = tiny.model(family, budget=budget)
@@ -29,7 +29,7 @@ def test_hidden_states_are_those_of_the_blocks(family: str, budget: int) -> None
     assert got.shape == (tiny.BLOCKS, 4, batch["input_ids"].shape[1], tiny.WIDTH)
     for block in range(tiny.BLOCKS - 1):
         assert torch.allclose(got[block], (every[block + 1] * mask).float(), atol=1e-6)
-    norm = {"gpt2": "ln_f", "llama": "norm"}.get(family)
+    norm = {"gpt2": "ln_f", "llama": "norm", "opt": "decoder.final_layer_norm"}.get(family)
     last = got[-1].double()
     with torch.no_grad():  # transformers gives the last state after the final norm, where there is one
         last = model.base.module.get_submodule(norm)(last) if norm else last
@@ -57,7 +57,7 @@ def gradient(model: HFModel, params: Params, data: object, rows: list[int]) -> d
     return {name: params[name] - fitted.params[name] for name in params}
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 def test_products_are_differences_of_gradients(family: str) -> None:
     """H v = (g(w + h v) - g(w - h v)) / 2 h in float64, rows of many lengths in several parts."""
     model = tiny.model(family, budget=30)

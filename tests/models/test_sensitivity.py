@@ -31,7 +31,7 @@ def test_the_three_perturbations() -> None:
     assert not perturbed(e, gradient * 0, mask, "l2", 0.5, None).any()
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", (*tiny.FAMILIES, "opt"))
 @pytest.mark.parametrize("kind", ["l2", "inf"])
 def test_changes_are_those_of_transformers_own_states(family: str, kind: Any) -> None:
     """Row by row, with embeddings given to the transformer and the gradient of the head's loss by autograd."""
@@ -71,6 +71,8 @@ def by_hand(model: HFModel, params: dict[str, Tensor], data: Examples, row: int,
 
 
 def blocks_of(body: Any) -> Any:
+    if hasattr(body, "decoder"):
+        return body.decoder.layers
     return body.encoder.layer if hasattr(body, "encoder") else body.h if hasattr(body, "h") else body.layers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from fedpeft.planner.cost import Step, Weight, shape_of, step_flops
@@ -11,7 +12,7 @@ from fedpeft.planner.device import Profile
 from fedpeft.planner.memory import WEIGHT_ERROR, parameters, peak_memory
 from fedpeft.planner.plan import Choices, Job, Plan
 from fedpeft.planner.prices import Costs, Setting
-from fedpeft.planner.search import priced, search
+from fedpeft.planner.search import SLACK, default_deadline, priced, search
 
 SHAPE = shape_of(
     {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
@@ -111,6 +112,23 @@ def test_a_step_and_what_is_predicted_of_a_plan(
     assert told.coverage == pytest.approx(sum(JOB.scores[name] * gains[r] for name, r in ranks.items()))
     whole = priced(costs, setting, ranks, 1e9)
     assert whole.steps == 50 and whole.predicted.under_training == 0
+
+
+def test_no_step_is_lost_to_rounding() -> None:
+    """The default deadline is the time of a full turn: the machine that it is of has time for all steps."""
+    rng = np.random.default_rng(0)
+    setting = Setting("full", 1, 0, False)
+    job = dataclasses.replace(JOB, choices=Choices(ranks=(1, 3), batches=(1,), checkpointing=(False,), bits="full"))
+    for _ in range(500):
+        machine = Profile(
+            flops_per_s=10 ** rng.uniform(6, 9), step_overhead_s=rng.uniform(0, 0.1), latency_s=rng.uniform(0, 3)
+        )
+        examples = int(rng.integers(2, 500))
+        costs, deadline = Costs(job, machine, examples), default_deadline(job, {"one": (machine, examples)}, BOTH)
+        plan = priced(costs, setting, BOTH, deadline)
+        assert plan.steps == examples
+        assert plan.predicted.round_s <= deadline * (1 + 2 * SLACK)
+        assert priced(costs, setting, BOTH, deadline * (1 - 1e-9)).steps == examples - 1
 
 
 # --- what decides among settings --------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_by_hand():
     assert again.backward == 14_592 + 14_336 - 2_048  # all but the head once more
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "opt"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "opt", "opt, norms behind"])
 @pytest.mark.parametrize("language_model", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_to_torch(family: str, language_model: bool, seed: int):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
@@ -32,6 +33,18 @@ def test_every_step_costs_what_a_machine_says_that_it_costs_besides_its_operatio
     meter = Meter(steps=6, trained={1: (5, 13)})
     receipt = Receipt("a", bytes_down=100, bytes_up=30, meter=meter)
     assert slow(receipt) == pytest.approx(Clock(SHAPE, {"a": SLOW})(receipt) + 1.5)
+
+
+def test_steps_on_a_quantised_base_take_the_time_of_unpacking_it():
+    """Matrices of a block: 4 * 4 * 4 + 2 * 4 * 6 = 112, 448 bytes; of two blocks, from the upper one on, 3 passes of a
+    block in a step, 4 with checkpointing: 448 (2 * 3 + 5 * 4) / 1000.
+    """
+    meter = Meter(packed=Counter({(1, False): 2, (1, True): 5}))
+    fast = dataclasses.replace(SLOW, dequant_bytes_per_s=1000)
+    receipt = Receipt("a", bytes_down=100, bytes_up=30, meter=meter)
+    without = Clock(SHAPE, {"a": SLOW})(receipt)
+    assert Clock(SHAPE, {"a": fast})(receipt) - without == pytest.approx(11.648)
+    assert without == Clock(SHAPE, {"a": fast})(dataclasses.replace(receipt, meter=Meter()))
 
 
 def test_a_client_without_profile_has_the_default():

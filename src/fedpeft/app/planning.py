@@ -11,7 +11,7 @@ from typing import Any
 
 from fedpeft.core.errors import ConfigError, ModelError, RequestError
 from fedpeft.planner.configuration import most_tokens
-from fedpeft.planner.cost import Shape, Step, all_weights, shape_of, step_flops, weights
+from fedpeft.planner.cost import Shape, Step, all_weights, first_input, shape_of, step_flops, weights
 from fedpeft.planner.device import FORMATS, Profile, load_machines
 from fedpeft.planner.fleet import Fleet, Search, plan_fleet
 from fedpeft.planner.memory import Loop, parameters, peak_memory
@@ -197,10 +197,11 @@ def _priced(
         checkpointing=fixed.get("checkpointing", False),
     )
     memory, flops = peak_memory(job.shape, step, loop), step_flops(job.shape, step).total
+    lowest, _ = first_input(job.shape, step)
     told |= {"memory": vars(memory), "flops": flops, "loop": loop, "machines": {}}
     for name, (profile, examples) in machines.items():
         costs = Costs(replace(job, choices=replace(job.choices, applied=False)), profile, examples)
-        steps, unpacking = costs.steps(batch), costs.unpacking(bits, step.checkpointing)
+        steps, unpacking = costs.steps(batch), costs.unpacking(bits, lowest, step.checkpointing)
         seconds = profile.step_overhead_s + flops / profile.flops_per_s + unpacking
         told["machines"][name] = {
             "usable_bytes": costs.room,

@@ -28,11 +28,10 @@ from fedpeft.core.fit import AdamW, Fit
 from fedpeft.core.rng import rng_for
 from fedpeft.models.hf import HFModel
 from fedpeft.models.load import freeze, resolve_device
-from fedpeft.planner.activations import DTYPE_BYTES
 from fedpeft.planner.cost import Shape, Step, shape_of, step_flops, weights
 from fedpeft.planner.device import DEFAULT, FORMATS, Profile
-from fedpeft.planner.memory import parameters, peak_memory
-from fedpeft.planner.prices import PASSES
+from fedpeft.planner.memory import peak_memory
+from fedpeft.planner.prices import unpacked_bytes
 
 SMALL: dict[str, Any] = {  # measured where no model is given
     "model_type": "bert",
@@ -181,14 +180,20 @@ def solve(flops: list[int], seconds: list[float]) -> Speed:
     return Speed(1 / slope, overhead, error)
 
 
-def step_seconds(model: HFModel) -> dict[str, float]:
-    """Seconds of a step of one row by format of the base, of those in which it runs; the least of some repetitions."""
+def step_seconds(
+    model: HFModel, repeats: int = REPEATS, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds of a step of one row by format of the base, of those in which it runs; the least of some repetitions.
+
+    Args:
+        clock: see `measure_speed`.
+    """
     fit = Fit(model.init(rng_for(0, "adapter")), rows_of(1, 100), [[0]] * 3, AdamW(1e-3))
     able = {bits: other for bits in FORMATS if (other := _works(model, bits, fit)) is not None}
     times: dict[str, list[float]] = {bits: [] for bits in able}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for bits, other in able.items():
-            times[bits].append(_timed(other, fit))
+            times[bits].append(_timed(other, fit, clock))
     return {bits: min(own) for bits, own in times.items()}
 
 
@@ -207,7 +212,7 @@ def unpacking_speed(took: Mapping[str, float], shape: Shape) -> float:
 
     Args:
         took: seconds of a step by format; see `step_seconds`.
-        shape: of the model that made the step.
+        shape: of the model that made the step, whose lowest block trained.
 
     Returns:
         0, which is not counted, where a step takes no longer, or there is nothing to compare.
@@ -216,7 +221,7 @@ def unpacking_speed(took: Mapping[str, float], shape: Shape) -> float:
     if "full" not in took or not packed:
         return 0.0
     longer = statistics.fmean(packed) - took["full"]
-    return PASSES * DTYPE_BYTES["float32"] * parameters(shape).matrices / longer if longer > 0 else 0.0
+    return unpacked_bytes(shape) / longer if longer > 0 else 0.0
 
 
 def _peak_ratio(model: HFModel, predicted: Callable[[int], int], where: torch.device) -> float | None:

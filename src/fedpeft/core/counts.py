@@ -20,7 +20,8 @@ def dealt(shares: Sequence[float], total: int) -> list[int]:
         shares: that sum to 1; of equal remainders the earlier one is served first.
     """
     counts = [math.floor(share * total) for share in shares]
-    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - shares[i] * total)
+    remainders = [round((share * total - count) / ROUNDING) for share, count in zip(shares, counts, strict=True)]
+    by_remainder = sorted(range(len(counts)), key=lambda i: -remainders[i])
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts

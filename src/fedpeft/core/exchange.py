@@ -18,6 +18,7 @@ from fedpeft.core.adapter import AdapterSpec
 from fedpeft.core.errors import RecordError
 from fedpeft.core.fit import Data, Fit, Fitted
 from fedpeft.core.model import FisherProbe, Model
+from fedpeft.core.packing import format_of
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.tree import Params
 
@@ -65,6 +66,8 @@ class Meter:
         products: multiply-adds beyond those of adapters in the whole base, see `Fitted.products`; may be negative.
         labels: rows by label that went into Fits, repeats counted: a curriculum by difficulty may prefer a label. They
             are for the run's own files, and part of no message.
+        packed: steps whose Fit asked for the base in a quantised format, by the lowest block that they trained and
+            whether blocks were computed again; a format that is only simulated counts as if it were packed.
     """
 
     steps: int = 0
@@ -74,6 +77,7 @@ class Meter:
     forward_pairs: int = 0
     products: int = 0
     labels: Counter[int] = field(default_factory=Counter)
+    packed: Counter[tuple[int, bool]] = field(default_factory=Counter)
 
     @property
     def trained_tokens(self) -> int:
@@ -92,6 +96,8 @@ class Meter:
         self.steps += fitted.steps
         self.examples += fitted.examples
         self.products += fitted.products
+        if format_of(fit.base) is not None:
+            self.packed[lowest_block, fit.checkpointing] += fitted.steps
         self.train(fitted.tokens, fitted.pairs, lowest_block)
 
     def train(self, tokens: int, pairs: int, lowest_block: int) -> None:

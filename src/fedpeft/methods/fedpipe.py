@@ -28,6 +28,7 @@ of its plan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -259,7 +260,7 @@ class FedPipe(Defaults):
 
     def able(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
         """Everybody known who has room and time for the warm-up."""
-        return [c for c in clients if c in state.roster.machines and self.room(state.roster, c)]
+        return [c for c in clients if c in state.roster.machines and self.room(state, c)]
 
     def unknown(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
         """Everybody who has not."""
@@ -299,9 +300,9 @@ class FedPipe(Defaults):
             return replace(state, roster=roster.planned(self.demands, tuple(ups)))
         if not self.measures:
             return self.with_scores(replace(state, roster=roster), self.given_scores(state, env))
-        if any(self.room(roster, c) for c in roster.machines):
-            return replace(state, roster=roster)
-        return self.weigh(replace(state, roster=roster), {}, env)  # nobody can measure anything
+        met = replace(state, roster=roster)
+        able = any(self.room(met, c) for c in roster.machines)
+        return met if able else self.weigh(met, {}, env)  # nobody can measure anything
 
     def with_scores(self, state: State, scores: Mapping[str, float]) -> State:
         """Plans for everybody, from these scores."""
@@ -318,14 +319,20 @@ class FedPipe(Defaults):
 
     def ask_scores(self, state: State, client: ClientId) -> Warmup:
         """As the machine has room and time for; beside what was learnt, frozen."""
-        how = self.room(state.roster, client)
+        how = self.room(state, client)
         assert how is not None, "only who is able is asked"
-        trained = tree.select(state.params, lambda name: name.rpartition(".")[0] in state.union)
-        return Warmup(how, len(state.roster.job.weights), trained, state.stack)
+        return Warmup(how, len(state.roster.job.weights), self.learnt(state), state.stack)
 
-    def room(self, roster: Roster, client: ClientId) -> WarmUp | None:
-        """The warm-up that a machine has room and time for; None: none."""
-        costs = Costs(roster.whole_job, roster.machine(client), roster.machines[client].examples)
+    def learnt(self, state: State) -> Params:
+        """The factors of the weights that were ever trained."""
+        return pairs.factors(pairs.of(state.params, state.union))
+
+    def room(self, state: State, client: ClientId) -> WarmUp | None:
+        """The warm-up that a machine has room and time for, beside what is sent along; None: none."""
+        roster, learnt = state.roster, self.learnt(state)
+        frozen = Counter({stem: len(learnt[f"{stem}.A"]) for stem in pairs.stems(learnt)})
+        frozen.update({stem: len(state.stack[f"{stem}.A"]) for stem in pairs.stems(state.stack)})
+        costs = Costs(roster.whole_job, roster.machine(client), roster.machines[client].examples, frozen)
         return warm_up_room(costs, self.warmup_rank, self.warmup_batch, self.warmup_steps, self.warmup_seconds)
 
     def warm_up(self, down: Warmup, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Scores, Memory]]:

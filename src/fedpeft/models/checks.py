@@ -12,7 +12,7 @@ from fedpeft.core.fit import Fit, blocks_in
 from fedpeft.core.tree import Params, block_of
 from fedpeft.models.adapters import Network, Partner, Shape
 from fedpeft.models.adapters.prompt import complete
-from fedpeft.models.families import block_paths
+from fedpeft.models.families import KNOWN_MODELS, block_paths
 
 if TYPE_CHECKING:
     from fedpeft.models.hf import HFModel
@@ -84,5 +84,5 @@ def check_fit(model: HFModel, fit: Fit) -> None:
     if fit.checkpointing and not block_paths(model.base.module, model.base.family):
         raise FitError(
             f"Fit.checkpointing needs to know the blocks, and those of the family {model.base.family!r} are not "
-            "known; leave it out, or use a BERT, RoBERTa, GPT-2 or Llama model"
+            f"known; leave it out, or use {KNOWN_MODELS}"
         )

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedpeft.core.errors import ModelError
 from fedpeft.core.tree import block_of
-from fedpeft.models.families import FAMILIES, Slot, block_paths
+from fedpeft.models.families import FAMILIES, KNOWN_MODELS, Slot, block_paths
 
 
 def shortened(module: Any, model_type: str, blocks: Sequence[int]) -> Any:
@@ -28,8 +28,8 @@ def shortened(module: Any, model_type: str, blocks: Sequence[int]) -> Any:
     paths = block_paths(module, model_type)
     if not paths:
         raise ModelError(
-            f"blocks can be left out where they are known, and those of the family {model_type!r} are not; use a BERT, "
-            "RoBERTa, GPT-2 or Llama model"
+            f"blocks can be left out where they are known, and those of the family {model_type!r} are not; "
+            f"use {KNOWN_MODELS}"
         )
     if list(blocks) != sorted(set(blocks)) or blocks[-1] >= len(paths):
         raise ModelError(

@@ -83,6 +83,8 @@ FAMILIES: dict[str, tuple[str, Mapping[str, str]]] = {  # model_type: path of th
     "opt": ("decoder.layers", _OPT),
 }
 
+KNOWN_MODELS = "a BERT, RoBERTa, GPT-2, OPT or Llama model"  # whose blocks are known, for messages
+
 
 def is_decoder(model_type: str) -> bool:
     """Whether the family reads left to right, so that its last token has seen the whole text."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedpeft.core.errors import ModelError
 from fedpeft.core.hub import loading_from_hub
-from fedpeft.models.families import is_decoder
+from fedpeft.models.families import KNOWN_MODELS, is_decoder
 from fedpeft.models.load import Base
 
 TOLERANCE = 0.02  # of the largest logit: how far the parts taken out may be from the whole model, in bfloat16 too
@@ -140,7 +140,7 @@ def lm_head_of(full: Any, base: Base, source: str = "") -> LmHead:
     """
     unknown = ModelError(
         f"the language-model head of {source or base.source} has a form that is not known (family {base.family}); "
-        "use task.format head, or a BERT, RoBERTa, GPT-2 or Llama model"
+        f"use task.format head, or {KNOWN_MODELS}"
     )
     full = full.eval()
     projection = full.get_output_embeddings()

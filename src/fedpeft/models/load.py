@@ -338,6 +338,9 @@ def freeze(module: Any, tokenizer: Any, source: str, device: torch.device) -> Ba
     """A Base from a transformers model that is there already (a random one in a test, say).
 
     A model of a known family that attends by transformers' "sdpa" takes prefixes from now on; see `models/attention`.
+
+    Raises:
+        ModelError: see `opt.keep_rows_apart`.
     """
     module = module.to(device).eval().requires_grad_(False)
     if module.config.model_type == "opt":

@@ -13,9 +13,21 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedpeft.core.errors import ModelError
+
 
 def keep_rows_apart(module: Any) -> None:
-    """Let the blocks of an OPT model of transformers keep their rows; its weights and numbers stay what they are."""
+    """Let the blocks of an OPT model of transformers keep their rows; its weights and numbers stay what they are.
+
+    Raises:
+        ModelError: its embeddings, and so its last states, have another width than its blocks, as in opt-350m.
+    """
+    width, hidden = module.config.word_embed_proj_dim, module.config.hidden_size
+    if width != hidden:
+        raise ModelError(
+            f"the model's embeddings have {width} numbers and its blocks {hidden} (word_embed_proj_dim, hidden_size); "
+            "models of two widths, such as opt-350m, cannot be used: take another size, such as opt-125m or opt-1.3b"
+        )
     for block in module.decoder.layers:
         block.__class__ = _block_class()
 

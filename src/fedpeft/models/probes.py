@@ -15,7 +15,7 @@ from fedpeft.core.examples import Examples
 from fedpeft.core.fit import SGD, Fit, check_fit
 from fedpeft.core.train import Stack, stack_params
 from fedpeft.core.tree import Params
-from fedpeft.models.families import block_paths
+from fedpeft.models.families import KNOWN_MODELS, block_paths
 from fedpeft.models.readouts import Item
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def hidden(model: HFModel, params: Params, data: Examples, rows: Sequence[int]) 
     """
     paths = block_paths(model.base.module, model.base.family)
     if not paths:
-        raise ModelError(
-            f"the blocks of the family {model.base.family!r} are not known; use a BERT, RoBERTa, GPT-2 or Llama model"
-        )
+        raise ModelError(f"the blocks of the family {model.base.family!r} are not known; use {KNOWN_MODELS}")
     base = model.base.at(_exact(model))
     stack = stack_params([params], model.device)
     longest = int(data.lengths[list(rows)].max())

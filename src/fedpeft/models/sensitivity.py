@@ -20,7 +20,7 @@ from fedpeft.core.model import Perturbation
 from fedpeft.core.rng import Rng
 from fedpeft.core.train import stack_params
 from fedpeft.core.tree import Params
-from fedpeft.models.families import block_paths
+from fedpeft.models.families import KNOWN_MODELS, block_paths
 from fedpeft.models.fisher import hooked
 from fedpeft.models.load import Base
 
@@ -45,9 +45,7 @@ def sensitivity(
     base = model.base.at("float32" if model.base.dtype == torch.bfloat16 else "")
     paths = block_paths(base.module, base.family)
     if not paths:
-        raise ModelError(
-            f"the blocks of the family {base.family!r} are not known; use a BERT, RoBERTa, GPT-2 or Llama model"
-        )
+        raise ModelError(f"the blocks of the family {base.family!r} are not known; use {KNOWN_MODELS}")
     stack = stack_params([params], model.device)
     items = [model.readout.training(0, data, row) for row in rows]
     changes, sizes = (torch.zeros(len(paths) + 1, len(items)) for _ in range(2))

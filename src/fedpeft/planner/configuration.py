@@ -65,6 +65,7 @@ def details(config: Mapping[str, Any], family: str, hidden: int, head_size: int)
         more = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden, "pre_norm": True}
         return found | more | {"biased": plain, "positions": positions}
     if family == "opt":  # built like GPT-2, its matrices apart, and two positions more than texts have
+        one_width(config, hidden)
         before = bool(config.get("do_layer_norm_before", True))
         places = size(config, "max_position_embeddings", default=2048) + 2
         more = {"block_norms": 4 * hidden, "outer_norms": 2 * hidden * before, "pre_norm": before}
@@ -78,6 +79,16 @@ def details(config: Mapping[str, Any], family: str, hidden: int, head_size: int)
         "token_types": size(config, "type_vocab_size", default=2) if family in ("bert", "roberta") else 0,
         "embedding": 0 if embedding == hidden else embedding,
     }
+
+
+def one_width(config: Mapping[str, Any], hidden: int) -> None:
+    """Raise ModelError where embeddings have another width than the blocks, and states are projected back to it."""
+    width = config.get("word_embed_proj_dim") or hidden
+    if width != hidden:
+        raise ModelError(
+            f"the model's embeddings have {width} numbers and its blocks {hidden} (word_embed_proj_dim, hidden_size); "
+            "models of two widths, such as opt-350m, cannot be used: take another size, such as opt-125m or opt-1.3b"
+        )
 
 
 def size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:

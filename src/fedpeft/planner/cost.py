@@ -61,6 +61,13 @@ class Shape:
     activation_copies: int = 1  # feed-forward inputs that the activation keeps: 4 where not fused; 0: its output (ReLU)
 
     @property
+    def masked(self) -> bool:
+        """Whether it reads in both directions, so that its language model has a head for masked tokens; not a decoder,
+        wherever its norms are.
+        """
+        return self.family not in ("gpt2", "opt", "llama")
+
+    @property
     def lower_flops(self) -> int:
         """Per token: the products of one block that read its input, query, key and value."""
         return 2 * self.hidden * self.head_size * (self.heads + 2 * self.kv_heads)
@@ -335,10 +342,10 @@ def _attention_products(shape: Shape, step: Step, block: int, first: int) -> int
 def _head_products(shape: Shape, step: Step) -> int:
     """Operations from the last hidden state to the loss; as many go back to it."""
     if step.classes is not None:
-        pooling = 0 if shape.pre_norm else 2 * step.n_tokens * shape.hidden  # decoders take the last token
+        pooling = 2 * step.n_tokens * shape.hidden if shape.masked else 0  # decoders take the last token
         return pooling + 2 * step.rows * shape.hidden * step.classes
-    width = shape.hidden if shape.pre_norm else (shape.embedding or shape.hidden)
-    transform = 0 if shape.pre_norm else shape.hidden * width
+    width = shape.embedding or shape.hidden
+    transform = shape.hidden * width if shape.masked else 0
     return 2 * lm_tokens(shape, step) * (width * shape.vocab + transform)
 
 

@@ -74,7 +74,7 @@ class Profile:
     context_bytes: int = 0  # taken by the driver before anything is computed
     peak_ratio: float = 1.0  # measured peak memory over the predicted one
     step_overhead_s: float = 0.0  # of one training step, besides its operations
-    dequant_bytes_per_s: float = 0.0  # of unpacked weights that a quantised base is turned into; 0: not counted
+    dequant_bytes_per_s: float = 0.0  # of float32 weights that a quantised base is unpacked into; 0: not counted
     formats: tuple[str, ...] = FORMATS  # what the base can be kept in; "full" is as it is loaded
 
 

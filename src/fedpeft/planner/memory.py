@@ -94,7 +94,7 @@ def parameters(shape: Shape) -> Parameters:
     head = 0
     if shape.lm_head:
         head = 0 if shape.tied else width * shape.vocab
-        if not shape.pre_norm:  # dense layer and norm before the projection, which has a bias
+        if shape.masked:  # dense layer and norm before the projection, which has a bias
             head += shape.hidden * width + width + 2 * width + shape.vocab
     return Parameters(
         shape.layers * sum(w.d_in * w.d_out for w in every),
@@ -195,7 +195,7 @@ def _loss(shape: Shape, step: Step) -> int:
     """
     if step.classes:
         return 12 * step.rows * step.classes
-    inputs = 0 if shape.pre_norm else 2 * DTYPE_BYTES[step.compute] * (shape.embedding or shape.hidden)
+    inputs = 2 * DTYPE_BYTES[step.compute] * (shape.embedding or shape.hidden) if shape.masked else 0
     return lm_tokens(shape, step) * (12 * shape.vocab + inputs)
 
 

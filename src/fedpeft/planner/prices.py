@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.planner.activations import DTYPE_BYTES
-from fedpeft.planner.cost import Step, step_flops
+from fedpeft.planner.cost import Shape, Step, step_flops
 from fedpeft.planner.device import FORMATS, Profile
 from fedpeft.planner.memory import WEIGHT_ERROR, parameters, peak_memory
 from fedpeft.planner.plan import Job
 
 BYTES_PER_NUMBER = 4  # float32 on the wire
-PASSES = 2  # in which a step unpacks a quantised base: forward and backward
+UNPACKED_BYTES = 4  # of a weight of a quantised base, float32 whatever the products compute in
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -33,13 +33,29 @@ class Setting:
     used: float = 1.0  # nu
 
 
-class Costs:
-    """Prices of one job on one machine."""
+def unpacked_bytes(shape: Shape, lowest: int = 0, checkpointing: bool = False) -> int:
+    """Bytes that a step unpacks of a quantised base's blocks, in every pass anew.
 
-    def __init__(self, job: Job, machine: Profile, examples: int) -> None:
+    The forward pass goes through all blocks, the backward pass, and with checkpointing a second pass forward, through
+    those from the lowest one on. The lowest block's first matrices are not needed backward, which is not subtracted.
+    """
+    passes = shape.layers + (1 + checkpointing) * (shape.layers - lowest)  # of blocks, which are all alike
+    return UNPACKED_BYTES * parameters(shape).matrices // shape.layers * passes
+
+
+class Costs:
+    """Prices of one job on one machine.
+
+    Args:
+        frozen: rank by name of what is applied and not trained, whatever trains; None: what a plan leaves of the
+            largest rank.
+    """
+
+    def __init__(self, job: Job, machine: Profile, examples: int, frozen: Mapping[str, int] | None = None) -> None:
         self.job, self.machine, self.examples = job, machine, examples
         self.usable = ((1 - job.choices.headroom) * machine.memory_bytes - machine.context_bytes) / machine.peak_ratio
         self.room = (1 - job.choices.headroom) * machine.memory_bytes  # with context and the machine's ratio
+        self.frozen = frozen
         self._most = {w.name: job.ranks[-1] for w in job.weights} if job.choices.applied else {}
         self._bases: dict[tuple[str, int, int, bool], tuple[float, float]] = {}
         self.ranks = np.array([0, *job.ranks], dtype=np.float64)
@@ -67,19 +83,23 @@ class Costs:
 
     def step(self, setting: Setting, ranks: Mapping[str, int], tokens: float) -> Step:
         """What one step does when these ranks train and everything else is applied."""
-        frozen = {name: top - ranks.get(name, 0) for name, top in self._most.items() if top > ranks.get(name, 0)}
-        lowest = min((w.block for w in self.job.weights if w.name in ranks), default=self.job.shape.layers)
+        rest = {name: top - ranks.get(name, 0) for name, top in self._most.items() if top > ranks.get(name, 0)}
         return Step(
             rows=setting.batch,
             tokens=max(1, math.ceil(tokens)),
             trained=dict(ranks),
-            frozen=frozen,
+            frozen=rest if self.frozen is None else dict(self.frozen),
             base=self.job.loaded(setting.bits),
             compute=self.job.dtype,
             classes=self.job.classes,
-            depth=lowest if ranks else setting.depth,
+            depth=self._lowest(setting, ranks),
             checkpointing=setting.checkpointing,
         )
+
+    def _lowest(self, setting: Setting, ranks: Mapping[str, int]) -> int:
+        """The block that the backward pass ends in; without ranks, in a bound, the setting's depth."""
+        trained = [w.block for w in self.job.weights if w.name in ranks]
+        return min(trained, default=self.job.shape.layers if ranks else setting.depth)
 
     def bytes(self, setting: Setting, ranks: Mapping[str, int]) -> int:
         """Peak memory, before the machine's own ratio and context."""
@@ -96,22 +116,22 @@ class Costs:
             return step_flops(self.job.shape, self.step(setting, ranks, self.job.mean)).total
 
         flops = self._priced("flops", setting, ranks, price)
-        unpacking = self.unpacking(setting.bits, setting.checkpointing)
+        unpacking = self.unpacking(setting.bits, self._lowest(setting, ranks), setting.checkpointing)
         return self.machine.step_overhead_s + flops / self.machine.flops_per_s + unpacking
 
     def _priced(self, what: str, setting: Setting, ranks: Mapping[str, int], price: Callable[[], int]) -> int:
         """A price that does not depend on the machine, computed once per job."""
-        key = what, replace(setting, used=1.0), frozenset(ranks.items())
+        beside = None if self.frozen is None else frozenset(self.frozen.items())
+        key = what, replace(setting, used=1.0), frozenset(ranks.items()), beside
         if key not in self.job.prices:
             self.job.prices[key] = price()
         return int(self.job.prices[key])
 
-    def unpacking(self, bits: str, checkpointing: bool = False) -> float:
-        """Seconds of a step in which the blocks' matrices of a quantised base are unpacked, in every pass anew."""
+    def unpacking(self, bits: str, lowest: int, checkpointing: bool) -> float:
+        """Seconds of a step in which the blocks' matrices of a quantised base are unpacked; see `unpacked_bytes`."""
         if bits == "full" or not self.machine.dequant_bytes_per_s:
             return 0.0
-        unpacked = DTYPE_BYTES[self.job.dtype] * parameters(self.job.shape).matrices
-        return (PASSES + checkpointing) * unpacked / self.machine.dequant_bytes_per_s
+        return unpacked_bytes(self.job.shape, lowest, checkpointing) / self.machine.dequant_bytes_per_s
 
     def base(self, setting: Setting) -> tuple[float, float]:
         """(bytes, seconds of a step) of a setting in which no weight trains, bounds from above."""

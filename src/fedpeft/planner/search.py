@@ -61,7 +61,8 @@ def search(job: Job, machine: Profile, examples: int, deadline: float, fill: Fil
 def priced(costs: Costs, setting: Setting, ranks: Mapping[str, int], deadline: float) -> Plan:
     """The plan of a setting and its ranks at exact costs, with as many steps as the deadline allows."""
     step_s, messages = costs.seconds(setting, ranks), costs.messages(ranks)
-    steps = max(1, min(costs.steps(setting.batch), math.floor((deadline - messages) / step_s)))
+    there_is_time_for = math.floor((deadline * (1 + SLACK) - messages) / step_s)
+    steps = max(1, min(costs.steps(setting.batch), there_is_time_for))
     used = min(1.0, steps * setting.batch / costs.wanted)
     predicted = Predicted(
         peak_bytes=round(costs.bytes(setting, ranks) * costs.machine.peak_ratio) + costs.machine.context_bytes,

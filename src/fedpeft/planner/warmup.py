@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedpeft.planner.cost import update_bytes
 from fedpeft.planner.prices import Costs, Setting
 
 FEWEST = 10  # steps: in fewer, lambda has hardly left its zero, and scores mean nothing
@@ -27,6 +28,7 @@ def warm_up_room(costs: Costs, rank: int, rows: int, steps: int, seconds: float 
     as that takes.
 
     Args:
+        costs: with what is applied frozen beside the candidates, which is also what is sent down.
         rank: of every candidate.
         rows: of a step, at most.
         steps: K_w, at most.
@@ -42,11 +44,21 @@ def warm_up_room(costs: Costs, rank: int, rows: int, steps: int, seconds: float 
     setting, groups = found
     if seconds is not None:
         everything = {w.name: rank for w in costs.job.weights}
-        left = (seconds - costs.messages({})) / (groups * costs.seconds(setting, everything))
+        left = (seconds - messages(costs)) / (groups * costs.seconds(setting, everything))
         if left < min(FEWEST, steps):
             return None
         steps = min(steps, math.floor(left))
     return WarmUp(setting.bits, setting.batch, groups, steps)
+
+
+def messages(costs: Costs) -> float:
+    """Seconds that a warm-up's messages take: frozen adapters down; a score of every candidate, and whether it was
+    seen, up, with the number of examples.
+    """
+    job, machine = costs.job, costs.machine
+    down = update_bytes(job.weights, costs.frozen or {})
+    up = 5 * len(job.weights) + 8
+    return machine.latency_s + down / machine.down_bytes_per_s + up / machine.up_bytes_per_s
 
 
 def _fitting(costs: Costs, rank: int, rows: int) -> tuple[Setting, int] | None:

@@ -1,8 +1,10 @@
 """Simulated time: what a round would take on the clients' own devices, from counted bytes and operations.
 
 A client's part of an exchange takes latency + bytes down / bandwidth + operations / speed + steps * overhead of a step
-+ bytes up / bandwidth. An exchange ends when its slowest answering client is done, or at the deadline where somebody
-was late; the exchanges of a round, and the rounds, follow one another.
++ bytes unpacked / their speed + bytes up / bandwidth. Bytes are unpacked in steps on a base that a method asked for in
+another number format (`Fit.base`), as the planner counts them; not in passes forward alone, and not where the model
+itself was loaded in that format. An exchange ends when its slowest answering client is done, or at the deadline where
+somebody was late; the exchanges of a round, and the rounds, follow one another.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from fedpeft.core.exchange import ClientId, Meter, Receipt
 from fedpeft.planner.cost import Shape, forward_flops, train_flops
 from fedpeft.planner.device import DEFAULT, Profile
+from fedpeft.planner.prices import unpacked_bytes
 
 
 class Clock:
@@ -33,6 +36,10 @@ class Clock:
         trained += 2 * meter.products
         return trained + forward_flops(self._shape, meter.forward_tokens, meter.forward_pairs)
 
+    def unpacked(self, meter: Meter) -> int:
+        """Bytes of a quantised base's weights that one client's steps unpacked."""
+        return sum(steps * unpacked_bytes(self._shape, *how) for how, steps in meter.packed.items())
+
     def __call__(self, receipt: Receipt) -> float:
         """Simulated seconds of the part that the receipt is for."""
         device = self._profiles.get(receipt.client, DEFAULT)
@@ -42,6 +49,7 @@ class Clock:
                 receipt.bytes_down / device.down_bytes_per_s,
                 self.flops(receipt.meter) / device.flops_per_s,
                 receipt.meter.steps * device.step_overhead_s,
+                self.unpacked(receipt.meter) / device.dequant_bytes_per_s if device.dequant_bytes_per_s else 0.0,
                 receipt.bytes_up / device.up_bytes_per_s,
             )
         )

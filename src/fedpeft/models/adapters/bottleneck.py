@@ -26,7 +26,7 @@ from fedpeft.core.tree import Params
 from fedpeft.models.adapters import Applied, Layer, Network, Partner, Rows, Shape, Sizes
 from fedpeft.models.adapters.prefix import choose_blocks
 from fedpeft.models.adapters.prompt import at_least_one, complete, linear
-from fedpeft.models.families import Slot, block_paths, norm_paths, slots
+from fedpeft.models.families import KNOWN_MODELS, Slot, block_paths, norm_paths, slots
 from fedpeft.models.load import Base
 
 DEVIATION = 0.01
@@ -50,8 +50,8 @@ class BottleneckAdapter:
         paths = block_paths(base.module, base.family)
         if not paths:
             raise ModelError(
-                f"bottlenecks need a family whose blocks are known, not {base.family!r}; use a BERT, RoBERTa, GPT-2 or "
-                "Llama model, or method fedavg with adapter.kind 'lora' and patterns in adapter.targets"
+                f"bottlenecks need a family whose blocks are known, not {base.family!r}; use {KNOWN_MODELS}, "
+                "or method fedavg with adapter.kind 'lora' and patterns in adapter.targets"
             )
         if spec.activation not in ACTIVATIONS:
             raise ModelError(f"adapter.activation {spec.activation!r} is not known; use {' or '.join(ACTIVATIONS)}")

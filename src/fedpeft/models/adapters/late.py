@@ -27,7 +27,7 @@ from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import Layer, Network, Partner, Rows, Shape, Sizes, Text
 from fedpeft.models.adapters.prompt import Make, at_least_one, complete, linear, put, uniform
-from fedpeft.models.families import Slot, block_paths
+from fedpeft.models.families import KNOWN_MODELS, Slot, block_paths
 from fedpeft.models.load import Base
 
 _NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
@@ -49,9 +49,7 @@ class LatePromptAdapter:
         self.spec = spec
         self.blocks = len(block_paths(base.module, base.family))
         if not self.blocks:
-            raise ModelError(
-                f"the blocks of the family {base.family!r} are not known; use a BERT, RoBERTa, GPT-2 or Llama model"
-            )
+            raise ModelError(f"the blocks of the family {base.family!r} are not known; use {KNOWN_MODELS}")
         self.block = self.blocks // 2 if spec.block is None else spec.block
         if not 0 <= self.block < self.blocks:
             raise ModelError(f"adapter.block is {self.block}; the model has blocks 0 to {self.blocks - 1}")

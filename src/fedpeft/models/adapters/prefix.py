@@ -20,7 +20,7 @@ from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 from fedpeft.models import attention
 from fedpeft.models.adapters import Layer, Network, Partner, Prefixed, Rows, Shape, Sizes
-from fedpeft.models.families import Slot, attention_paths, key_value_size
+from fedpeft.models.families import KNOWN_MODELS, Slot, attention_paths, key_value_size
 from fedpeft.models.load import Base
 from fedpeft.models.noise import keep
 
@@ -46,8 +46,8 @@ class PrefixAdapter:
         if not self.paths:
             raise ModelError(
                 f"adapter.kind 'prefix' needs to know the attention of the model, and the family {base.family!r} is "
-                "not known; use a BERT, RoBERTa, GPT-2 or Llama model, or method fedavg with adapter.kind "
-                "'lora' and a pattern in adapter.targets"
+                f"not known; use {KNOWN_MODELS}, or method fedavg with adapter.kind 'lora' and a "
+                "pattern in adapter.targets"
             )
         if not attention.installed(base.module):
             raise ModelError(
