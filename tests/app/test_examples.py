@@ -54,7 +54,7 @@ def test_every_study_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             base["task"][key] = str(path.parent / file)
     if "devices" in base["run"]:
         base["run"]["devices"] = str(path.parent / base["run"]["devices"])
-    base["method"] = {**{k: v for k, v in base.get("method", {}).items() if k != "name"}, "cohort": 2}
+    base["method"] = {**base.get("method", {}), "cohort": 2}
     study |= {"base": base, "seeds": [0], "grid": {key: values[:1] for key, values in study.get("grid", {}).items()}}
     if study.get("tasks"):
         study["tasks"] = [{**task, "limit": 300} for task in study["tasks"][:1]]
