@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -19,7 +20,8 @@ class Mailbox:
     """News of one request, delivered in any thread and read in the event loop.
 
     The event loop is woken only while a reader waits, and a reader of a stream comes back no sooner than `EVERY_S`
-    after its last visit: tokens that come faster travel together, and the engine's thread is left alone.
+    after its last visit, unless all is there: tokens that come faster travel together, and the engine's thread is left
+    alone.
 
     Args:
         rows: answers that are waited for.
@@ -32,7 +34,7 @@ class Mailbox:
         self._lock = threading.Lock()
         self._kept: list[New] = []
         self._error: BaseException | None = None
-        self._waiting = False
+        self._waiting = self._resting = False  # for news; until the next visit, or the end
         self._woken = asyncio.Event()
         self._next_s = 0.0
 
@@ -44,19 +46,25 @@ class Mailbox:
             else:
                 self._kept += news
                 self._open -= sum(each.done is not None for each in news)
-            wake = self._waiting and self._ready
-            self._waiting = self._waiting and not wake
+            wake = (self._waiting and self._ready) or (self._resting and self._ended)
+            if wake:
+                self._waiting = self._resting = False
         if wake:
             self._loop.call_soon_threadsafe(self._woken.set)
 
     @property
+    def _ended(self) -> bool:
+        return self._error is not None or not self._open
+
+    @property
     def _ready(self) -> bool:
-        return self._error is not None or not self._open or (self._stream and bool(self._kept))
+        return self._ended or (self._stream and bool(self._kept))
 
     async def read(self) -> Sequence[New]:
         """What came since the last time. Raises what ended the request, behind the news before it."""
-        await asyncio.sleep(max(0.0, self._next_s - self._loop.time()))
+        await self._rest(self._next_s - self._loop.time())
         with self._lock:
+            self._resting = False
             self._waiting = waits = not self._ready
         if waits:
             await self._woken.wait()
@@ -67,6 +75,14 @@ class Mailbox:
             raise self._error
         self._next_s = self._loop.time() + EVERY_S
         return news
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait so long, or until all is there."""
+        with self._lock:
+            self._resting = rests = seconds > 0 and not self._ended
+        if rests:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), seconds)
 
 
 async def disconnected(receive: Receive) -> None:
