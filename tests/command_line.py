@@ -84,9 +84,15 @@ class FakeApp:
         return [{"label": "NUM", "probabilities": {"NUM": 0.9, "LOC": 0.1}}, {"label": "LOC", "probabilities": {}}]
 
     def export(
-        self, folder: Path, to: Path, client: str | None = None, merge: bool = False, replace: bool = False
+        self,
+        folder: Path,
+        to: Path,
+        client: str | None = None,
+        merge: bool = False,
+        replace: bool = False,
+        rank: int | None = None,
     ) -> Path:
-        self._do("export", folder, to, client, merge, replace)
+        self._do("export", folder, to, client, merge, replace, rank)
         return to
 
     def check(self, config: Any, overrides: Any) -> Any:

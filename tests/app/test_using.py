@@ -238,6 +238,26 @@ def test_merged_export_predicts_what_the_run_predicts(place: Path, tmp_path: Pat
         assert model.config.id2label[int(logits.argmax())] == row["label"]
 
 
+def test_what_was_folded_into_the_base_is_exported_as_a_lora_and_started_from(place: Path, tmp_path: Path) -> None:
+    config = small.config(place, run__rounds=2, method__lr=1e-2)
+    config["method"] = {"name": "flora", **{k: v for k, v in config["method"].items() if k != "name"}}
+    done = app.run(config, out=tmp_path / "run")
+    with pytest.raises(RequestError, match="give --merge or --rank, not both"):
+        app.export(done.folder, tmp_path / "out", merge=True, rank=4)
+    rank, scale = 32, 4.0  # the width: nothing is left out
+    folder = app.export(done.folder, tmp_path / "out", rank=rank)
+    note = json.loads((folder / "fedpeft.json").read_text())
+    assert note["factored"]["rank"] == rank and note["factored"]["left_out"] < 1e-6
+    again = small.config(place, run__init_from=str(folder))
+    again["adapter"] = {**again.get("adapter", {}), "kind": "lora", "rank": rank, "alpha": scale * rank}
+    fed, before = build(load_config(again)), build(load_config(done.folder / "config.yaml"))
+    best = small.checkpoint(done.folder, "flora").best
+    assert best is not None and any(name.startswith("delta.") for name in best)
+    data = fed.data["000"]["train"]
+    assert (fed.model.logits(fed.initial, data) - before.model.logits(best, data)).abs().max() < 1e-5
+    assert (folder / "adapter_config.json").is_file(), "plain peft loads it"
+
+
 def test_export_keeps_what_is_not_an_export(place: Path, tmp_path: Path, finished: app.Run) -> None:
     (tmp_path / "own.txt").write_text("mine")
     with pytest.raises(RequestError, match="holds something else than an earlier export"):

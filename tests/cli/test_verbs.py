@@ -120,11 +120,17 @@ def test_export_hands_on_client_and_merge_and_says_what_it_wrote(fake: FakeApp, 
     (there / "fedpeft.json").write_text('{"form": "own"}')
     result = call("export", str(run_dir), "--to", str(there), "--client", "003", "--merge")
     assert result.stdout.startswith(f"exported: {there} (an adapter in fedpeft's own form, which peft does not know")
-    assert fake.calls == [("export", (run_dir, there, "003", True, False))]
+    assert fake.calls == [("export", (run_dir, there, "003", True, False, None))]
     call("export", str(run_dir), "--to", str(there), "--replace")
-    assert fake.calls[-1][1][2:] == (None, False, True)
+    assert fake.calls[-1][1][2:] == (None, False, True, None)
     told = json.loads(call("export", str(run_dir), "--to", str(there), "--json").stdout)
     assert told == {"exported": str(there), "form": "own"}
+    (there / "fedpeft.json").write_text('{"form": "adapter", "factored": {"rank": 16, "left_out": 0.0312}}')
+    ranked = call("export", str(run_dir), "--to", str(there), "--rank", "16")
+    assert fake.calls[-1][1][2:] == (None, False, False, 16)
+    assert ranked.stdout.endswith("rank 16 leaves out 3.12% of the norm of what was trained\n")
+    told = json.loads(call("export", str(run_dir), "--to", str(there), "--rank", "16", "--json").stdout)
+    assert told == {"exported": str(there), "form": "adapter", "rank": 16, "left_out": 0.0312}
 
 
 def test_check_prints_nested_facts_with_units(fake: FakeApp) -> None:

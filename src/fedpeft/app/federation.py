@@ -269,8 +269,9 @@ def _warm_start(model: HFModel, folder: Path) -> None:
     if folded:
         raise ModelError(
             f"run.init_from {folder}: what that run learnt changes the base's own weights, and is no adapter to go on "
-            "with. Start from its merged model: fedpeft export RUN_DIR --merge --to DIR, and model.name: DIR (a head "
-            "starts anew)"
+            "with. Start from the nearest LoRA: fedpeft export RUN_DIR --rank N --to DIR, with adapter.rank: N (and "
+            "adapter.alpha so that alpha / rank is as it was); or from its merged model: fedpeft export RUN_DIR "
+            "--merge --to DIR, and model.name: DIR (a head starts anew)"
         )
 
 

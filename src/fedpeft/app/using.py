@@ -157,7 +157,12 @@ def _labels(fed: Federation, params: Params, table: Table) -> list[dict[str, Any
 
 
 def export(
-    folder: Path | str, to: Path | str, client: str | None = None, merge: bool = False, replace: bool = False
+    folder: Path | str,
+    to: Path | str,
+    client: str | None = None,
+    merge: bool = False,
+    replace: bool = False,
+    rank: int | None = None,
 ) -> Path:
     """Write a PEFT adapter that plain peft loads, or with `merge` a model that plain transformers loads.
 
@@ -165,20 +170,25 @@ def export(
         to: a folder that is new or empty, or holds an earlier export of the same parameters in the same form.
         client: export this client's own model, as it is now, instead of the best-validated global one.
         replace: let an earlier export of something else go.
+        rank: write the nearest LoRA of this rank, which plain peft loads, in the place of what was trained: a change
+            of the base, AdaLoRA's triplets, or a LoRA of another rank.
 
     Raises:
         RequestError: the run has no state yet, there is no such client, clients have no models of their own, the
-            folder holds something else, or PEFT cannot hold what was trained.
+            folder holds something else, `merge` with a rank, or PEFT cannot hold what was trained.
     """
+    if merge and rank is not None:
+        raise RequestError("a merged model has no rank; give --merge or --rank, not both")
     opened, fed = _opened(folder)
     client = _own(fed, client)
     if fed.model.weights and fed.model.readout.params and not merge:  # a format without a head has no merged model
         raise RequestError("adapter.kind full trains weights of the model itself and has no adapter; add --merge")
     params = _params(opened, fed, client)
     own = opened.adapter / FILE
-    beside = {FILE: read_json(own)} if client is None and not merge and own.is_file() else None
+    whole = client is None and not merge and rank is None
+    beside = {FILE: read_json(own)} if whole and own.is_file() else None
     card = _global_card(opened, fed) if client is None else _own_card(opened, fed, client)
-    write = export_merged if merge else export_adapter
+    write = export_merged if merge else partial(export_adapter, rank=rank)
     return write(fed.model, params, Path(to), labels=fed.classes, card=card, replace=replace, beside=beside)
 
 

@@ -20,6 +20,10 @@ def export(
     ],
     client: Client = None,
     merge: Annotated[bool, typer.Option("--merge", help="Fold the adapter into the model; no peft needed.")] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Write the nearest LoRA of this rank, for peft.", show_default=False),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace an earlier export of other parameters in DIR.")
     ] = False,
@@ -30,4 +34,4 @@ def export(
     from fedpeft.cli import render
     from fedpeft.cli.folders import run_folder
 
-    render.print_export(app.export(run_folder(folder), to, client, merge, replace), json)
+    render.print_export(app.export(run_folder(folder), to, client, merge, replace, rank), json)

@@ -199,8 +199,15 @@ def print_export(path: Path, json: bool) -> None:
     """Where an export was written, and what it is."""
     from fedpeft.models.peft_folder import NOTE, read_json
 
-    form = str(read_json(path / NOTE).get("form", "adapter"))
-    typer.echo(as_json({"exported": path, "form": form}) if json else f"exported: {path} ({FORMS.get(form, form)})")
+    note = read_json(path / NOTE)
+    form = str(note.get("form", "adapter"))
+    factored: Mapping[str, Any] = note.get("factored", {})
+    if json:
+        typer.echo(as_json({"exported": path, "form": form, **factored}))
+        return
+    typer.echo(f"exported: {path} ({FORMS.get(form, form)})")
+    if factored:
+        typer.echo(f"rank {factored['rank']} leaves out {factored['left_out']:.2%} of the norm of what was trained")
 
 
 def print_facts(facts: Mapping[str, Any], json: bool) -> None:

@@ -33,6 +33,7 @@ from fedpeft.core.tree import Params
 from fedpeft.models.adapters import head
 from fedpeft.models.adapters.prompt import TOKENS
 from fedpeft.models.card import model_card, published
+from fedpeft.models.factored import factored
 from fedpeft.models.hf import HFModel
 from fedpeft.models.layouts import layout_of
 from fedpeft.models.merge import check_labels, merge
@@ -52,6 +53,7 @@ def export_adapter(
     card: Mapping[str, Any],
     replace: bool = True,
     beside: Mapping[str, Any] | None = None,
+    rank: int | None = None,
 ) -> Path:
     """Write an adapter with its head, so that `peft.PeftModel.from_pretrained` loads it where PEFT has its kind.
 
@@ -63,21 +65,28 @@ def export_adapter(
         card: facts for the model card; see `card.model_card`.
         replace: whether an earlier export of other parameters, or in another form, may go; the same may always.
         beside: further files by name, plain data to be written as JSON.
+        rank: write the nearest LoRA of this rank in the place of what was trained, base deltas included.
 
     Raises:
-        ModelError: params that only a merged model holds; the message names `--merge`.
+        ModelError: params that only a merged model holds, in which case the message names `--merge`; a rank that
+            cannot be had.
         RequestError: a folder that holds something else.
         StoreError: the folder cannot be written.
     """
     names = check_labels(model, params, labels)
+    told: Mapping[str, float] = {}
+    if rank is not None:
+        found = factored(model, params, rank)
+        model, params, told = found.model, found.params, found.facts()
     layout = layout_of(model, params, names)
-    note = {**_note(model, params, layout.form, names), **layout.note}
+    note = {**_note(model, params, layout.form, names), **layout.note, **({"factored": told} if told else {})}
     with _new_folder(Path(folder), note, replace) as draft:
         save_file(dict(layout.tensors), draft / WEIGHTS, metadata={"format": "pt"})
         if layout.config is not None:
             _write_json(draft / CONFIG, layout.config)
         prompt = len(params[TOKENS]) if TOKENS in params else 0
-        _finish(model, draft, _card_form(model, params, layout.form), names, card, prompt, beside)
+        facts = {**card, **({"factored": told} if told else {})}
+        _finish(model, draft, _card_form(model, params, layout.form), names, facts, prompt, beside)
     return Path(folder)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.core.errors import FitError, ModelError
+from fedpeft.core.pairs import Pair
 from fedpeft.core.tree import Params
 from fedpeft.models import attention
 from fedpeft.models.adapters import delta, head
@@ -140,9 +141,9 @@ def merge(model: HFModel, params: Params, labels: Sequence[str] | None = None) -
         for name in model.weights.keys() & params.keys():
             body.get_parameter(model.weights[name]).copy_(params[name])
         for name, slot in model.places.items():
-            change = _change(params, name, model.scale)
-            if change is not None:
-                _fold(body.get_submodule(slot.path), slot, change)
+            parts = [b @ a for b, a in low_rank(params, name, model.scale)] + dense(params, name)
+            if parts:
+                _fold(body.get_submodule(slot.path), slot, torch.stack(parts).sum(dim=0))
     merged = shell.module
     setattr(merged, shell.prefix, body)
     setattr(merged, shell.head, _head(model, params, body).requires_grad_(False))
@@ -195,20 +196,24 @@ def _check_foldable(model: HFModel, params: Params) -> None:
         )
 
 
-def _change(params: Params, slot: str, scale: float) -> Tensor | None:
-    """(d_out, d_in) what the adapter and the base delta add to a projection, in float64; None: nothing."""
-    parts = []
+def low_rank(params: Params, slot: str, scale: float) -> list[Pair]:
+    """Pairs (B, A), in float64, whose products are added to a projection; the scale alpha / rank sits on B."""
+    parts: list[Pair] = []
     if f"{slot}.A" in params:
-        parts.append(scale * (params[f"{slot}.B"].double() @ params[f"{slot}.A"].double()))
+        parts.append((scale * params[f"{slot}.B"].double(), params[f"{slot}.A"].double()))
     if f"{slot}.E" in params:
         p, e, q = (params[f"{slot}.{side}"].double() for side in "PEQ")
-        parts.append(scale * (p * e @ q))
+        parts.append((scale * p * e, q))
     name = f"{delta.PREFIX}{slot}"
     if f"{name}.left" in params:
-        parts.append(params[f"{name}.left"].double() @ params[f"{name}.right"].double())
-    if f"{name}.dense" in params:
-        parts.append(params[f"{name}.dense"].double())
-    return torch.stack(parts).sum(dim=0) if parts else None
+        parts.append((params[f"{name}.left"].double(), params[f"{name}.right"].double()))
+    return parts
+
+
+def dense(params: Params, slot: str) -> list[Tensor]:
+    """(d_out, d_in) what is added to a projection beside `low_rank`, in float64; empty: nothing."""
+    name = f"{delta.PREFIX}{slot}.dense"
+    return [params[name].double()] if name in params else []
 
 
 def _fold(projection: nn.Module, slot: Slot, change: Tensor) -> None:
