@@ -192,6 +192,30 @@ def test_finished_cells_of_a_study_are_collected(tmp_path):
     assert collect.main(["--out", str(out)]) == cells, "what was kept stays"
 
 
+def test_collected_cells_tell_what_it_takes_to_a_common_goal():
+    """By hand: the goal is .9 x .8, the mean of the named method's best scores; costs are those up to that round."""
+    collect = importlib.import_module("benchmarks.studies.collect")
+
+    def cell(label, seed, curve, each=None):
+        own = {"task": "t", "label": label, "seed": seed, "lr": 0.1, "rounds": 4, "validation": {"global": curve[-1]}}
+        own |= {"bytes": 90e6, "set_up_bytes": 10e6, "simulated_seconds": 9.0, "set_up_simulated_seconds": 1.0}
+        own["curve"] = [[2 * i, {"global": value}] for i, value in enumerate(curve)]
+        return own | ({"round_simulated_seconds": each} if each else {})
+
+    cells = [
+        cell("LoRA", 0, [0.1, 0.75, 0.9]),
+        cell("LoRA", 1, [0.1, 0.7, 0.7]),
+        cell("Other", 0, [0.1, 0.73, 0.5], [1.0, 2.0, 2.5, 2.5]),
+        cell("Never", 0, [0.1, 0.2, 0.71]),
+    ]
+    assert collect.reaching(cells, "LoRA", 0.9)[2:] == [
+        "| t | LoRA | 0.720 | 1 of 2 | 2 | 50 | 5.0 |",  # half of the rounds: in proportion
+        "| t | Never | 0.720 | 0 of 1 | | | |",
+        "| t | Other | 0.720 | 1 of 1 | 2 | 50 | 4.0 |",
+    ]
+    assert collect.reaching(cells, "FedAvg", 0.9)[2:] == []
+
+
 def test_difficulty_is_the_same_by_hooks_and_one_by_one(tmp_path):
     result = measured("difficulty", tmp_path)
     assert result["largest_relative_difference"] < 1e-4

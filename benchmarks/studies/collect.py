@@ -135,15 +135,57 @@ def table(cells: Sequence[Cell]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for task, label in sorted({(cell["task"], cell["label"]) for cell in cells}):
-        own = [cell for cell in cells if (cell["task"], cell["label"]) == (task, label)]
-        first = min(cell["seed"] for cell in own)
-        lr = min((cell for cell in own if cell["seed"] == first), key=place)["lr"]
-        chosen = [cell for cell in own if cell["lr"] == lr]
+        chosen = _chosen(cells, task, label)
+        lr = chosen[0]["lr"]
         scores = f"{_mean(chosen, 'global')} | {_mean(chosen, 'personalized')}"
         traffic = f"{_average(chosen, 'bytes') / 1e6:.0f} | {_average(chosen, 'set_up_bytes') / 1e6:.0f}"
         seconds = f"{_average(chosen, 'simulated_seconds'):.1f}"
         rows.append(f"| {task} | {label} | {lr:g} | {len(chosen)} | {scores} | {traffic} | {seconds} |")
     return rows
+
+
+def reaching(cells: Sequence[Cell], label: str, share: float) -> list[str]:
+    """A row of Markdown per task and method: what it takes to a common global validation score.
+
+    The goal is a share of the best score of the method that is named, the mean over its seeds, as in `fedpeft compare`.
+    Rounds, MB and simulated seconds, set-up included, are those of the first evaluation that reached it, means over the
+    seeds that did. Only of scores whose higher values are better.
+    """
+    head = "| task | method | goal | seeds that reach it | rounds | MB | simulated s |"
+    rows = [head, "|---|---|---|---|---|---|---|"]
+    for task in sorted({cell["task"] for cell in cells if cell["label"] == label}):
+        best = [max(v["global"] for _, v in cell["curve"]) for cell in _chosen(cells, task, label)]
+        goal = share * statistics.fmean(best)
+        for method in sorted({cell["label"] for cell in cells if cell["task"] == task}):
+            own = _chosen(cells, task, method)
+            found = [(cell, at) for cell in own if (at := _first(cell, goal)) is not None]
+            costs = [(at, *_spent(cell, at)) for cell, at in found]
+            means = [statistics.fmean(column) for column in zip(*costs, strict=True)]
+            told = f"{means[0]:.0f} | {means[1] / 1e6:.0f} | {means[2]:.1f}" if means else "| |"
+            rows.append(f"| {task} | {method} | {goal:.3f} | {len(found)} of {len(own)} | {told} |")
+    return rows
+
+
+def _first(cell: Cell, goal: float) -> int | None:
+    """The round of the first evaluation at which the global score is as good as the goal."""
+    return next((number for number, scores in cell["curve"] if scores["global"] >= goal), None)
+
+
+def _spent(cell: Cell, at: int) -> tuple[float, float]:
+    """(bytes, simulated seconds) up to the end of a round; in proportion where single rounds are not known."""
+    part = at / cell["rounds"]
+    of_bytes = cell["set_up_bytes"] + part * (cell["bytes"] - cell["set_up_bytes"])
+    set_up, each = cell["set_up_simulated_seconds"], cell.get("round_simulated_seconds")
+    seconds = sum(each[:at]) if each else part * (cell["simulated_seconds"] - set_up)
+    return of_bytes, set_up + seconds
+
+
+def _chosen(cells: Sequence[Cell], task: str, label: str) -> list[Cell]:
+    """The cells of a method at the point of the grid that is best at its first seed."""
+    own = [cell for cell in cells if (cell["task"], cell["label"]) == (task, label)]
+    first = min(cell["seed"] for cell in own)
+    lr = min((cell for cell in own if cell["seed"] == first), key=place)["lr"]
+    return [cell for cell in own if cell["lr"] == lr]
 
 
 def _average(cells: Sequence[Cell], key: str) -> float:
@@ -164,11 +206,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Cell]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", type=Path, nargs="*", help="folders that `fedpeft compare` wrote")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; cells that it has are kept")
+    parser.add_argument("--goal", default="LoRA", help="whose score is the common goal (default: LoRA)")
+    parser.add_argument("--share", type=float, default=0.95, help="the share of it (default: .95)")
     options = parser.parse_args(arguments)
     before = json.loads(options.out.read_text()) if options.out.exists() else []
     cells = collect(options.studies, before)
     options.out.write_text(json.dumps(cells, indent=1) + "\n")
     print("\n".join([*table(cells), *planned(cells)]))
+    if all(cell.get("metric", "accuracy") == "accuracy" for cell in cells):
+        print("\n".join(reaching(cells, options.goal, options.share)))
     return cells
 
 
