@@ -164,6 +164,18 @@ def test_start_that_does_not_fit_is_refused(place: Path, tmp_path: Path, finishe
         made(place, run__init_from=str(unfinished))
 
 
+def test_fields_that_the_others_leave_without_effect_are_told(place: Path) -> None:
+    """Those that somebody changed; the others are nobody's business."""
+    fibecfed = {"method__name": "fibecfed", "method__layers_by": "all"}
+    assert made(place, **fibecfed).warnings == []
+    changed = made(place, **fibecfed, method__gal_count="eigengap", method__gal_ratio=0.25)
+    shared = "has no effect: method.layers_by all shares every layer"
+    assert changed.warnings == [f"method.gal_count {shared}", f"method.gal_ratio {shared}"]
+    by_length = made(place, method__schedule="length", method__schedule_beta=0.5)
+    assert by_length.warnings == ["method.schedule_beta has no effect: method.schedule length has a pace of its own"]
+    assert made(place, method__schedule="loss", method__schedule_beta=0.5).warnings == []
+
+
 def test_ranks_of_devices_that_have_no_effect_are_told(place: Path, tmp_path: Path) -> None:
     """In the log, to who watches, and by `check`; where a method takes them there is nothing to say."""
     devices = tmp_path / "devices.toml"

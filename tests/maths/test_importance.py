@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedpeft.core.fit import AdamW, Moments
-from fedpeft.maths.sensitivity import Orthonormal, Smoothed, fresh_triplets, matrix_scores, products, triplet_scores
+from fedpeft.maths.importance import Orthonormal, Smoothed, fresh_triplets, matrix_scores, products, triplet_scores
 
 
 def test_golden_values_of_two_steps() -> None:

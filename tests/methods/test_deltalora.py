@@ -99,7 +99,7 @@ def test_a_turn_acts_over_what_the_weights_have_moved(first: int) -> None:
     model = tiny.model("bert", SPEC)
     here = ClientEnv("a", model, {"train": tiny.examples(tiny.place(1), 6)}, 0, 3, 2, "train")
     params = {name: t.double() for name, t in tiny.params(model, tiny.place()).items()}
-    moved = pairs.as_delta({name: t.double() for name, t in tiny.params(model, tiny.place(7)).items()}, 1.0)
+    moved = changes.as_delta({name: t.double() for name, t in tiny.params(model, tiny.place(7)).items()}, 1.0)
     changed = changes.advanced(changes.Changed(), moved, ())
     method = DeltaLora(batch_size=3, weight=0.5, start_steps=first)
     fits, _, memory = turn(method, Broadcast(params, changes.news_for(changed, "a")), here)
@@ -108,7 +108,7 @@ def test_a_turn_acts_over_what_the_weights_have_moved(first: int) -> None:
     assert [len(fit.also) for fit in fits] == [1] * first + [2]
     assert all(tree.sha256(fit.also[0]) == tree.sha256(changed.total) for fit in fits)
     start = pairs.factors(fits[-1].params)
-    assert tree.sha256(fits[-1].also[1]) == tree.sha256(pairs.as_delta(start, -0.5 * C))
+    assert tree.sha256(fits[-1].also[1]) == tree.sha256(changes.as_delta(start, -0.5 * C))
     again = turn(method, Broadcast(params, changes.news_for(replace(changed, known={"a": 1}), "a")), here, memory)
     assert tree.sha256(again.fits[-1].also[0]) == tree.sha256(changed.total), "it is remembered, not sent again"
 

@@ -16,7 +16,7 @@ from fedpeft.core.errors import ClientError
 from fedpeft.core.exchange import ClientEnv, ServerEnv
 from fedpeft.core.fit import SGD, AdamW, Fit, Fitted, Moments
 from fedpeft.core.method import stream_batches
-from fedpeft.maths.sensitivity import Orthonormal
+from fedpeft.maths.importance import Orthonormal
 from fedpeft.methods.fedpipe import FedPipe, Memory, Scores, State, Trained, Warmup
 from fedpeft.planner.device import DEFAULT, Profile
 from fedpeft.planner.roster import Report

@@ -371,6 +371,8 @@ def test_answers_that_do_not_fit_are_refused() -> None:
     for change in (
         {f"{SLOT}.A": torch.ones(3, 5)},
         {f"{SLOT}.B": torch.ones(6, 3)},
+        {f"{SLOT}.B": torch.ones(6, 4, dtype=torch.int64)},
+        {f"{SLOT}.A": torch.ones(4, 5).half()},
         {"block.1.query.A": torch.ones(1)},
     ):
         with pytest.raises(RecordError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,16 @@ class Federation:
     @property
     def warnings(self) -> list[str]:
         """What of the request has no effect."""
-        return [*self._rank_warnings(), *self._proxy_warnings()]
+        return [*self._idle_warnings(), *self._rank_warnings(), *self._proxy_warnings()]
+
+    def _idle_warnings(self) -> list[str]:
+        """Fields of the method that somebody changed, and that the others leave without effect."""
+        usual = {field.name: field.default for field in fields(self.method)}  # type: ignore[arg-type]
+        return [
+            f"method.{name} has no effect: {why}"
+            for name, why in self.method.idle().items()
+            if getattr(self.method, name) != usual[name]
+        ]
 
     def _proxy_warnings(self) -> list[str]:
         name, proxy = self.config.method.name, self.config.proxy

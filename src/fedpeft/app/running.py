@@ -199,6 +199,7 @@ def _identity(fed: Federation, held: Holding | None) -> dict[str, Any]:
         "initial_sha256": tree.sha256(fed.initial),
         "partition_sha256": fed.partition.sha256,
         "trainable_parameters": tree.count(fed.initial),
+        "chooses_rows": fed.method.chooses_rows,
         **({} if held is None else {"large_identity": held.large.caps.identity}),
     }
 

@@ -8,16 +8,17 @@ steps in the same order, so equal versions have equal bits; for that, `News` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedpeft.core import tree
+from fedpeft.core import pairs, tree
 from fedpeft.core.tree import Params
 
+PREFIX = "delta."  # of the names of all parts of a base delta
 LEFT, RIGHT, DENSE = ".left", ".right", ".dense"
 
 
@@ -92,7 +93,8 @@ def grown(total: Params, step: Params) -> dict[str, Tensor]:
         stem = name.removesuffix(LEFT)
         left, right = step[stem + LEFT], step[stem + RIGHT]
         if stem + DENSE in made:
-            made[stem + DENSE] = torch.addmm(made[stem + DENSE], left, right)
+            dense = made[stem + DENSE]
+            made[stem + DENSE] = torch.addmm(dense, left.to(dense.dtype), right.to(dense.dtype))
             continue
         if stem + LEFT in made:
             left = torch.cat([made[stem + LEFT], left], dim=1)
@@ -106,15 +108,15 @@ def grown(total: Params, step: Params) -> dict[str, Tensor]:
     return made
 
 
-def stacked(parts: Sequence[tuple[Params, float]], scale: float) -> dict[str, Tensor]:
-    """One step of factors from everybody's pairs: scale * sum_k w_k B_k A_k, the weights on the left factor alone.
-
-    Args:
-        parts: each client's pairs `s.A`, `s.B`, and its weight; the weights sum to 1.
-    """
+def as_delta(factors: Params, scale: float) -> dict[str, Tensor]:
+    """The base delta that adds scale * B A to every slot's weight: the scale sits on the left factor."""
     made: dict[str, Tensor] = {}
-    names = sorted(name.removesuffix(".A") for name in parts[0][0] if name.endswith(".A"))
-    for stem in names:
-        made[f"delta.{stem}{LEFT}"] = torch.cat([own[f"{stem}.B"] * (w * scale) for own, w in parts], dim=1)
-        made[f"delta.{stem}{RIGHT}"] = torch.cat([own[f"{stem}.A"] for own, _ in parts])
+    for stem in pairs.stems(factors):
+        b, a = pairs.pair(factors, stem)
+        made |= {f"{PREFIX}{stem}{LEFT}": b * scale, f"{PREFIX}{stem}{RIGHT}": a.clone()}
     return made
+
+
+def dense_name(stem: str) -> str:
+    """What the dense change of a slot's weight is called."""
+    return f"{PREFIX}{stem}{DENSE}"

@@ -224,6 +224,7 @@ class Method(Protocol):
     memory: ClassVar[type[Record]]
     pooled: ClassVar[bool]  # whether it runs on one client that holds everybody's rows
     plans_by_rounds: ClassVar[bool]  # whether another number of rounds makes the same round another one
+    chooses_rows: ClassVar[bool]  # whether it decides which of its rows a client trains on in a round
 
     @property
     def personalised(self) -> bool:
@@ -240,6 +241,10 @@ class Method(Protocol):
 
     def accepts_schedule(self, kind: str) -> str | None:
         """None where `method.schedule` can decide which rows it trains on, else a sentence that says why not."""
+        ...
+
+    def idle(self) -> Mapping[str, str]:
+        """Fields that have no effect beside the values of the others, with the reason; people are told of them."""
         ...
 
     def init(self, env: ServerEnv) -> Record:

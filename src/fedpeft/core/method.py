@@ -24,6 +24,7 @@ class Defaults:
     memory: ClassVar[type[Record]] = Nothing
     pooled: ClassVar[bool] = False  # True: the method runs on one client that holds everybody's rows
     plans_by_rounds: ClassVar[bool] = False  # True: how many rounds there are changes what is done in each
+    chooses_rows: ClassVar[bool] = False  # True: the report shows which labels were trained on, round by round
 
     def adapter(self) -> AdapterSpec:
         """LoRA of rank 8 on query and value."""
@@ -36,6 +37,10 @@ class Defaults:
     def accepts_schedule(self, kind: str) -> str | None:
         """Any schedule, where the method takes its rows from `local_batches`; those that are pooled do not."""
         return f"method {name_of(self)} goes through everybody's rows in an order of its own" if self.pooled else None
+
+    def idle(self) -> Mapping[str, str]:
+        """None: every field counts."""
+        return {}
 
     def init_client(self, env: ClientEnv) -> Record:
         """No memory."""

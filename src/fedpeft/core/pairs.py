@@ -94,6 +94,8 @@ def rest_of(params: Params, ranks: Mapping[str, int]) -> dict[str, Tensor]:
 def check(params: Params, train: Mapping[str, tuple[int, int, int]], head: Params) -> None:
     """Raise RecordError unless params are the factors of these slots and a head like this one.
 
+    The factors are of one floating dtype, which is the head's where there is a head.
+
     Args:
         train: rank, d_out and d_in of every slot.
         head: everything else that must be there; names, shapes and dtypes count.
@@ -106,6 +108,11 @@ def check(params: Params, train: Mapping[str, tuple[int, int, int]], head: Param
         name = min(shapes.items() ^ got.items())[0]
         raise RecordError(f"parameter {name!r} should be {shapes.get(name)} and is {got.get(name)}")
     tree.same_dtypes(head, others(params))
+    first = min(head or params, default="")
+    usual = (head or params)[first].dtype if first else torch.float32
+    for name, t in factors(params).items():
+        if t.dtype != usual or not t.is_floating_point():
+            raise RecordError(f"parameter {name!r} is {t.dtype}, and should be of the floating dtype of all others")
 
 
 def combined(parts: Sequence[Params], how: Combine, before: Params) -> dict[str, Tensor]:
@@ -121,15 +128,6 @@ def combined(parts: Sequence[Params], how: Combine, before: Params) -> dict[str,
         b, a = how([pair(part, stem) for part in parts], pair(before, stem))
         dtype = before[f"{stem}.A"].dtype
         made |= {f"{stem}.B": b.to(dtype), f"{stem}.A": a.to(dtype)}
-    return made
-
-
-def as_delta(pairs: Params, scale: float) -> dict[str, Tensor]:
-    """The base delta that adds scale * B A to every slot's weight: the scale sits on the left factor."""
-    made: dict[str, Tensor] = {}
-    for stem in stems(pairs):
-        b, a = pair(pairs, stem)
-        made |= {f"delta.{stem}.left": b * scale, f"delta.{stem}.right": a.clone()}
     return made
 
 

@@ -1,7 +1,7 @@
 """Curricula: an order of examples from easy to hard, and how many of them a round may use.
 
-Pacing after Platanios et al. 2019 (arXiv 1903.09848) and FibecFed (arXiv 2410.00131); what is whose is said in the
-methods that use it.
+`sqrt` is the pacing of Platanios et al. 2019 (arXiv 1903.09848), whose competence orders words too; the other forms,
+and that FibecFed (arXiv 2410.00131) is paced by them, are ours. What is whose is said in the methods that use it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fedpeft.core.tree import Params
 Pacing: TypeAlias = Literal["linear", "sqrt", "exp", "quad", "step"]
 RowRule: TypeAlias = Literal["fixed", "energy"]
 LEAST_COMPETENCE = 0.01  # c0, share of the rows at first where common words come first
-LEAST_TOKENS = 8  # that rows are cut to
-LEAST_ROWS = 0.1  # of a matrix, that the rule `energy` keeps
+LEAST_TOKENS = 8  # that rows are cut to (ours)
+LEAST_ROWS = 0.1  # of a matrix, that the rule `energy` keeps (ours)
 
 
 def pace(t: int, rounds: int, parts: int, kind: Pacing, beta: float, alpha: float) -> int:

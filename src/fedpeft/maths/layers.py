@@ -39,6 +39,8 @@ def layer_score(outputs: Tensor) -> float:
 def relative_changes(changes: Tensor, sizes: Tensor, of_input: bool = False) -> Tensor:
     """(blocks,) float32: how much each block's output changes for its size, the mean over samples.
 
+    The idea is FibecFed's (arXiv 2410.00131), the quotient ours.
+
     Args:
         changes: (blocks + 1, samples) norms of the changes, first of what enters the lowest block.
         sizes: (blocks + 1, samples) norms of the outputs.

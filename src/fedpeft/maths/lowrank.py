@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fedpeft.core.pairs import Pair as Pair
+from fedpeft.core.pairs import combined
+from fedpeft.core.tree import Params
 
 
 def shares(weights: Sequence[float]) -> list[float]:
@@ -31,6 +33,15 @@ def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """One pair whose product is sum_k w_k B_k A_k, of the summed rank; the weights sit on B alone."""
     left = torch.cat([b.double() * w for (b, _), w in zip(pairs, weights, strict=True)], dim=1)
     return left, torch.cat([a.double() for _, a in pairs], dim=0)
+
+
+def joined(parts: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Factors of the summed rank whose products are sum_k w_k B_k A_k, slot by slot, in the dtype that they came in."""
+
+    def how(own: Sequence[Pair], before: Pair) -> Pair:
+        return stack(own, weights)
+
+    return combined(parts, how, parts[0])
 
 
 def mean(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:

@@ -133,6 +133,8 @@ def plateau_of_sizes(theta: Tensor, omega: Tensor) -> float | None:
 def first_gap(values: Tensor, lipschitz: float) -> float | None:
     """1 - m / R, with m the first place of a gap above four Lipschitz constants between R values; None without one.
 
+    The rule of `eigengap` for the plain order of the values, which is ours.
+
     Args:
         values: (R,) ascending.
     """

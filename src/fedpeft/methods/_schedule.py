@@ -75,6 +75,7 @@ def with_schedule(cls: type[Any]) -> type[Any]:
         schedule_alpha: float = 0.8  # share of the rounds after which all are (fisher, loss, random)
         schedule_pacing: Pacing = "linear"  # how the share grows (fisher, loss, random)
         plans_by_rounds: ClassVar[bool] = True
+        chooses_rows: ClassVar[bool] = True
         memory: ClassVar[type[Any]] = kept
 
         def __post_init__(self) -> None:
@@ -92,6 +93,11 @@ def with_schedule(cls: type[Any]) -> type[Any]:
                 return "method.schedule fisher is of LoRA's factors; use adapter.kind lora, or method.schedule loss"
             refusal: str | None = super().accepts(spec)
             return refusal
+
+        def idle(self) -> dict[str, str]:
+            own, why = dict(super().idle()), f"method.schedule {self.schedule} has a pace of its own"
+            paces = ("schedule_beta", "schedule_alpha", "schedule_pacing")
+            return own if self.schedule in RANKED else own | dict.fromkeys(paces, why)
 
         def init_client(self, env: ClientEnv) -> Record:
             return kept(super().init_client(env))

@@ -16,7 +16,8 @@ Paper to code
 
 Departures: the paper is not federated. Steps are rounds: clients send their triplets' sensitivities, the server smooths
 their mean, weighted by examples, and prunes after each round. A client's sensitivity is the root mean square of w dL/dw
-over its turn, from the second moment of its Adam, and smoothing is done per triplet instead of per number.
+over its turn, from the second moment of its Adam, and smoothing is done per triplet instead of per number. The defaults
+of the penalty and of the budget's shares are ours.
 
 Traffic per client and round: down = params; up = params and scores
 """
@@ -40,7 +41,7 @@ from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, Server
 from fedpeft.core.fit import AdamW, Fit, Fitted
 from fedpeft.core.method import check_ranges, mean_loss, ordinary_fit
 from fedpeft.core.tree import Params
-from fedpeft.maths.sensitivity import Smoothed, grams, stems, triplet_scores
+from fedpeft.maths.importance import Smoothed, grams, stems, triplet_scores
 
 
 @dataclass(frozen=True)

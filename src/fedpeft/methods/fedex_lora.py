@@ -86,8 +86,8 @@ class FedExLora(Tuning):
         updates = list(ups.values())
         mean = tree.mean((up.params, up.examples) for up in updates)
         weights = lowrank.shares([up.examples for up in updates])
-        parts = [(up.params, weight) for up, weight in zip(updates, weights, strict=True)]
-        step = changes.stacked([*parts, (mean, -1.0)], pairs.scale_of(env.model.spec))
+        residual = lowrank.joined([*(up.params for up in updates), mean], [*weights, -1.0])
+        step = changes.as_delta(residual, pairs.scale_of(env.model.spec))
         return State(mean, changes.advanced(state.changed, step, ups), mean_loss(updates))
 
     def result(self, state: State) -> Params:

@@ -7,7 +7,7 @@ Paper to code
 
 | paper | here |
 |---|---|
-| importance of a weight, from adapters in SVD form and their sensitivity | `warm_up`; `maths.sensitivity` |
+| importance of a weight, from adapters in SVD form and their sensitivity | `warm_up`; `maths.importance` |
 | which weights, which rank, which batch for each edge server; under-training rate | `meet`, `weigh`; `planner.fleet` |
 | the LLM quantised to what each edge server's memory holds | `Plan.bits`; `Fit.base` |
 | local training of the chosen adapters | `train` |
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.core import pairs, tree
+from fedpeft.core import changes, pairs, tree
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.averaging import only
 from fedpeft.core.cohort import Pick, everyone
@@ -47,7 +47,7 @@ from fedpeft.core.fit import AdamW, Fit, Fitted, Moments
 from fedpeft.core.method import Defaults, check_ranges, mean_loss, stream_batches
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.tree import Params
-from fedpeft.maths import lowrank, sensitivity
+from fedpeft.maths import importance, lowrank
 from fedpeft.planner.device import DEFAULT, Profile, check_profile
 from fedpeft.planner.fleet import Search, scores_of
 from fedpeft.planner.plan import BATCHES, DEPTHS, RANKS, Choices, job_of
@@ -348,9 +348,9 @@ class FedPipe(Defaults):
         """Train triplets on some candidates for a while, beside a fresh head, and score them."""
         fresh = env.initial()
         sizes, dtype = pairs.widths(fresh), fresh[f"{group[0]}.A"].dtype
-        triplets = sensitivity.fresh_triplets(env.seed, {s: sizes[s] for s in group}, self.warmup_rank, dtype)
+        triplets = importance.fresh_triplets(env.seed, {s: sizes[s] for s in group}, self.warmup_rank, dtype)
         params: Params = {**triplets, **pairs.others(fresh)}
-        moments, smoothed, optimizer = Moments(), sensitivity.Smoothed(), AdamW(self.warmup_lr)
+        moments, smoothed, optimizer = Moments(), importance.Smoothed(), AdamW(self.warmup_lr)
         for batch in stream_batches(env, 0, down.how.steps, down.how.batch):
             fitted = yield Fit(
                 params,
@@ -359,15 +359,15 @@ class FedPipe(Defaults):
                 optimizer,
                 also=tuple(layer for layer in (down.params, down.stack) if layer),
                 base=self.base(down.how.bits),
-                penalty=sensitivity.Orthonormal(self.orth),
+                penalty=importance.Orthonormal(self.orth),
                 moments=moments,
             )
-            change = sensitivity.products(params, fitted.moments, moments, optimizer)
+            change = importance.products(params, fitted.moments, moments, optimizer)
             smoothed = smoothed.after(change, self.beta1, self.beta2)
             params, moments = fitted.params, fitted.moments
         if self.score == "sum_lambda":
             return {stem: float(params[f"{stem}.E"].abs().sum()) for stem in group}
-        return sensitivity.matrix_scores(smoothed.scores)
+        return importance.matrix_scores(smoothed.scores)
 
     def weigh(self, state: State, ups: Mapping[ClientId, Scores], env: ServerEnv) -> State:
         """S_m = sum_i p_i S_im over those who have seen m, and the plans that follow."""
@@ -498,7 +498,7 @@ class FedPipe(Defaults):
     def result(self, state: State) -> Params:
         """The adapters of the weights that were ever trained, or what was folded away; and the head."""
         if state.stack:
-            return {**pairs.others(state.params), **pairs.as_delta(state.stack, state.scale)}
+            return {**pairs.others(state.params), **changes.as_delta(state.stack, state.scale)}
         return pairs.of(state.params, state.union or pairs.stems(state.params))
 
     def choices(self, state: State) -> dict[str, Any]:

@@ -56,6 +56,8 @@ from fedpeft.maths.curriculum import Pacing, RowRule
 from fedpeft.maths.layers import choose_layers, layer_count, relative_changes
 
 LANCZOS_STEPS, LANCZOS_PROBES = 50, 4  # of the spectrum, for gal_count eigengap and plateau
+SCORING = ("layer_score", "perturbation", "gamma_eps", "score_samples")
+ORDERING = ("difficulty", "stratify_labels", "rescore_every")
 DISPLACEMENTS, DISPLACEMENT = 4, 1e-2  # random steps for the Lipschitz constant, and their length over ||A||
 
 
@@ -145,6 +147,7 @@ class FibecFed(Tuning):
     token_norm: TokenNorm = "sqrt"  # how gradients of several answer tokens are added: sum / sqrt(n), mean, sum
 
     plans_by_rounds: ClassVar[bool] = True
+    chooses_rows: ClassVar[bool] = True
     state: ClassVar[type[State]] = State
     memory: ClassVar[type[Memory]] = Memory
 
@@ -158,8 +161,25 @@ class FibecFed(Tuning):
             raise ConfigError([f"{told}; leave one of them out"])
 
     def accepts_schedule(self, kind: str) -> str | None:
-        """None beside its own curriculum."""
+        """No other one: the method has its own curriculum."""
         return "method fibecfed has a curriculum of its own: method.difficulty, beta, alpha_pace, pacing, batching"
+
+    def idle(self) -> dict[str, str]:
+        """What a choice of layers without scores, all data from the start, or no mask leave without effect."""
+        whole, in_order = self.layers_by == "all", self.batching == "sorted_samples"
+        unmasked = whole or (self.rho_rule == "fixed" and self.rho == 1)
+        rules: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
+            (unmasked, "all rows are updated (method.rho)", ("gamma", "fisher_samples")),
+            (self.rho_rule == "energy", "method.rho_rule energy counts the rows", ("rho",)),
+            (self.gal_count == "energy", "method.gal_count energy counts the layers", ("gal_ratio",)),
+            (whole or "energy" not in (self.gal_count, self.rho_rule), "it is of the rules energy", ("eta",)),
+            (not self.scores_count, "layers are not chosen by scores", SCORING),
+            (not self.reselects, "the same layers would be chosen again", ("reselect_every",)),
+            (whole, "method.layers_by all shares every layer", ("gal_count", "gal_ratio", "rho", "rho_rule")),
+            (self.beta == 1, "method.beta 1 uses all examples", ("pacing", "alpha_pace")),
+            (self.beta == 1 and in_order, "method.beta 1 uses all examples", ORDERING),
+        )
+        return {name: why for holds, why, names in rules if holds for name in names}
 
     # --- set-up: which layers ---
 
@@ -172,6 +192,11 @@ class FibecFed(Tuning):
     def ratio_counts(self) -> bool:
         """Whether it depends on the clients' spectra."""
         return self.layers_by != "all" and self.gal_count in ("plateau", "eigengap")
+
+    @property
+    def reselects(self) -> bool:
+        """Whether a later choice of layers can differ."""
+        return self.scores_count or self.ratio_counts or self.layers_by == "random"
 
     @property
     def asks(self) -> bool:
@@ -320,7 +345,7 @@ class FibecFed(Tuning):
         """One round over the shared layers, and from time to time a new choice of them."""
         again = sample(self.cohort)
         train = Exchange("train", Task, Update, self.pick, self.send, self.train, self.average, self.fits, again)
-        if not self.reselect_every or not (self.scores_count or self.ratio_counts or self.layers_by == "random"):
+        if not self.reselect_every or not self.reselects:
             return (train,)
         anew = Exchange("reselect", Probe, Scores, self.due, self.ask, self.score, self.choose, self.scored)
         return (anew, train)
@@ -432,10 +457,12 @@ class FibecFed(Tuning):
         }
         if self.scores_count:
             told["layer_scores"] = state.scores.tolist()
-            told["scores_mean"] = (
-                "The score is how much a layer's output changes when its input is perturbed; FibecFed shares the "
-                "layers with the largest scores and leaves the others to the clients."
+            taken = (
+                "FibecFed shares the layers with the largest scores and leaves the others to the clients."
+                if self.layers_by == "score"
+                else f"here it counts the shared layers; method.layers_by {self.layers_by} says which these are."
             )
+            told["scores_mean"] = f"The score is how much a layer's output changes when its input is perturbed; {taken}"
         if state.ratio is not None:
             told |= {"ratio": state.ratio, "ratio_from": self.gal_count}
         if not (self.ratio_counts and state.layers):

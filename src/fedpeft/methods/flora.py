@@ -27,7 +27,6 @@ from typing import ClassVar
 from fedpeft.core import changes, pairs, tree
 from fedpeft.core.changes import Changed, Copy, News
 from fedpeft.core.cohort import sample
-from fedpeft.core.errors import RecordError
 from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, ServerEnv, Update, Weights, matching
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.method import mean_loss, ordinary_fit
@@ -69,7 +68,7 @@ class FLora(Ranked):
         start = env.initial()
         changed = Changed()
         if pairs.learnt(start):
-            changed = changes.advanced(changed, pairs.as_delta(start, pairs.scale_of(env.model.spec)), ())
+            changed = changes.advanced(changed, changes.as_delta(start, pairs.scale_of(env.model.spec)), ())
         return State(pairs.others(start), pairs.widths(start), changed, client_ranks(self, env))
 
     def init_client(self, env: ClientEnv) -> Copy:
@@ -97,8 +96,7 @@ class FLora(Ranked):
         """B_s A_s joins the delta; the head is averaged."""
         updates = list(ups.values())
         weights = lowrank.shares([up.examples for up in updates])
-        parts = [(up.params, weight) for up, weight in zip(updates, weights, strict=True)]
-        step = changes.stacked(parts, pairs.scale_of(env.model.spec))
+        step = changes.as_delta(lowrank.joined([up.params for up in updates], weights), pairs.scale_of(env.model.spec))
         head = tree.mean((pairs.others(up.params), up.examples) for up in updates)
         changed = changes.advanced(state.changed, step, ups)
         return State(head, state.widths, changed, client_ranks(self, env), mean_loss(updates))
@@ -111,14 +109,8 @@ class FLora(Ranked):
 def stacked(down: Broadcast, up: Update) -> None:
     """Raise RecordError unless the answer has the head's layout, and factors of the client's rank in every slot."""
     matching(Weights(down.head), Update(pairs.others(up.params), up.examples, up.loss))
-    factors = pairs.factors(up.params)
-    want = {f"{stem}.B": (d_out, down.rank) for stem, (d_out, _) in down.widths.items()}
-    want |= {f"{stem}.A": (down.rank, d_in) for stem, (_, d_in) in down.widths.items()}
-    if factors.keys() != want.keys():
-        raise RecordError(f"the factors differ in their names, first: {min(factors.keys() ^ want.keys())!r}")
-    for name, shape in want.items():
-        if tuple(factors[name].shape) != shape:
-            raise RecordError(f"{name!r} has shape {tuple(factors[name].shape)} where {shape} was expected")
+    train = {stem: (down.rank, d_out, d_in) for stem, (d_out, d_in) in down.widths.items()}
+    pairs.check(up.params, train, down.head)
 
 
 METHOD = FLora

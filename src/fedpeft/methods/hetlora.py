@@ -24,8 +24,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fedpeft.core.ranks import RankedAveraging
 from fedpeft.maths import lowrank
 
@@ -39,7 +37,7 @@ class HetLora(RankedAveraging):
         top = max(len(a) for _, a in own)
         weights = lowrank.shares([lowrank.norm(pair) for pair in own])
         b, a = lowrank.mean([lowrank.pad(pair, top) for pair in own], weights)
-        return torch.cat([b, before[0][:, top:]], dim=1), torch.cat([a, before[1][top:]])
+        return lowrank.filled((b, a), before)
 
 
 METHOD = HetLora

@@ -38,7 +38,7 @@ class Shortformer(Averaging):
     plans_by_rounds: ClassVar[bool] = True
 
     def accepts_schedule(self, kind: str) -> str | None:
-        """None beside its own."""
+        """No other one: the method is a schedule."""
         return "method shortformer is a schedule itself"
 
     def train(self, down: Weights, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:

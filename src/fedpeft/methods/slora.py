@@ -7,14 +7,15 @@ Paper to code
 
 | paper | here |
 |---|---|
-| stage 1: sparse fine-tuning under one common random mask | `learn`; `density`, `stage_rounds`, `stage_lr` |
+| stage 1: sparse fine-tuning under one common random mask | `train`; `density`, `stage_rounds`, `stage_lr` |
 | what travels is what the mask leaves | `send`: the numbers under the mask, nothing else |
 | SVD of the change gives the start of LoRA's factors | `decompose`; `maths.lowrank.halves` |
-| stage 2: federated LoRA | `learn`, `average` |
+| stage 2: federated LoRA | `train`, `average` |
 
 Departures: the mask is drawn from the run's seed in every projection that has an adapter, so nobody sends it. The
 change of stage 1 is a base delta that acts beside the base; in stage 2 the factors take its place. Stage 1 ends after
 `stage_rounds`, or at half of the rounds where there are fewer than twice as many. The means are weighted by examples.
+The defaults of `density`, `stage_rounds` and `stage_lr` are ours.
 
 Traffic per client and round: down = values and head at first, params later; up = values and head at first, params later
 """
@@ -31,9 +32,10 @@ from torch import Tensor
 
 from fedpeft.core import pairs, tree
 from fedpeft.core.averaging import Tuning
+from fedpeft.core.changes import dense_name
 from fedpeft.core.cohort import sample
 from fedpeft.core.counts import round_up
-from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update, Weights, matching
+from fedpeft.core.exchange import ClientEnv, ClientId, Exchange, Nothing, ServerEnv, Update
 from fedpeft.core.fit import Fit, Fitted
 from fedpeft.core.method import check_ranges, mean_loss, ordinary_fit
 from fedpeft.core.rng import rng_for
@@ -95,7 +97,7 @@ class SLora(Tuning):
 
     def round(self) -> tuple[Exchange, ...]:
         """One round of whichever stage it is."""
-        return (Exchange("train", Broadcast, Update, sample(self.cohort), self.send, self.learn, self.average, fits),)
+        return (Exchange("train", Broadcast, Update, sample(self.cohort), self.send, self.train, self.average),)
 
     def send(self, state: State, client: ClientId) -> Broadcast:
         """The values under the mask and the head, or the factors and the head."""
@@ -103,24 +105,20 @@ class SLora(Tuning):
             return Broadcast(tree.overlay(state.values, pairs.others(state.params)), True)
         return Broadcast(state.params, False)
 
-    def learn(self, down: Broadcast, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:
+    def train(self, down: Broadcast, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:
         """Train the values under the mask, or LoRA."""
         if not down.sparse:
             fitted = yield ordinary_fit(self, down.params, env)
             return Update(fitted.params, len(env.data), fitted.loss), memory
-        fresh, dense, mask = env.initial(), {}, {}
+        fresh, dense, mask, places = env.initial(), {}, {}, {}
         head = pairs.others(fresh).keys()
         for stem, shape in pairs.widths(fresh).items():
-            places = under_mask(env.seed, stem, shape, self.density)
-            dense[f"delta.{stem}.dense"] = scattered(down.params[f"values.{stem}"], places, shape)
-            mask[f"delta.{stem}.dense"] = scattered(torch.ones(len(places)), places, shape)
+            places[stem] = under_mask(env.seed, stem, shape, self.density)
+            dense[dense_name(stem)] = scattered(down.params[f"values.{stem}"], places[stem], shape)
+            mask[dense_name(stem)] = scattered(torch.ones(len(places[stem])), places[stem], shape)
         params = tree.overlay(dense, {name: down.params[name] for name in head})
         fitted = yield ordinary_fit(replace(self, lr=self.stage_lr), params, env, mask=mask)
-        values = {}
-        for stem in pairs.stems(fresh):
-            change = fitted.params[f"delta.{stem}.dense"]
-            places = under_mask(env.seed, stem, tuple(change.shape), self.density)
-            values[f"values.{stem}"] = change.flatten()[places]
+        values = {f"values.{stem}": fitted.params[dense_name(stem)].flatten()[at] for stem, at in places.items()}
         answer = tree.overlay(values, {name: fitted.params[name] for name in head})
         return Update(answer, len(env.data), fitted.loss), memory
 
@@ -137,7 +135,7 @@ class SLora(Tuning):
     def decompose(self, state: State, env: ServerEnv) -> State:
         """c B A is the best approximation of the change at the adapter's rank; B and A share the singular values."""
         scale, params = pairs.scale_of(env.model.spec), dict(state.params)
-        for stem, change in ((stem, self.change(state)[f"delta.{stem}.dense"] / scale) for stem in state.widths):
+        for stem, change in ((stem, self.change(state)[dense_name(stem)] / scale) for stem in state.widths):
             a = params[f"{stem}.A"]
             b, kept = lowrank.revived(lowrank.halves((change, torch.eye(change.shape[1])), len(a)), a)
             params |= {f"{stem}.B": b.to(a.dtype), f"{stem}.A": kept.to(a.dtype)}
@@ -152,7 +150,7 @@ class SLora(Tuning):
     def change(self, state: State) -> dict[str, Tensor]:
         """The base delta of stage 1."""
         return {
-            f"delta.{stem}.dense": scattered(
+            dense_name(stem): scattered(
                 state.values[f"values.{stem}"], under_mask(state.seed, stem, shape, self.density), shape
             )
             for stem, shape in state.widths.items()
@@ -175,11 +173,6 @@ def scattered(values: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
     dense = torch.zeros(math.prod(shape), dtype=values.dtype)
     dense[places] = values
     return dense.view(shape)
-
-
-def fits(down: Broadcast, up: Update) -> None:
-    """Raise RecordError unless the answer has the layout of what was sent."""
-    matching(Weights(down.params), up)
 
 
 METHOD = SLora

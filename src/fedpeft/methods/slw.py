@@ -37,7 +37,7 @@ class Slw(Averaging):
     plans_by_rounds: ClassVar[bool] = True
 
     def accepts_schedule(self, kind: str) -> str | None:
-        """None beside its own."""
+        """No other one: the method is a schedule."""
         return "method slw is a schedule itself"
 
     def train(self, down: Weights, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:

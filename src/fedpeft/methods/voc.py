@@ -36,9 +36,10 @@ class Voc(Averaging):
     """Common words first (Platanios et al. 2019), on LoRA."""
 
     plans_by_rounds: ClassVar[bool] = True
+    chooses_rows: ClassVar[bool] = True
 
     def accepts_schedule(self, kind: str) -> str | None:
-        """None beside its own."""
+        """No other one: the method is a schedule."""
         return "method voc is a schedule itself"
 
     def train(self, down: Weights, memory: Nothing, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Nothing]]:

@@ -1,4 +1,6 @@
-"""How much each block's output changes when the embeddings of a sample are perturbed (FibecFed's layer score).
+"""How much each block's output changes when the embeddings of a sample are perturbed.
+
+The idea is FibecFed's layer score (arXiv 2410.00131), its form ours: the paper's was not at hand.
 
 e are the embeddings of a sample, m the mean norm of its real tokens' ones, ∇ the gradient of the sample's loss with
 respect to e. The perturbation is gamma m ∇ / ||∇||_F (`l2`), gamma m sign(∇) / sqrt(T d) (`inf`), or of that length in

@@ -15,7 +15,6 @@ from fedpeft.runs.units import count_text, score_text
 
 WORST = 12  # clients shown before the rest is folded away
 COLUMNS = 240  # clients, or rounds, that a picture of columns can hold
-CURRICULA = ("fibecfed", "voc")  # methods that choose their rows themselves
 
 
 def _label_colours(clients: Sequence[Client], labels: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -59,7 +58,7 @@ def partition_picture(run: History, suffix: str) -> str:
 def labels_in_training(run: History) -> str:
     """Which labels were trained on, round by round, where a curriculum chooses the rows."""
     lines = [line for line in run.exchanges if line.get("lost") is None and line.get("round") and line.get("labels")]
-    if not lines or not (run.method in CURRICULA or (run.config.get("method") or {}).get("schedule")):
+    if not lines or not run.manifest.get("chooses_rows"):
         return ""
     names, colours = _label_colours(run.clients, run.labels)
     rounds = sorted({int(line["round"]) for line in lines})

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedpeft.core.changes import PREFIX as PREFIX
 from fedpeft.models.adapters import Applied, Layer, Partner, Rows, Shape
 from fedpeft.models.families import Slot
 from fedpeft.models.load import Base
 
-PREFIX = "delta."
 PARTNERS: Mapping[str, Partner] = {"left": ("right", 1, 0), "right": ("left", 0, 1)}
 
 
