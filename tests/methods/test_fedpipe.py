@@ -51,6 +51,54 @@ def server(round: int = 1) -> ServerEnv:
     return ServerEnv(toy.ToyModel(**MODEL), ("c0", "c1"), 3, 4, round, "train")  # type: ignore[arg-type]
 
 
+class Learnt(toy.ToyModel):
+    """A model whose run begins with an adapter that has learnt something."""
+
+    def init(self, rng: Any) -> dict[str, torch.Tensor]:
+        draw = np.random.default_rng(5)
+        fresh = super().init(draw)
+        return {
+            name: torch.from_numpy(draw.normal(size=tuple(t.shape))).to(t.dtype) if pairs.is_factor(name, "B") else t
+            for name, t in fresh.items()
+        }
+
+
+@pytest.mark.parametrize("aggregation", ["svd_product", "factor_partial", "zero_pad", "stack_exact"])
+def test_what_was_learnt_before_the_run_acts_from_its_first_round_on(aggregation: Any) -> None:
+    """With a rate of nearly zero, few weights and low ranks: the change of every weight is that of the start."""
+    own = method(aggregation=aggregation, lr=1e-9, head_lr=1e-9, ranks=(1, 2), top_k=2)
+    model = Learnt(**MODEL)  # type: ignore[arg-type]
+    data = toy.federation(False, clients=4, width=MODEL["width"])
+    transport = InProcess(lambda: own, model, data, 3)
+    seen: list[Fit] = []
+    fit_many = model.fit_many
+
+    def watched(fits: Any, *more: Any) -> Any:
+        seen.extend(fits)
+        return fit_many(fits, *more)
+
+    model.fit_many = watched  # type: ignore[method-assign]
+    done = list(federate(own, transport, model, rounds=2, seed=3))
+    start, end = model.init(np.random.default_rng(0)), own.result(done[-1].state)
+    scale = done[-1].state.scale
+    assert pairs.stems(start)
+    for stem in pairs.stems(start):
+        b, a = pairs.pair(start, stem)
+        whole = torch.zeros(len(b), a.shape[1])
+        if f"{stem}.A" in end:
+            whole += scale * end[f"{stem}.B"] @ end[f"{stem}.A"]
+        if f"delta.{stem}.left" in end:
+            whole += end[f"delta.{stem}.left"] @ end[f"delta.{stem}.right"]
+        torch.testing.assert_close(whole, scale * b @ a, atol=1e-4, rtol=1e-4)
+        for fit in (f for f in seen if any(pairs.stems(layer) for layer in (f.params, *f.also)) and f.penalty is None):
+            acting = sum(
+                (layer[f"{stem}.B"] @ layer[f"{stem}.A"] for layer in (fit.params, *fit.also) if f"{stem}.A" in layer),
+                torch.zeros(len(b), a.shape[1]),
+            )
+            torch.testing.assert_close(acting, b @ a, atol=1e-4, rtol=1e-4)
+    assert any(fit.penalty is None for fit in seen)
+
+
 # --- plans --------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -343,6 +344,19 @@ def test_flora_draws_factors_for_every_turn() -> None:
     for stem in down.widths:
         drawn = torch.stack([start[f"{stem}.A"] for start in starts])
         assert len(drawn.unique(dim=0)) == 3 and not any(start[f"{stem}.B"].any() for start in starts)
+
+
+def test_flora_draws_factors_for_every_turn_from_a_warm_start_too() -> None:
+    """What the run starts from is folded away; nobody goes on in its directions alone."""
+    model = tiny.model("bert", SPEC, "float32")
+    model.warm_start({name: t.float() for name, t in tiny.params(model, tiny.place()).items()})
+    down = FLora().send(FLora().init(ServerEnv(model, ("a", "b"), 0, 3)), "a")
+    starts = [turn(FLora(), down, here(model, *place)).fits[0].params for place in (("a", 1), ("a", 2), ("b", 1))]
+    for stem in down.widths:
+        drawn = torch.stack([start[f"{stem}.A"] for start in starts])
+        assert len(drawn.unique(dim=0)) == 3 and not any(start[f"{stem}.B"].any() for start in starts)
+        bound = 1 / math.sqrt(drawn.shape[2])
+        assert 0.8 * bound < drawn.abs().max() <= bound
 
 
 def test_fedsa_lora_goes_on_with_its_own_factors_and_head() -> None:

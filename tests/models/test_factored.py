@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tiny
 from exports import CARD, LABELS, assert_equal_logits, deltas, lora_model, with_peft
-from fedpeft.core.adapter import AdaLora, Prefix
+from fedpeft.core.adapter import AdaLora, Lora, Prefix
 from fedpeft.core.errors import ModelError
 from fedpeft.models.export import export_adapter, import_adapter
 from fedpeft.models.factored import Factored, factored
@@ -93,6 +93,21 @@ def test_a_change_of_the_base_is_loaded_by_plain_peft_and_goes_on_as_a_lora(fami
             assert t.any(dim=1).all(), f"a component of {name} could never train"
     data = tiny.examples(tiny.place(1), 9, segments=family == "bert")
     assert (other.logits(again, data) - model.logits(params, data)).abs().max() < 1e-5
+
+
+def test_every_projection_with_an_adapter_is_there_to_go_on_with() -> None:
+    """A change of one projection alone, as a planned federation leaves it; the others get a fresh A and B = 0."""
+    model = lora_model("bert", Lora(rank=4, alpha=6.0, dropout=0.1))
+    whole = tiny.params(model, tiny.place()) | deltas(model)
+    only = {n: t for n, t in whole.items() if n.startswith(("delta.block.0.query", "head."))}
+    found = factored(model, only, 3)
+    found.model.warm_start(found.params)
+    assert found.model.spec == Lora(rank=3, alpha=4.5, dropout=0.1) and found.left_out < 1e-6
+    for slot in model.slots:
+        assert found.params[f"{slot}.A"].any(dim=1).all()
+        assert found.params[f"{slot}.B"].any() == (slot == "block.0.query")
+    nothing = factored(model, {n: t for n, t in whole.items() if n.startswith("head.")}, 3)
+    assert nothing.left_out == 0 and not any(nothing.params[f"{slot}.B"].any() for slot in model.slots)
 
 
 def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The methods of the LoRA family differ in what they train, send and combine of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Lora
 from fedpeft.core.errors import RecordError
+from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # (B, A)
@@ -134,6 +136,17 @@ def combined(parts: Sequence[Params], how: Combine, before: Params) -> dict[str,
 def scale_of(spec: AdapterSpec) -> float:
     """c = alpha / rank, which is the same for every client, also where ranks differ."""
     return spec.alpha / spec.rank if isinstance(spec, Lora) else 1.0
+
+
+def drawn_a(rng: Rng, like: Tensor) -> Tensor:
+    """A fresh A of a shape and dtype, U(-1, 1) / sqrt(d_in), as LoRA starts with it."""
+    values = rng.uniform(-1, 1, size=tuple(like.shape))
+    return torch.from_numpy(values / math.sqrt(like.shape[1])).to(like.dtype)
+
+
+def fresh_a(params: Params, rng: Rng) -> dict[str, Tensor]:
+    """The params with every A drawn anew, in the order of the slots."""
+    return {**params, **{f"{stem}.A": drawn_a(rng, params[f"{stem}.A"]) for stem in stems(params)}}
 
 
 def fresh_b(params: Params) -> dict[str, Tensor]:

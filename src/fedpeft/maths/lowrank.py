@@ -92,9 +92,8 @@ NEGLIGIBLE = 1e-6  # a singular value over the largest, which is zero to the rou
 
 def truncate(pair: Pair, rank: int, negligible: float = NEGLIGIBLE) -> Pair:
     """The best pair of this rank (Eckart & Young 1936): B = U_r diag(s_r), A = V_r^T; zeros where B A has less rank."""
-    u, s, v = svd(pair)
-    kept = min(rank, int((s > negligible * s[:1]).sum()))
-    return pad((u[:, :kept] * s[:kept], v[:, :kept].T), rank)
+    u, s, v = _largest(pair, rank, negligible)
+    return pad((u * s, v.T), rank)
 
 
 def revived(pair: Pair, a: Tensor) -> Pair:
@@ -112,10 +111,15 @@ def halves(pair: Pair, rank: int, negligible: float = NEGLIGIBLE) -> Pair:
 
     Zeros where there is no singular value, or one of at most `negligible` times the largest.
     """
+    u, s, v = _largest(pair, rank, negligible)
+    return pad((u * s.sqrt(), (v * s.sqrt()).T), rank)
+
+
+def _largest(pair: Pair, rank: int, negligible: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The decomposition's largest components, as many as the rank, without negligible ones."""
     u, s, v = svd(pair)
     kept = min(rank, int((s > negligible * s[:1]).sum()))
-    root = s[:kept].sqrt()
-    return pad((u[:, :kept] * root, (v[:, :kept] * root).T), rank)
+    return u[:, :kept], s[:kept], v[:, :kept]
 
 
 def compressed(pair: Pair, cap: int) -> Pair:
@@ -177,10 +181,10 @@ def turn(pair: Pair, towards: Pair, ridge: float) -> Tensor:
     """What to add to B so that (B + ΔB) A points the way of another product M: descent on its cosine.
 
     ΔB makes 1 - cos((B + ΔB) A, M) + λ ||ΔB|| small, by proximal gradient steps from ΔB = 0 whose length is found by
-    trial, so that no step makes it larger; at most `TURN_STEPS` of them, which reach the least value for the default λ
-    and larger ones, and come within 2e-5 of it for λ below .01. Where the first gradient is at most λ long,
-    ΔB = 0 is the answer. A product of zeros has no direction: ΔB is 0 then too. Where B A points away from M the least
-    value lies at B + ΔB near 0, which has any direction, and is not reached.
+    trial, so that no step makes it larger; at most `TURN_STEPS` of them. On random pairs (6 x 2, 2 x 5, three clients)
+    the value they end with was at most 1.5e-3 above the least one for λ = .01, 3e-5 for .1, 3e-4 for .001. Where the
+    first gradient is at most λ long, ΔB = 0 is the answer. A product of zeros has no direction: ΔB is 0 then too. Where
+    B A points away from M the least value lies at B + ΔB near 0, which has any direction, and is not reached.
 
     Args:
         pair: (B, A)

@@ -205,11 +205,15 @@ class FedPipe(Defaults):
         return "method fedpipe has plans for the rows of a round; use method.round_seconds, batches and epochs"
 
     def init(self, env: ServerEnv) -> State:
-        """The fresh adapter on every candidate; nobody has a plan."""
+        """The fresh adapter on every candidate; nobody has a plan. What was learnt before acts for everybody."""
         params, spec = env.initial(), env.model.spec
         ranks = tuple(rank for rank in self.ranks if not isinstance(spec, Lora) or rank <= spec.rank)
-        job = job_of(env.model.config, params, self.choose_among(ranks))
-        return State(params, Roster(job), pairs.scale_of(spec))
+        job, scale = job_of(env.model.config, params, self.choose_among(ranks)), pairs.scale_of(spec)
+        if not pairs.learnt(params):
+            return State(params, Roster(job), scale)
+        if self.aggregation == "stack_exact":
+            return State(pairs.fresh_b(params), Roster(job), scale, stack=pairs.factors(params))
+        return State(params, Roster(job), scale, pairs.stems(params))
 
     def choose_among(self, ranks: tuple[int, ...]) -> Choices:
         """The fields, as the planner reads them."""
@@ -430,6 +434,7 @@ class FedPipe(Defaults):
         """The adapter that nobody has trained yet; what was folded away leaves a new A behind in every round."""
         made = pairs.factors(env.initial())
         if self.aggregation == "stack_exact":
+            made = pairs.fresh_b(made)
             for stem in ranks:
                 made[f"{stem}.A"] = drawn_a(env.seed, stem, env.round, made[f"{stem}.A"])
         return made
@@ -516,9 +521,8 @@ def suits(moments: Moments | None, params: Params) -> bool:
 
 
 def drawn_a(seed: int, stem: str, round: int, like: Tensor) -> Tensor:
-    """A fresh A of a round, U(-1, 1) / sqrt(d_in), the same for everybody."""
-    values = rng_for(seed, "lora", round=round, client=stem).uniform(-1, 1, size=tuple(like.shape))
-    return torch.from_numpy(values / np.sqrt(like.shape[1])).to(like.dtype)
+    """A fresh A of a round, the same for everybody."""
+    return pairs.drawn_a(rng_for(seed, "lora", round=round, client=stem), like)
 
 
 def sound(down: Ask, up: Report) -> None:

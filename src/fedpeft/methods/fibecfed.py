@@ -19,8 +19,9 @@ the warm-up rounds, in which all layers are averaged so that a fresh head does n
 and its constants; that difficulty counts LoRA's factors alone, and how an answer of several tokens is counted
 (`token_norm`); the norm of the perturbation and the form of the layer score; the rule for N, of which `eigengap` and
 `plateau` come from FedPepTAO (arXiv 2310.15080), by the same group; the share of rows and every default; that examples
-are ranked, not batches formed by chance, whose means hide most of the order; and that nobody is asked only to score
-(`initialise: lazy`). No table of the paper is reproduced.
+are ranked, not batches formed by chance, whose means hide most of the order; that nobody is asked only to score
+(`initialise: lazy`); and that the momentum of a layer's rows ends where the layer joins the shared ones. No table of
+the paper is reproduced.
 
 Before the first round: in each of `warmup_rounds` rounds, params both ways (nothing where there is no head); for the
 layers a number for each and two more up, and down params after a warm-up, else nothing. Layers that are chosen anew

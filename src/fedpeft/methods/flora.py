@@ -87,7 +87,7 @@ class FLora(Ranked):
     def train(self, down: Broadcast, memory: Copy, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Update, Copy]]:
         """Train a fresh adapter of the client's rank over the base and its delta."""
         copy = changes.kept_up(memory, down.news)
-        fresh = pairs.fresh_b(pairs.cut(env.model.init(env.rng("adapter")), down.rank))
+        fresh = pairs.fresh_a(pairs.fresh_b(pairs.cut(env.initial(), down.rank)), env.rng("adapter"))
         params = tree.overlay(pairs.factors(fresh), down.head)
         fitted = yield ordinary_fit(self, params, env, also=(copy.total,) if copy.total else ())
         return Update(fitted.params, len(env.data), fitted.loss), copy

@@ -49,7 +49,7 @@ def factored(model: HFModel, params: Params, rank: int) -> Factored:
     """The nearest LoRA of a rank; the same scale alpha / rank as before.
 
     Both factors share the singular values. Where the change has a lower rank, the rest of B is zeros and of A a fresh
-    draw, so that one can go on training it.
+    draw, so that one can go on training it; so it is in a projection that has an adapter and was never trained.
 
     Raises:
         ModelError: a rank below 1 or above what a projection has, or parameters that are no change of projections.
@@ -61,32 +61,34 @@ def factored(model: HFModel, params: Params, rank: int) -> Factored:
             "it without --rank"
         )
     acting = {name: slot for name in params if (slot := _slot(name)) in model.places}
-    names = sorted(set(acting.values()))
-    most = min((min(model.places[name].d_out, model.places[name].d_in) for name in names), default=0)
+    names = sorted({*acting.values(), *model.slots})
+    most = min(min(model.places[name].d_out, model.places[name].d_in) for name in names)
     if not 1 <= rank <= most:
         raise ModelError(f"--rank {rank}: give a rank from 1 to {most}, the smallest side of what was trained")
-    lora = Lora(rank, model.scale * rank, spec.targets, spec.blocks)
+    lora = Lora(rank, model.scale * rank, spec.targets, spec.blocks, getattr(spec, "dropout", 0.0))
     twin = HFModel(model.base, lora, model.classes, model.token_budget, model.readout)
     fresh = twin.adapter.init(rng_for(0, "adapter"))
     kept = {n: t.detach() for n, t in params.items() if n not in acting}
     total = lost = 0.0
     for name in names:
-        whole = _change(params, name, model.scale)
+        whole = _change(params, name, model)
         b, a = lowrank.halves(whole, rank)
+        total += lowrank.norm(whole) ** 2
+        lost += lowrank.norm(lowrank.difference(whole, (b, a))) ** 2
         if f"{name}.A" in fresh:
             b, a = lowrank.revived((b, a), fresh[f"{name}.A"])
         kept |= {f"{name}.A": a.float().contiguous(), f"{name}.B": (b / model.scale).float().contiguous()}
-        total += lowrank.norm(whole) ** 2
-        lost += lowrank.norm(lowrank.difference(whole, (b, a))) ** 2
     return Factored(twin, kept, rank, math.sqrt(lost / total) if total else 0.0)
 
 
-def _change(params: Params, slot: str, scale: float) -> Pair:
-    """One pair whose product is all that is added to a projection, on the CPU."""
-    parts = low_rank(params, slot, scale)
-    parts += [(t, torch.eye(t.shape[1], dtype=t.dtype, device=t.device)) for t in dense(params, slot)]
-    b, a = lowrank.stack(parts, [1.0] * len(parts))
-    return b.cpu(), a.cpu()
+def _change(params: Params, name: str, model: HFModel) -> Pair:
+    """One pair whose product is all that is added to a projection, on the CPU; of rank 0 where nothing is."""
+    slot = model.places[name]
+    parts = low_rank(params, name, model.scale)
+    parts += [(t, torch.eye(t.shape[1], dtype=t.dtype, device=t.device)) for t in dense(params, name)]
+    none = torch.zeros(slot.d_out, 0), torch.zeros(0, slot.d_in)
+    b, a = lowrank.stack([(b.cpu(), a.cpu()) for b, a in parts] or [none], [1.0] * max(1, len(parts)))
+    return b, a
 
 
 def _slot(name: str) -> str:

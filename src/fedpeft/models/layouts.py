@@ -28,13 +28,14 @@ from fedpeft.core.adapter import Lora, Prefix, Prompt
 from fedpeft.core.errors import ModelError
 from fedpeft.core.tree import Params
 from fedpeft.models.adapters import delta, head
+from fedpeft.models.adapters.prompt import TOKENS
 from fedpeft.models.card import published
 from fedpeft.models.families import Slot, key_value_size
 from fedpeft.models.hf import HFModel
 from fedpeft.models.merge import HEADS, shell_of
-from fedpeft.models.peft_folder import PREFIX, SOURCES, plain, unseen
+from fedpeft.models.peft_folder import PREFIX, PROMPTS, SOURCES, plain, unseen
 
-PROMPTS = "prompt_embeddings"  # PEFT's name of virtual tokens
+HEAD_ALONE = "PEFT has no adapter that is a head alone; export with --merge"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def layout_of(model: HFModel, params: Params, labels: Sequence[str]) -> Layout:
     if any(name.startswith(delta.PREFIX) for name in params):  # PEFT has no change of the base; `merge` folds it in
         return Layout("own", {name: t.detach().cpu().contiguous() for name, t in params.items()})
     if params.keys() <= {head.WEIGHT, head.BIAS}:
-        raise ModelError("PEFT has no adapter that is a head alone; export with --merge")
+        raise ModelError(HEAD_ALONE)
     known = _PEFT.get(type(model.spec))
     found = known(model, params, labels) if known else None
     if found is not None:
@@ -78,7 +79,7 @@ def layout_of(model: HFModel, params: Params, labels: Sequence[str]) -> Layout:
 def _lora(model: HFModel, params: Params, labels: Sequence[str]) -> Layout:
     loras = [name.removesuffix(".A") for name in params if name.endswith(".A")]
     if not any(params[f"{name}.A"].shape[0] for name in loras):
-        raise ModelError("PEFT has no adapter that is a head alone; export with --merge")
+        raise ModelError(HEAD_ALONE)
     shell = shell_of(model, labels)
     inner = f"{shell.prefix}." if shell.prefix else ""
     modules = _by_module(model, loras)
@@ -174,9 +175,9 @@ def _prefix(model: HFModel, params: Params, labels: Sequence[str]) -> Layout | N
 
 def _prompt(model: HFModel, params: Params, labels: Sequence[str]) -> Layout | None:
     """A prompt at the embeddings; None without a head, unless text is predicted."""
-    if (head.WEIGHT not in params and model.lm is None) or "prompt.tokens" not in params:
+    if (head.WEIGHT not in params and model.lm is None) or TOKENS not in params:
         return None
-    tokens = params["prompt.tokens"].detach().cpu()
+    tokens = params[TOKENS].detach().cpu()
     config = model.base.module.config
     shared = {"num_attention_heads": int(config.num_attention_heads), "token_dim": tokens.shape[1]}
     return _virtual(model, params, labels, "PROMPT_TUNING", tokens, shared | {"prompt_tuning_init": "RANDOM"})

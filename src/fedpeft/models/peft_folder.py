@@ -17,12 +17,14 @@ from fedpeft.core.adapter import Lora
 from fedpeft.core.errors import FitError, ModelError
 from fedpeft.models.adapters import head
 from fedpeft.models.adapters.mixed import MixedPromptAdapter
+from fedpeft.models.adapters.prompt import TOKENS
 from fedpeft.models.families import Slot, key_value_size
 from fedpeft.models.hf import HFModel
 from fedpeft.models.merge import HEADS
 
 NOTE, CONFIG, WEIGHTS = "fedpeft.json", "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1  # of fedpeft.json
+PROMPTS = "prompt_embeddings"  # PEFT's name of virtual tokens
 PREFIX = "base_model.model."  # what peft puts before every module path
 UNKNOWN_LORA = ("use_dora", "use_qalora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication")
 UNSEEN = {"bottleneck": ("activation",), "lpt": ("length",)}  # by kind: settings that no shape of a parameter shows
@@ -116,7 +118,10 @@ def _modules(note: Mapping[str, Any], model: HFModel, folder: Path) -> Modules:
     for path, own in modules.items():
         for name, _ in own:
             if name not in model.places or model.places[name].path != path:
-                raise ModelError(f"{folder}: its adapter acts on {name!r}, which this model does not have")
+                raise ModelError(
+                    f"{folder}: its adapter acts on {name!r}, which this model does not have; "
+                    "take the base model that it was trained on, and adapter.targets with that projection"
+                )
     return modules
 
 
@@ -148,20 +153,20 @@ def _from_peft(folder: Path, model: HFModel, note: Mapping[str, Any]) -> dict[st
 
 def _virtual(folder: Path, model: HFModel, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A prefix in all layers, or a prompt, with its head."""
-    weight = tensors.pop("prompt_embeddings", None)
+    weight = tensors.pop(PROMPTS, None)
     if weight is None or config.get("prefix_projection"):
-        raise ModelError(f"{folder} has no plain 'prompt_embeddings'; give an adapter without a projection")
+        raise ModelError(f"{folder} has no plain {PROMPTS!r}; give an adapter without a projection")
     bare = {name.removeprefix("base_model."): t for name, t in tensors.items()}
     params = _take_head(bare, config, model, folder)
     if bare:
-        raise ModelError(f"{folder} holds {min(bare)!r}, which this model has no place for")
+        raise ModelError(f"{folder} holds {min(bare)!r}, which this model has no place for; give a plain adapter")
     if config["peft_type"] == "PROMPT_TUNING":
-        return params | {"prompt.tokens": weight}
+        return params | {TOKENS: weight}
     heads, size = key_value_size(model.base.module.config)
     if weight.shape[1] != model.blocks * 2 * heads * size:
         raise ModelError(
             f"{folder}: a row of its prefix has {weight.shape[1]} numbers, this model needs "
-            f"{model.blocks} x 2 x {heads} x {size}"
+            f"{model.blocks} x 2 x {heads} x {size}; take the base model that it was trained on"
         )
     layers = weight.view(len(weight), model.blocks, 2, heads, size).permute(1, 2, 0, 3, 4)
     return params | {f"prefix.{block}": layer.contiguous() for block, layer in enumerate(layers)}
@@ -172,7 +177,10 @@ def _check_lora(config: Mapping[str, Any], model: HFModel, folder: Path) -> None
     if config.get("bias", "none") != "none":
         used.append("bias")
     if used:
-        raise ModelError(f"{folder}: its LoRA uses {used[0]} ({config[used[0]]}), which this model cannot apply")
+        raise ModelError(
+            f"{folder}: its LoRA uses {used[0]} ({config[used[0]]}), which this model cannot apply; "
+            "train it without, or merge it into its base with peft and give that as model.name"
+        )
     rank, alpha = config["r"], config["lora_alpha"]
     _check_scale(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, rank, alpha, model, folder)
 
@@ -191,7 +199,10 @@ def _split(path: str, a: Tensor, b: Tensor, model: HFModel, modules: Modules | N
     known = {slot.path for slot in model.places.values()} if modules is None else modules.keys()
     inner = next((p for i in range(len(pieces)) if (p := ".".join(pieces[i:])) in known), None)
     if inner is None:
-        raise ModelError(f"the adapter changes the module {'.'.join(pieces)!r}, which is no projection of this model")
+        raise ModelError(
+            f"the adapter changes the module {'.'.join(pieces)!r}, which is no projection of this model; take the base "
+            "model that it was trained on"
+        )
     params: dict[str, Tensor] = {}
     if modules is None:
         for slot in _covering(inner, model):
