@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.maths.curriculum import (
+    common_words,
+    competence,
     easy_first,
     ends,
     enough,
     kept_rows,
     pace,
+    ranked_batches,
     row_masks,
     some_of,
     stratified,
+    tokens_at,
     whole_batches,
 )
 
@@ -121,3 +126,24 @@ def test_energy_is_a_share_at_any_scale() -> None:
     for scale in (1e-30, 1e-12, 1.0, 1e12):
         assert enough([scale] * 5, 0.8) == 4
         assert kept_rows(torch.full((20,), scale), 0.5, "energy", 0.8).sum() == 16
+
+
+def test_rows_within_the_competence_of_a_round() -> None:
+    """c0 .01; of 2.89 rows those that are whole."""
+    assert competence(0, 100, 0.01) == pytest.approx(0.01) and competence(100, 100, 0.01) == pytest.approx(1)
+    assert competence(25, 100, 0.01) == pytest.approx(math.sqrt(0.25 * (1 - 1e-4) + 1e-4))
+    rarities = [3.0, 1.0, 2.0, 1.0, 5.0]
+    assert common_words(rarities, 0, 9, 2) == [1, 3]
+    assert common_words(rarities, 3, 9, 1) == [1, 3]
+    assert common_words(rarities, 9, 9, 1) == [1, 3, 2, 0, 4]
+
+
+def test_growing_lengths() -> None:
+    assert [tokens_at(t, 10, 48) for t in (0, 1, 2, 5, 9)] == [8, 16, 24, 48, 48]
+    assert tokens_at(0, 10, 5) == 8
+
+
+def test_batches_of_chance_are_ranked_by_the_mean_of_their_rows() -> None:
+    """Means 5, 1 and 3: rows in that order of batches, each kept as it is, and where they end."""
+    rows, ended = ranked_batches([[4, 0], [1], [3, 2]], torch.tensor([2.0, 1.0, 4.0, 2.0, 8.0]))
+    assert rows == [1, 3, 2, 4, 0] and ended == [1, 3, 5]

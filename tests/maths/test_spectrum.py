@@ -11,7 +11,17 @@ from torch import Tensor
 
 from fedpeft.core.rng import rng_for
 from fedpeft.maths.layers import layer_count
-from fedpeft.maths.spectrum import Kept, eigengap, lanczos, largest, plateau, rademacher, tridiagonal
+from fedpeft.maths.spectrum import (
+    Kept,
+    eigengap,
+    first_gap,
+    lanczos,
+    largest,
+    plateau,
+    rademacher,
+    steepest,
+    tridiagonal,
+)
 
 RNG = 5
 
@@ -136,3 +146,11 @@ def test_plateaus_of_other_spectra() -> None:
     mixed = plateau(torch.tensor([-0.5, 0.0, 0.5]).double(), torch.tensor([0.1, 0.7, 0.2]).double())
     assert mixed.ratio == pytest.approx(0.283, abs=0.002)
     assert plateau(torch.tensor([math.nan]).double(), torch.ones(1).double()) == Kept()
+
+
+def test_golden_first_gaps() -> None:
+    """(0 .1 .2 1.5 1.6): with .25 the third place, r .4; with .5 none. Slopes of three points: 2, 3, 8 / 3."""
+    values = torch.tensor([0.0, 0.1, 0.2, 1.5, 1.6])
+    assert first_gap(values, 0.25) == pytest.approx(0.4) and first_gap(values, 0.5) is None
+    x, b = (torch.tensor(t, dtype=torch.float64) for t in ([[0.0], [1.0], [3.0]], [[0.0], [2.0], [8.0]]))
+    assert steepest([(x[i], b[i]) for i in range(3)]) == 3

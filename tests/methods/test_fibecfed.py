@@ -82,14 +82,10 @@ def test_golden_choices() -> None:
     assert FibecFed().chosen(scores, 0.1, every, env()) == (1,)
 
 
-def test_golden_gaps() -> None:
-    """(0 .1 .2 1.5 1.6): with .25 the third place, r .4, five of twelve layers; with .5 none, so the given ratio."""
-    values = torch.tensor([0.0, 0.1, 0.2, 1.5, 1.6])
-    assert spectrum.first_gap(values, 0.25) == pytest.approx(0.4) and spectrum.first_gap(values, 0.5) is None
+def test_a_golden_ratio_of_layers() -> None:
+    """r .4 of twelve layers: five."""
     layers = FibecFed(layers_by="first").chosen(torch.zeros(12), 0.4, tuple(range(12)), env(12))
     assert layers == tuple(range(5))
-    x, b = (torch.tensor(t, dtype=torch.float64) for t in ([[0.0], [1.0], [3.0]], [[0.0], [2.0], [8.0]]))
-    assert spectrum.steepest([(x[i], b[i]) for i in range(3)]) == 3
 
 
 def test_scores_are_a_mean_by_examples() -> None:

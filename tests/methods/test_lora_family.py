@@ -14,9 +14,9 @@ from torch import Tensor
 
 import tiny
 from fedpeft import methods
-from fedpeft.core import changes, pairs, tree
+from fedpeft.core import pairs, tree
 from fedpeft.core.adapter import Lora, Prefix
-from fedpeft.core.changes import Changed, Copy
+from fedpeft.core.changes import Copy
 from fedpeft.core.errors import ConfigError, RecordError
 from fedpeft.core.exchange import ClientEnv, Method, ServerEnv, Update
 from fedpeft.core.federate import Done, federate
@@ -403,55 +403,6 @@ def test_only_lora_is_accepted(name: str) -> None:
     method = methods.load(name)()
     assert method.accepts(Lora(rank=2)) is None and method.adapter() == Lora()
     assert "not prefix; leave adapter.kind out" in str(method.accepts(Prefix()))
-
-
-# --- changes of the base ----------------------------------------------------------------------------------------------
-
-
-def step(seed: int, rank: int = 1, d: int = 6) -> dict[str, Tensor]:
-    draw = np.random.default_rng(seed)
-    return {
-        "delta.s.left": torch.from_numpy(draw.normal(size=(d, rank))),
-        "delta.s.right": torch.from_numpy(draw.normal(size=(rank, d))),
-    }
-
-
-def dense(total: Params) -> Tensor:
-    if "delta.s.dense" in total:
-        return total["delta.s.dense"]
-    return total["delta.s.left"] @ total["delta.s.right"]
-
-
-def test_a_client_that_missed_steps_ends_with_the_same_bits() -> None:
-    """Whatever it missed: single steps, many, or everything; news cost at most the whole."""
-    states, steps = [Changed()], [step(i, 1 + i % 2) for i in range(9)]
-    for own in steps:
-        states.append(changes.advanced(states[-1], own, ()))
-    expected = sum(own["delta.s.left"] @ own["delta.s.right"] for own in steps)
-    assert torch.allclose(dense(states[-1].total), torch.as_tensor(expected), atol=1e-12)
-    for have in range(10):
-        for now in range(have, 10):
-            copy = Copy(states[have].total, have)
-            news = changes.news_for(replace(states[now], known={"a": have}), "a")
-            got = changes.kept_up(copy, news)
-            assert tree.sha256(got.total) == tree.sha256(states[now].total) and got.version == now
-            cost = sum(map(tree.count, news.steps)) + tree.count(news.whole or {})
-            assert cost <= tree.count(states[now].total)
-            if have == now:
-                assert cost == 0
-
-
-def test_factors_become_a_matrix_where_that_is_smaller() -> None:
-    two, three = changes.grown(step(0, 2), step(1, 0)), changes.grown(step(0, 2), step(1, 1))
-    assert two.keys() == {"delta.s.left", "delta.s.right"} and three.keys() == {"delta.s.dense"}
-
-
-def test_an_answer_says_which_version_its_client_has() -> None:
-    first = changes.advanced(Changed(), step(0), ("a",))
-    assert first.known == {"a": 0} and changes.news_for(first, "a").version == 1
-    second = changes.advanced(first, step(1), ("b",))
-    assert second.known == {"a": 0, "b": 1}
-    assert len(changes.news_for(second, "b").steps) == 1 and changes.news_for(second, "nobody").whole is not None
 
 
 def test_broadcasts_of_flora_hold_no_fresh_factors() -> None:

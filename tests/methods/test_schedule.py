@@ -377,13 +377,6 @@ def test_rarity_is_that_of_the_words_of_all_rows() -> None:
     data = texts([1, 2], [1, 1], [3])
     expected = [-math.log(3 / 5) - math.log(1 / 5), -2 * math.log(3 / 5), -math.log(1 / 5)]
     assert data.rarities.tolist() == pytest.approx(expected)
-    assert curriculum.competence(0, 100, 0.01) == pytest.approx(0.01) and curriculum.competence(
-        100, 100, 0.01
-    ) == pytest.approx(1)
-    assert curriculum.common_words([3.0, 1.0, 2.0, 1.0, 5.0], 0, 9, 2) == [1, 3]
-    assert curriculum.common_words([3.0, 1.0, 2.0, 1.0, 5.0], 3, 9, 1) == [1, 3], "of 2.89 rows those that are whole"
-    assert curriculum.common_words([3.0, 1.0, 2.0, 1.0, 5.0], 9, 9, 1) == [1, 3, 2, 0, 4]
-    assert curriculum.competence(25, 100, 0.01) == pytest.approx(math.sqrt(0.25 * (1 - 1e-4) + 1e-4))
 
 
 def test_rows_are_cut_between_their_first_tokens_and_the_last() -> None:
@@ -401,8 +394,3 @@ def test_a_mask_is_never_cut() -> None:
     assert [t.tolist() for t in cut.tokens] == [[0, 1, 99, 6], [0, 99, 2, 6]]
     assert cut.marks is not None and cut.marks.tolist() == [2, 1]
     assert [t.tolist() for t in data.truncated(1).tokens] == [[0, 99, 6], [0, 99, 2, 3, 4, 5, 6]]
-
-
-def test_growing_lengths() -> None:
-    assert [curriculum.tokens_at(t, 10, 48) for t in (0, 1, 2, 5, 9)] == [8, 16, 24, 48, 48]
-    assert curriculum.tokens_at(0, 10, 5) == 8
