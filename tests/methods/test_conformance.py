@@ -466,16 +466,19 @@ def test_bytes_are_what_the_docstring_says(case: Case) -> None:
     says = traffic_of(case.name)
     step = None
     measured: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    travelled: dict[tuple[int, str], list[Record]] = {}
+    travelled: dict[tuple[int, str], tuple[list[Record], list[Record]]] = {}
     for step in federate(case.make(), engine, toy.ToyModel(**case.model | {"width": width}), rounds=2, seed=SEED):
         for receipt in step.receipts if step.round else ():
-            measured.setdefault((step.round, receipt.client), []).append((receipt.bytes_down, receipt.bytes_up))
-            both = (own[receipt.client] for own in (engine.calls[-1][1], engine.calls[-1][2].ups))
-            travelled.setdefault((step.round, receipt.client), []).extend(both)
+            place, (_, downs, answers) = (step.round, receipt.client), engine.calls[-1]
+            measured.setdefault(place, []).append((receipt.bytes_down, receipt.bytes_up))
+            down, up = travelled.setdefault(place, ([], []))
+            down.append(downs[receipt.client])
+            up.append(answers.ups[receipt.client])
     assert measured and step is not None
     for place, exchanges in measured.items():
-        for way, total in zip(says, map(sum, zip(*exchanges, strict=True)), strict=True):
-            count = copies(says[way], case, step.state, width, place[0], travelled[place])
+        totals = map(sum, zip(*exchanges, strict=True))
+        for way, total, sent in zip(says, totals, travelled[place], strict=True):
+            count = copies(says[way], case, step.state, width, place[0], sent, travelled[place][0])
             assert 0 < total - 4 * count <= HEADER_BYTES * len(exchanges), way
 
 
@@ -487,17 +490,22 @@ def traffic_of(name: str) -> dict[str, str]:
     return dict(zip(("down", "up"), found.groups(), strict=True))
 
 
-FIELDS = {"scores": "sensitivities", "the changes that it missed": "news", "what it lacks of the others": "rest"}
-PLANNED = ("the weights of its plan", "the weights ever trained", "its branch", "the candidates")
-WHAT = "|".join(["params", "A", "B", "head", "values", *FIELDS, *PLANNED])
+PLANNED = ("the weights of its plan", "the weights ever trained")
+WHAT = "|".join(["params", "A", "B", "head", "values", *PLANNED])
+FIELD = re.compile(r".+ \(`(\w+)`\)")
 PART = re.compile(rf"(?:([\d.]+) )?({WHAT})( of the shared layers)?")
 
 
-def copies(text: str, case: Case, state: Any, width: int, round: int, both: list[Record]) -> float:
+def copies(text: str, case: Case, state: Any, width: int, round: int, sent: list[Record], asked: list[Record]) -> float:
     """How many numbers a phrase of the traffic line stands for.
 
-    Parts joined by "and": all parameters, the factors A or B, the head, those of the blocks in `state.layers`; or a
-    field of the records that went either way (`FIELDS`). "... in odd rounds, ... in even ones" where the rounds differ.
+    Parts joined by "and": all parameters, the factors A or B, the head, those of the blocks in `state.layers`; or any
+    words and a field of the records (`FIELD`), counted as it went. "... in odd rounds, ... in even ones" where the
+    rounds differ.
+
+    Args:
+        sent: the records that went that way.
+        asked: those that went down.
     """
     if text == "nothing":
         return 0.0
@@ -510,28 +518,23 @@ def copies(text: str, case: Case, state: Any, width: int, round: int, both: list
     every = toy.ToyModel(**case.model | {"width": width}).init(np.random.default_rng(0))
     total = 0.0
     for part in text.split(" and "):
+        field = FIELD.fullmatch(part)
+        if field:
+            assert any(hasattr(record, field[1]) for record in sent), f"no record has a field {field[1]!r}"
+            total += sum(numbers(getattr(record, field[1], None)) for record in sent)
+            continue
         found = PART.fullmatch(part)
         assert found, f"traffic {part!r} must be 'nothing' or fit to {PART.pattern!r}"
-        if found[2] in FIELDS:
-            total += sum(numbers(getattr(record, FIELDS[found[2]], None)) for record in both)
-            continue
         if found[2] == "values":  # the share of the weights that a density leaves
             sizes = [t.shape[1] for name, t in every.items() if name.endswith(".A")]
             total += sum(math.ceil(case.make().density * size) for size in sizes)  # type: ignore[attr-defined]
             continue
         if found[2] == "the weights of its plan":
-            total += sum(rank * (d_out + d_in) for own in both for rank, d_out, d_in in _plan_of(own))
+            total += sum(rank * (d_out + d_in) for own in asked for rank, d_out, d_in in _plan_of(own))
             continue
         if found[2] == "the weights ever trained":  # by anybody, or what was folded away of them
             own = [t for name, t in every.items() if name.rpartition(".")[0] in state.union]
-            total += sum(t.numel() for t in own) + sum(numbers(getattr(record, "stack", None)) for record in both)
-            continue
-        if found[2] == "its branch":  # in an exchange that trains one
-            total += sum(numbers(down.params) for down in both[::2] if hasattr(down, "params"))
-            continue
-        if found[2] == "the candidates":  # in an exchange that scores them
-            branches = [branch for down in both[::2] for branch in getattr(down, "branches", ())]
-            total += sum(numbers(branch.params) for branch in branches)
+            total += sum(t.numel() for t in own) + sum(numbers(getattr(record, "stack", None)) for record in sent)
             continue
         kept = [t for name, t in every.items() if found[2] == "params" or name.endswith(f".{found[2]}")]
         if found[2] == "head":

@@ -19,7 +19,7 @@ their mean, weighted by examples, and prunes after each round. A client's sensit
 over its turn, from the second moment of its Adam, and smoothing is done per triplet instead of per number. The defaults
 of the penalty and of the budget's shares are ours.
 
-Traffic per client and round: down = params; up = params and scores
+Traffic per client and round: down = params; up = params and scores (`sensitivities`)
 """
 
 from __future__ import annotations

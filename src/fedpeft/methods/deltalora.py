@@ -15,7 +15,7 @@ Departures: the paper is not federated. The steps' changes telescope to lambda c
 most: these factors travel, and their mean, weighted by examples, joins the base delta. The base itself never changes.
 The defaults of lambda and K are ours.
 
-Traffic per client and round: down = params and the changes that it missed; up = params and 2 A and 2 B
+Traffic per client and round: down = params and the changes that it missed (`news`); up = params and 2 A and 2 B
 """
 
 from __future__ import annotations

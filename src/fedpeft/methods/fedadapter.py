@@ -23,7 +23,7 @@ stand behind both halves of a block. The layer norms stay frozen: depth and widt
 has no width. AdamW with our rates in place of SGD. A task format without a head has nothing to train at depth 0 and
 starts at 2. The horizon ends the last trial early. Until a trial ends, the result is its first branch.
 
-Traffic per client and round: down = its branch and the candidates; up = its branch
+Traffic per client and round: down = its branch (`params`) and the candidates (`branches`); up = its branch (`params`)
 
 (The candidates are all branches; they go to the clients that score them, in the last round of a trial.)
 """

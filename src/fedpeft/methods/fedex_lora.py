@@ -15,7 +15,7 @@ Departures: the means are weighted by examples (the authors' code takes plain on
 its delta acts beside it, as factors or dense, whichever is smaller. A client that missed rounds gets what it missed, or
 the whole delta where that is smaller.
 
-Traffic per client and round: down = params and the changes that it missed; up = params
+Traffic per client and round: down = params and the changes that it missed (`news`); up = params
 """
 
 from __future__ import annotations

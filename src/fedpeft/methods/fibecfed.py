@@ -27,8 +27,8 @@ Before the first round: in each of `warmup_rounds` rounds, params both ways (not
 layers a number for each and two more up, and down params after a warm-up, else nothing. Layers that are chosen anew
 (`reselect_every`) cost the same, with params down.
 
-Traffic per client and round: down = params of the shared layers and what it lacks of the others; up = params of the \
-shared layers
+Traffic per client and round: down = params of the shared layers and what it lacks of the others (`rest`); up = params \
+of the shared layers
 """
 
 from __future__ import annotations

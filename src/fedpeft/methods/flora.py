@@ -15,7 +15,7 @@ Paper to code
 Departures: the base itself is never changed; its delta acts beside it, as factors or dense, whichever is smaller. A
 client that missed rounds gets what it missed, or the whole delta where that is smaller. The head is averaged.
 
-Traffic per client and round: down = head and the changes that it missed; up = params
+Traffic per client and round: down = head and the changes that it missed (`news`); up = params
 """
 
 from __future__ import annotations
