@@ -125,12 +125,23 @@ def test_export_hands_on_client_and_merge_and_says_what_it_wrote(fake: FakeApp, 
     assert fake.calls[-1][1][2:] == (None, False, True, None)
     told = json.loads(call("export", str(run_dir), "--to", str(there), "--json").stdout)
     assert told == {"exported": str(there), "form": "own"}
-    (there / "fedpeft.json").write_text('{"form": "adapter", "factored": {"rank": 16, "left_out": 0.0312}}')
+    facts = {"form": "adapter", "factored": {"rank": 16, "left_out": 0.0312}, "adapter": {"rank": 16, "alpha": 32.0}}
+    (there / "fedpeft.json").write_text(json.dumps(facts))
     ranked = call("export", str(run_dir), "--to", str(there), "--rank", "16")
     assert fake.calls[-1][1][2:] == (None, False, False, 16)
-    assert ranked.stdout.endswith("rank 16 leaves out 3.12% of the norm of what was trained\n")
+    assert ranked.stdout.endswith(
+        "rank 16 leaves out 3.12% of the norm of what was trained; a run goes on from it with adapter.rank=16 and "
+        "adapter.alpha=32\n"
+    )
     told = json.loads(call("export", str(run_dir), "--to", str(there), "--rank", "16", "--json").stdout)
     assert told == {"exported": str(there), "form": "adapter", "rank": 16, "left_out": 0.0312}
+    (there / "fedpeft.json").write_text('{"form": "own", "changes_base": true}')
+    assert (
+        "to go on with it, export the run with --rank N or --merge"
+        in call("export", str(run_dir), "--to", str(there)).stdout
+    )
+    (there / "fedpeft.json").write_text('{"form": "adapter", "learnt": false}')
+    assert "its adapter changes nothing" in call("export", str(run_dir), "--to", str(there)).stdout
 
 
 def test_check_prints_nested_facts_with_units(fake: FakeApp) -> None:

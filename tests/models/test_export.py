@@ -115,7 +115,11 @@ def test_a_change_of_the_base_is_kept_in_our_own_form(tmp_path: Path) -> None:
     model = lora_model("bert")
     params = tiny.params(model, tiny.place()) | deltas(model)
     folder = export_adapter(model, params, tmp_path / "out", labels=LABELS, card=CARD)
-    assert not (folder / "adapter_config.json").exists() and "fedpeft" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert not (folder / "adapter_config.json").exists() and "# Change of" in card and "`--rank N`" in card
+    assert json.loads((folder / "fedpeft.json").read_text())["changes_base"] is True
+    fresh = export_adapter(model, model.init(tiny.place()), tmp_path / "fresh", labels=LABELS, card=CARD)
+    assert json.loads((fresh / "fedpeft.json").read_text())["learnt"] is False
     assert tree.sha256(import_adapter(folder, model)) == tree.sha256(params)
 
 

@@ -84,6 +84,9 @@ def test_a_change_of_the_base_is_loaded_by_plain_peft_and_goes_on_as_a_lora(fami
     assert note["form"] == "adapter" and note["adapter"]["rank"] == 7 and note["adapter"]["alpha"] == 10.5
     assert note["factored"]["rank"] == 7 and note["factored"]["left_out"] < 1e-6
     assert "| factored.rank | 7 |" in (out / "README.md").read_text()
+    assert (
+        "| factored.scores | of what was trained, before it was cut to this rank |" in (out / "README.md").read_text()
+    )
 
     other = factored(model, params, 7).model
     again = import_adapter(out, other)

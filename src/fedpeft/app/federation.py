@@ -273,7 +273,8 @@ def _warm_start(model: HFModel, folder: Path) -> None:
         why = str(error).removeprefix(f"{own} ").removeprefix("does not fit this model: ").rstrip(".")
         raise ModelError(
             f"run.init_from {folder}{_kind_of(own)} does not fit this run's adapter ({model.spec.kind}) and labels: "
-            f"{why}. Use the adapter.kind, its settings and the labels of that run, or leave run.init_from out."
+            f"{why}. Use the adapter.kind, its settings{_settings_of(own)} and the labels of that run, or leave "
+            "run.init_from out."
         ) from error
     if folded:
         raise ModelError(
@@ -291,6 +292,16 @@ def _kind_of(folder: Path) -> str:
     with suppress(ModelError, AttributeError):  # damaged, which the error beside it says
         if kind := read_json(folder / NOTE).get("adapter", {}).get("kind"):
             return f" ({kind})"
+    return ""
+
+
+def _settings_of(folder: Path) -> str:
+    """The rank and alpha of an exported LoRA in brackets: " (adapter.rank 4, adapter.alpha 8)"."""
+    from fedpeft.models.peft_folder import NOTE, read_json
+
+    with suppress(ModelError, AttributeError, KeyError, TypeError, ValueError):
+        spec = read_json(folder / NOTE)["adapter"]
+        return f" (adapter.rank {spec['rank']:d}, adapter.alpha {spec['alpha']:g})"
     return ""
 
 

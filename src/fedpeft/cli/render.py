@@ -190,6 +190,8 @@ def print_path(what: str, path: Path, json: bool) -> None:
 FORMS = {  # of an export, as `fedpeft.json` names them
     "adapter": "a PEFT adapter",
     "own": "an adapter in fedpeft's own form, which peft does not know; go on with it by run.init_from",
+    "changes_base": "a change of the base in fedpeft's own form, which peft does not know; to go on with it, export "
+    "the run with --rank N or --merge",
     "merged": "a model with the adapter folded in",
     "head": "the base with the trained head",
 }
@@ -205,9 +207,16 @@ def print_export(path: Path, json: bool) -> None:
     if json:
         typer.echo(as_json({"exported": path, "form": form, **factored}))
         return
-    typer.echo(f"exported: {path} ({FORMS.get(form, form)})")
+    kind = "changes_base" if note.get("changes_base") else form
+    typer.echo(f"exported: {path} ({FORMS.get(kind, kind)})")
     if factored:
-        typer.echo(f"rank {factored['rank']} leaves out {factored['left_out']:.2%} of the norm of what was trained")
+        rank, alpha = note["adapter"]["rank"], note["adapter"]["alpha"]
+        typer.echo(
+            f"rank {rank} leaves out {factored['left_out']:.2%} of the norm of what was trained; a run goes on from it "
+            f"with adapter.rank={rank} and adapter.alpha={alpha:g}"
+        )
+    if note.get("learnt") is False:
+        typer.echo("its adapter changes nothing: nobody trained it. A client's own is exported with --client")
 
 
 def print_facts(facts: Mapping[str, Any], json: bool) -> None:

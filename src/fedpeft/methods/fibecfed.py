@@ -57,6 +57,7 @@ from fedpeft.maths.curriculum import Pacing, RowRule
 from fedpeft.maths.layers import choose_layers, layer_count, relative_changes
 
 LANCZOS_STEPS, LANCZOS_PROBES = 50, 4  # of the spectrum, for gal_count eigengap and plateau
+OF_LAYERS = ("gal_count", "gal_ratio", "eta", "reselect_every", "rho", "rho_rule", "gamma", "fisher_samples")
 SCORING = ("layer_score", "perturbation", "gamma_eps", "score_samples")
 ORDERING = ("difficulty", "stratify_labels", "rescore_every")
 DISPLACEMENTS, DISPLACEMENT = 4, 1e-2  # random steps for the Lipschitz constant, and their length over ||A||
@@ -168,15 +169,15 @@ class FibecFed(Tuning):
     def idle(self) -> dict[str, str]:
         """What a choice of layers without scores, all data from the start, or no mask leave without effect."""
         whole, in_order = self.layers_by == "all", self.batching == "sorted_samples"
-        unmasked = whole or (self.rho_rule == "fixed" and self.rho == 1)
+        unmasked, energies = self.rho_rule == "fixed" and self.rho == 1, {self.gal_count, self.rho_rule}
         rules: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
-            (unmasked, "all rows are updated (method.rho)", ("gamma", "fisher_samples")),
+            (unmasked, "method.rho 1 updates all rows", ("gamma", "fisher_samples")),
             (self.rho_rule == "energy", "method.rho_rule energy counts the rows", ("rho",)),
             (self.gal_count == "energy", "method.gal_count energy counts the layers", ("gal_ratio",)),
-            (whole or "energy" not in (self.gal_count, self.rho_rule), "it is of the rules energy", ("eta",)),
+            ("energy" not in energies, "neither method.gal_count nor method.rho_rule is energy", ("eta",)),
             (not self.scores_count, "layers are not chosen by scores", SCORING),
             (not self.reselects, "the same layers would be chosen again", ("reselect_every",)),
-            (whole, "method.layers_by all shares every layer", ("gal_count", "gal_ratio", "rho", "rho_rule")),
+            (whole, "method.layers_by all shares every layer", OF_LAYERS),
             (self.beta == 1, "method.beta 1 uses all examples", ("pacing", "alpha_pace")),
             (self.beta == 1 and in_order, "method.beta 1 uses all examples", ORDERING),
         )

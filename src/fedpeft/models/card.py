@@ -28,6 +28,7 @@ _TITLES = {
     "own": ("Adapter for", "An adapter"),
     "prefix": ("Prefix for", "A prefix (trained keys and values)"),
     "bare": ("Adapter for", "An adapter without a head"),
+    "folded": ("Change of", "A change of the weights, with its head,"),
     "full": ("Weights for", "The weights of a model that were fine-tuned,"),
     "merged": ("Text classifier on", "A model with its adapter folded in"),
     "speaking": ("Adapter for", "An adapter"),
@@ -40,6 +41,7 @@ _LIBRARIES = {  # fedpeft where it is none of these
 _OWN = "`adapter_model.safetensors` holds the parameters under fedpeft's names, `fedpeft.json` says what they are."
 _PLAIN = {  # forms that no three lines of other libraries use
     "own": _OWN,
+    "folded": f"{_OWN} For peft, export the run with `--rank N`, for plain transformers with `--merge`.",
     "full": f"{_OWN} For plain transformers, export the run with `--merge`.",
     "prefix": "peft loads it, but moves the text's positions behind the prefix, which changes the scores.",
     "bare": "It acts with the model's own language-model head, by the template and label words of its run.",
@@ -168,7 +170,8 @@ def _purpose(labels: Sequence[str]) -> str:
 def _use(form: str, sentence: str, pooling: str) -> list[str]:
     """What it is, and how its scores come about or how to go on with it."""
     if form in _PLAIN:
-        return [sentence, _PLAIN[form], "Go on with it in fedpeft: `run.init_from: FOLDER`."]
+        on = "A run goes on from either of these" if form == "folded" else "Go on with it in fedpeft"
+        return [sentence, _PLAIN[form], f"{on}: `run.init_from: FOLDER`."]
     if form.startswith("speaking"):
         return [sentence]
     where = "the mean over its tokens" if pooling == "mean" else "those of its last token"

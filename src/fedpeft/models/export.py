@@ -26,11 +26,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fedpeft.core import tree
-from fedpeft.core.adapter import Prefix
+from fedpeft.core import pairs, tree
+from fedpeft.core.adapter import Lora, Prefix
 from fedpeft.core.errors import RequestError, StoreError
 from fedpeft.core.tree import Params
-from fedpeft.models.adapters import head
+from fedpeft.models.adapters import delta, head
 from fedpeft.models.adapters.prompt import TOKENS
 from fedpeft.models.card import model_card, published
 from fedpeft.models.factored import factored
@@ -74,19 +74,23 @@ def export_adapter(
         StoreError: the folder cannot be written.
     """
     names = check_labels(model, params, labels)
-    told: Mapping[str, float] = {}
+    told: dict[str, Any] = {}
     if rank is not None:
         found = factored(model, params, rank)
-        model, params, told = found.model, found.params, found.facts()
+        model, params, told = found.model, found.params, {"factored": found.facts()}
+        card = {**card, "factored": {**found.facts(), "scores": "of what was trained, before it was cut to this rank"}}
     layout = layout_of(model, params, names)
-    note = {**_note(model, params, layout.form, names), **layout.note, **({"factored": told} if told else {})}
+    changed = any(name.startswith(delta.PREFIX) for name in params)
+    told |= {"changes_base": True} if changed else {}
+    if isinstance(model.spec, Lora) and not changed and not pairs.learnt(params):
+        told["learnt"] = False
+    note = {**_note(model, params, layout.form, names), **layout.note, **told}
     with _new_folder(Path(folder), note, replace) as draft:
         save_file(dict(layout.tensors), draft / WEIGHTS, metadata={"format": "pt"})
         if layout.config is not None:
             _write_json(draft / CONFIG, layout.config)
         prompt = len(params[TOKENS]) if TOKENS in params else 0
-        facts = {**card, **({"factored": told} if told else {})}
-        _finish(model, draft, _card_form(model, params, layout.form), names, facts, prompt, beside)
+        _finish(model, draft, _card_form(model, params, layout.form), names, card, prompt, beside)
     return Path(folder)
 
 
@@ -130,7 +134,10 @@ def _note(model: HFModel, params: Params, form: str, labels: Sequence[str]) -> d
 
 
 def _card_form(model: HFModel, params: Params, form: str) -> str:
-    """What the card explains: whole weights, a prefix and an adapter without a head need words of their own."""
+    """What the card explains: whole weights, a prefix, an adapter without a head and a change of the base have words of
+    their own."""
+    if any(name.startswith(delta.PREFIX) for name in params):
+        return "folded"
     if model.lm is not None:
         return "speaking" if form == "adapter" else "own"
     if head.WEIGHT not in params:
