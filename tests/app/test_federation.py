@@ -142,7 +142,8 @@ def test_run_starts_from_the_best_adapter_of_another(place: Path, tmp_path: Path
 
 
 def test_start_that_does_not_fit_is_refused(place: Path, tmp_path: Path, finished: app.Run) -> None:
-    with pytest.raises(ModelError, match=r"run.init_from .* does not fit this run"):
+    own = r"run.init_from .* does not fit this run.*its settings \(adapter.rank 4, adapter.alpha 16\)"
+    with pytest.raises(ModelError, match=own):
         made(place, run__init_from=str(finished.folder), adapter__rank=2)
     values = small.config(place, run__init_from=str(finished.folder))
     values["adapter"] = {"kind": "prefix"}

@@ -13,7 +13,7 @@ import small
 from fedpeft import app
 from fedpeft.app.studies import DEMO
 from fedpeft.config import cells, load_study
-from fedpeft.core.errors import ConfigError, DataError, RequestError, RunError
+from fedpeft.core.errors import ConfigError, RequestError, RunError
 from fedpeft.progress import Progress
 from fedpeft.runs.history import read_history
 from fedpeft.runs.store import RunFolder
@@ -148,6 +148,21 @@ def test_changed_configuration_is_refused_before_anything_runs(place: Path, tmp_
         app.compare(study(place, seeds=[0], base=small.config(place, run__rounds=3)), out=tmp_path / "study")
 
 
+def test_what_keeps_cells_from_starting_is_told_before_any_is_trained(place: Path, tmp_path: Path) -> None:
+    """Of all cells at once: ranks that the adapter has not."""
+    methods = [
+        {"label": "Fine", "name": "fedavg"},
+        {"label": "High", "name": "hetlora", "ranks": [2, 64]},
+        {"label": "Odd", "name": "flora", "ranks": [128]},
+    ]
+    with pytest.raises(ConfigError) as refused:
+        app.compare(study(place, methods=methods, seeds=[0, 1]), out=tmp_path / "study")
+    told = refused.value.problems
+    assert len(told) == 2 and told[0].startswith("High on trades: ") and "rank 64" in told[0]
+    assert told[1].startswith("Odd on trades: ") and "rank 128" in told[1]
+    assert not list((tmp_path / "study").glob("*/config.yaml"))
+
+
 def test_failing_cell_is_reported_and_the_others_go_on(place: Path, tmp_path: Path) -> None:
     """Avg diverges at a rate of 1e30, in every attempt; a fault that nobody thought of fails a cell, too."""
     methods = [
@@ -170,6 +185,8 @@ def test_failing_cell_is_reported_and_the_others_go_on(place: Path, tmp_path: Pa
     assert done.failures[1] == "trades-odd-seed0: ZeroDivisionError: odd"
     assert f"failed: {done.failures[0]}" in told
     assert json.loads((done.folder / "table.json").read_text())["failures"] == list(done.failures)
+    page = done.report.read_text()
+    assert "2 cells failed and are left out" in page and "trades-odd-seed0: ZeroDivisionError: odd" in page
     again = app.compare(study(place, methods=methods, seeds=[0]), out=tmp_path / "study")
     assert {row["label"] for row in again.table} == {"Alone", "Odd"}
 
@@ -179,7 +196,7 @@ def test_study_of_which_nothing_is_left_raises_its_first_error(place: Path, tmp_
     with pytest.raises(RunError, match="below the quorum"):
         app.compare(study(place, methods=methods, seeds=[0]), out=tmp_path / "a")
     base = small.config(place, task__text="words")
-    with pytest.raises(DataError, match="has no column 'words'"):
+    with pytest.raises(ConfigError, match=r"1 problem .*\n.*Avg on trades, Alone on trades: .* has no column 'words'"):
         app.compare(study(place, base=base, seeds=[0]), out=tmp_path / "b")
 
 

@@ -71,7 +71,9 @@ def test_comparison_ends_with_a_table_and_the_report(fake: FakeApp, arguments: t
 @pytest.mark.parametrize("failures", [("demo-a-seed0: too few",), ("demo-a-seed0: too few", "demo-b-seed0: NaN")])
 def test_cells_that_failed_are_told_after_the_table(fake: FakeApp, failures: tuple[str, ...]) -> None:
     fake.failures = failures
-    lines = call("compare", STUDY, "--out", "here").stdout.splitlines()
+    result = call("compare", STUDY, "--out", "here")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 1
     said = {1: "1 cell failed and is left out:", 2: "2 cells failed and are left out:"}[len(failures)]
     assert lines[5:-1] == [said, *(f"  - {failure}" for failure in failures)]
     assert json.loads(call("demo", "--out", "here", "--json").stdout)["failures"] == list(failures)

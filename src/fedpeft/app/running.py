@@ -147,6 +147,8 @@ def resume(folder: Path | str, overrides: Mapping[str, Any] | None = None, *, pr
             opened.save_config(resolved(fed.config))
             opened.update_manifest(**identity, **OPEN, resumed=now())
             notes = _replanned(before, fed) if saved is not None and saved.number else ()
+            if notes:
+                opened.update_manifest(replanned=True)
             return _go(opened, fed, progress, held, notes)
 
 

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedpeft.app.federation import build, computing
 from fedpeft.app.running import Run, resume, run
 from fedpeft.config import Cell, StudyConfig, cells, free_folder, load_study, resolved, slug
 from fedpeft.core.client import reason
-from fedpeft.core.errors import RequestError
+from fedpeft.core.errors import ConfigError, RequestError
 from fedpeft.core.metrics import better, lower, rank
 from fedpeft.progress import Listener, Progress
 from fedpeft.runs.files import plain, write_file
@@ -88,7 +89,7 @@ def compare(
         out: folder of the study; finished cells in it are kept, begun ones are resumed.
 
     Raises:
-        ConfigError: everything that is wrong in any cell, before the first one starts.
+        ConfigError: everything that is wrong in any cell, or keeps it from starting, before the first one starts.
         RequestError: the folder holds a cell with another configuration.
         FedpeftError: no cell came to its end; the error of the first one.
     """
@@ -98,6 +99,7 @@ def compare(
     folder = Path(out) if out is not None else free_folder(name)
     for cell in plan:
         _check_cell(cell, folder / cell.name)
+    _check_startable([cell for cell in plan if not (folder / cell.name / "config.yaml").is_file()])
     work = _Work(folder, progress or (lambda _: None))
     rows: list[tuple[Cell, Run]] = []
     for _, group in itertools.groupby(plan, key=lambda cell: (cell.task, cell.label)):
@@ -113,7 +115,7 @@ def compare(
     table = tabulate(wanted, rows)
     figures = {"table": table, "failures": work.failures, "runs": [found.folder.name for _, found in rows]}
     write_file(folder / "table.json", json.dumps(plain(figures), indent=2, ensure_ascii=False).encode() + b"\n")
-    report = write_report([found.folder for _, found in rows], folder / "report.html", None)
+    report = write_report([found.folder for _, found in rows], folder / "report.html", None, work.failures)
     return Comparison(folder, table, report, tuple(work.failures))
 
 
@@ -169,6 +171,25 @@ def _check_cell(cell: Cell, folder: Path) -> None:
     raise RequestError(
         f"{folder} holds a run with another configuration{what}; choose a new --out, or remove the folder"
     )
+
+
+def _check_startable(plan: Sequence[Cell]) -> None:
+    """Raise ConfigError with whatever keeps cells from starting: data, model, adapter, what a method asks of them.
+
+    Seeds change nothing of it: of each task, method and point of the grid the first cell is looked at.
+    """
+    problems: dict[str, list[str]] = {}
+    firsts = {(cell.task, cell.label, cell.point): cell for cell in reversed(plan)}
+    for cell in reversed(firsts.values()):
+        try:
+            with computing(cell.config):
+                build(cell.config).start()
+        except RequestError as error:
+            told = error.problems if isinstance(error, ConfigError) else (str(error),)
+            for problem in told:
+                problems.setdefault(problem, []).append(f"{cell.label} on {cell.task}")
+    if problems:
+        raise ConfigError([f"{', '.join(dict.fromkeys(who))}: {problem}" for problem, who in problems.items()])
 
 
 def _run_cell(cell: Cell, folder: Path, tell: Listener) -> Run:

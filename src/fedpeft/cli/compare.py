@@ -26,7 +26,7 @@ def compare(
     cells(load_study(study))  # everything that is wrong is told before anything starts
     from fedpeft import app
     from fedpeft.cli import render
-    from fedpeft.cli.exits import working_in
+    from fedpeft.cli.exits import FAILED, working_in
     from fedpeft.cli.watching import Watch
 
     folder = out or free_folder(slug(study.stem))
@@ -36,3 +36,5 @@ def compare(
     with Watch() as watch:
         comparison = app.compare(study, out=folder, progress=watch)
     render.print_comparison(comparison, json)
+    if comparison.failures:
+        raise typer.Exit(FAILED)

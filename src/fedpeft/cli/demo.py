@@ -19,7 +19,7 @@ def demo(
     """Run the methods side by side on embedded data; needs no network."""
     from fedpeft import app
     from fedpeft.cli import render
-    from fedpeft.cli.exits import working_in
+    from fedpeft.cli.exits import FAILED, working_in
     from fedpeft.cli.watching import Watch
     from fedpeft.config import free_folder
 
@@ -30,3 +30,5 @@ def demo(
     with Watch() as watch:
         comparison = app.demo(out=folder, progress=watch)
     render.print_comparison(comparison, json)
+    if comparison.failures:
+        raise typer.Exit(FAILED)

@@ -24,28 +24,30 @@ from fedpeft.runs.report_samples import samples
 from fedpeft.runs.units import count_text
 
 
-def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -> Path:
+def write_report(folders: Sequence[Path], out: Path, title: str | None = None, failures: Sequence[str] = ()) -> Path:
     """Write the page about the runs in the folders and return its path.
 
     Args:
         folders: run folders, at least one; runs that differ only in their seed are shown as mean and spread.
         out: the HTML file, replaced if it is there.
         title: the page's heading; None takes it from the runs.
+        failures: the cells of a study that are left out, with the reason.
 
     Raises:
         StoreError: a folder holds no run, or the page cannot be written.
     """
     groups = group([read_history(folder) for folder in folders])
-    write_file(Path(out), render(groups, title).encode(), durable=False)
+    write_file(Path(out), render(groups, title, failures).encode(), durable=False)
     return Path(out)
 
 
-def render(groups: Sequence[Group], title: str | None = None) -> str:
+def render(groups: Sequence[Group], title: str | None = None, failures: Sequence[str] = ()) -> str:
     """The page as HTML."""
     heading = title or _heading(groups)
     alone = groups[0].runs[0] if len(groups) == 1 and len(groups[0].runs) == 1 else None
     parts = [f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(groups))}</p></header>"]
     parts += [sections.trouble(run) for g in groups for run in g.runs]
+    parts.append(sections.left_out(failures))
     parts.append(sections.cards(alone) if alone else sections.results_table(groups))
     tasks = list(dict.fromkeys(g.task for g in groups))
     for task in tasks:
@@ -106,7 +108,12 @@ def _configurations(groups: Sequence[Group]) -> str:
         note = f" (seed {g.runs[0].seed} of {len(g.runs)} seeds)" if len(g.runs) > 1 else ""
         name = f"{g.label}, {g.task}{note}" if len(groups) > 1 else f"config.yaml{note}"
         shown.append(f"<details{opened}><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>")
-    return sections.section("Configuration", "Running it again repeats the run.", "".join(shown))
+    said = "Running it again repeats the run."
+    if any(run.manifest.get("replanned") for g in groups for run in g.runs):
+        said = (
+            "The number of rounds was changed while a method planned by it: running this again need not repeat the run."
+        )
+    return sections.section("Configuration", said, "".join(shown))
 
 
 def _manifests(groups: Sequence[Group]) -> str:

@@ -133,7 +133,9 @@ def client_table(run: History) -> str:
         inner += f"<details><summary>{others}</summary>{table(head, rows[WORST:])}</details>"
     metric = run.metric.replace("_", " ")
     return section(
-        "Clients, the worst first", f"{metric.capitalize()} on each client's own rows{direction(run)}.", inner
+        "Clients, the worst first",
+        f"{metric.capitalize()} on each client's own rows after the last round{direction(run)}.",
+        inner,
     )
 
 
@@ -159,5 +161,5 @@ def client_scores(groups: Sequence[Group], suffix: str) -> str:
                 rows.append([escape(g.label), NAMES[who], score_text(tenth), score_text(statistics.median(numbers)),
                              charts.strip(values, i, most)])  # fmt: skip
     head = ["method", "model", "worst tenth", "median", scale]
-    note = f"Score of each client's own rows{direction(run)}; one tick per client and seed."
+    note = f"Score of each client's own rows after the last round{direction(run)}; one tick per client and seed."
     return section(f"How the clients fare{suffix}", note, table(head, rows, words=f"model,{scale}") if rows else "")

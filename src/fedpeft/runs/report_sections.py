@@ -26,7 +26,7 @@ from fedpeft.runs.history import (
     Score,
     spread,
 )
-from fedpeft.runs.units import bytes_text, bytes_unit, score_text, seconds_text, seconds_unit
+from fedpeft.runs.units import bytes_text, bytes_unit, count_text, score_text, seconds_text, seconds_unit
 
 NAMES = {GLOBAL: "global model", PERSONALIZED: "personalised models", PROXY: "large model, steered by the global one"}
 
@@ -90,6 +90,15 @@ def trouble(run: History) -> str:
         f"{rounds} round{'s' if rounds != 1 else ''}</h2>{said}<p>The page shows what there is so far. Go on with: "
         f"<code>fedpeft resume {escape(str(run.folder))}</code></p></section>"
     )
+
+
+def left_out(failures: Sequence[str]) -> str:
+    """A notice about cells of a study that failed."""
+    if not failures:
+        return ""
+    told = "".join(f"<li>{escape(failure)}</li>" for failure in failures)
+    head = f"{count_text(len(failures), 'cell')} failed and {'is' if len(failures) == 1 else 'are'} left out"
+    return f'<section class="notice"><h2>{head}</h2><ul>{told}</ul></section>'
 
 
 def cards(run: History) -> str:
