@@ -177,6 +177,13 @@ def test_fields_that_the_others_leave_without_effect_are_told(place: Path) -> No
     assert made(place, method__schedule="loss", method__schedule_beta=0.5).warnings == []
 
 
+def test_a_rank_above_what_a_projection_has_is_told(place: Path) -> None:
+    """The toy's width is 32."""
+    assert made(place, adapter__rank=32).warnings == []
+    (told,) = made(place, adapter__rank=33).warnings
+    assert told.startswith("adapter.rank 33 is above 32, the smallest side of block.0.query")
+
+
 def test_ranks_of_devices_that_have_no_effect_are_told(place: Path, tmp_path: Path) -> None:
     """In the log, to who watches, and by `check`; where a method takes them there is nothing to say."""
     devices = tmp_path / "devices.toml"

@@ -224,12 +224,11 @@ def test_methods_that_choose_their_rows_themselves_refuse() -> None:
         ("voc", "random", "method voc is a schedule itself"),
         ("slw", "random", "method slw is a schedule itself"),
         ("shortformer", "random", "method shortformer is a schedule itself"),
-        ("slora", "fisher", "stage 1 of method slora has no factors"),
+        ("slora", "fisher", "method.schedule fisher is of LoRA's factors, and stage 1 of method slora has none"),
     ]:
-        with pytest.raises(
-            ConfigError, match=rf"method.schedule is '{kind}', but {words}.*; leave method.schedule out"
-        ):
-            methods.build(name, {"schedule": kind})
+        with pytest.raises(ConfigError, match=rf"  - {words}.*; leave method.schedule out$") as refused:
+            methods.build(name, {"schedule": kind, "schedule_beta": 3.0})
+        assert len(refused.value.problems) == 1, "a bound of what must be left out helps nobody"
     assert methods.build("slora", {"schedule": "loss"}).accepts(Lora()) is None
     told = str(methods.build("ffa_lora", {"schedule": "loss"}).accepts(Prefix()))
     assert told.startswith("method ffa_lora trains adapter.kind lora, not prefix")

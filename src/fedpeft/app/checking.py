@@ -123,7 +123,8 @@ def _by_the_first_round(fed: Federation, cohort: int) -> dict[str, Any]:
     device = next(iter(fed.resources.values()))
     seconds = device.latency_s + sent / device.down_bytes_per_s + sent / device.up_bytes_per_s
     return {
-        "assuming_that": "all parameters travel and train in every round, and the set-up is not counted"
+        "assuming_that": "all parameters travel and train in every round, and the set-up is not counted; a run may "
+        "cost more or less"
         if fed.method.setup()
         else "every round sends what the first one does, as much back, and clients do nothing but train on all rows",
         "rows_per_client_and_round": rows_per_client(fed),

@@ -16,6 +16,7 @@ import torch
 from fedpeft.app.formats import Format, build_format
 from fedpeft.config import RunConfig, adapter_spec, build_method
 from fedpeft.core import tree, wire
+from fedpeft.core.adapter import AdaLora, Lora
 from fedpeft.core.errors import DataError, FitError, ModelError
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.examples import Examples
@@ -121,7 +122,7 @@ class Federation:
     @property
     def warnings(self) -> list[str]:
         """What of the request has no effect."""
-        return [*self._idle_warnings(), *self._rank_warnings(), *self._proxy_warnings()]
+        return [*self._idle_warnings(), *self._rank_warnings(), *self._size_warnings(), *self._proxy_warnings()]
 
     def _idle_warnings(self) -> list[str]:
         """Fields of the method that somebody changed, and that the others leave without effect."""
@@ -151,6 +152,14 @@ class Federation:
         if not isinstance(self.method, Ranked):
             return [f"{what}: {self.config.method.name} gives every client the same rank, or its own choice"]
         return [f"{what}: method.ranks deals the ranks out"] if self.method.ranks else []
+
+    def _size_warnings(self) -> list[str]:
+        spec, sides = self.model.spec, {slot.name: min(slot.d_out, slot.d_in) for slot in self.model.slots.values()}
+        least = min(sides, key=lambda name: sides[name], default=None)
+        if not isinstance(spec, Lora | AdaLora) or least is None or spec.rank <= sides[least]:
+            return []
+        told = f"adapter.rank {spec.rank} is above {sides[least]}, the smallest side of {least}"
+        return [f"{told}: more rank than that adds nothing"]
 
     @property
     def clock(self) -> Clock:

@@ -230,6 +230,8 @@ def _fact_lines(facts: Mapping[str, Any], indent: str) -> list[str]:
         name = str(key).removesuffix("_bytes").replace("_", " ")
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}{name}:", *_fact_lines(value, indent + "  ")]
+        elif key == "warnings":
+            lines += [f"{indent}{name}:", *(f"{indent}  - {sentence}" for sentence in value)]
         else:
             lines.append(f"{indent}{name}: {_fact(str(key), value)}")
     return lines

@@ -69,11 +69,11 @@ class Watch:
         if progress.message:
             print(progress.message, file=self._stream, flush=True)
             return
-        now, last = time.monotonic(), progress.round == progress.rounds
+        now = time.monotonic()
         here = (progress.round, progress.exchange)
         if here == self._shown and progress.metrics is None:
             return
-        if now - self._shown_at < QUIET_S and not last and progress.metrics is None:
+        if now - self._shown_at < QUIET_S and progress.metrics is None:  # the last round has metrics
             return
         self._shown, self._shown_at = here, now
         print(progress_line(progress), file=self._stream, flush=True)

@@ -84,7 +84,7 @@ def with_schedule(cls: type[Any]) -> type[Any]:
             wrong = [(name, share) for name, share in shares.items() if not 0 < share <= 1]
             problems = [f"method.{n} is {v}; it must be above 0 and at most 1" for n, v in wrong]
             if refusal := self.accepts_schedule(self.schedule):
-                problems.append(f"method.schedule is {self.schedule!r}, but {refusal}; leave method.schedule out")
+                problems = [f"{refusal}; leave method.schedule out"]
             if problems:
                 raise ConfigError(problems)
 

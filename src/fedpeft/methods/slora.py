@@ -78,7 +78,8 @@ class SLora(Tuning):
 
     def accepts_schedule(self, kind: str) -> str | None:
         """All but that by the Fisher information of LoRA's factors, of which stage 1 has none."""
-        return "stage 1 of method slora has no factors, whose Fisher information it is" if kind == "fisher" else None
+        told = "method.schedule fisher is of LoRA's factors, and stage 1 of method slora has none"
+        return told if kind == "fisher" else None
 
     def init(self, env: ServerEnv) -> State:
         """The fresh adapter; no change of the weights. An adapter that has learnt something needs no stage 1."""
