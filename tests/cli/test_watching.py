@@ -45,8 +45,8 @@ def test_plain_lines_come_once_a_round_and_not_in_a_flood(monkeypatch: pytest.Mo
         watch(Progress(6, 6, message="client 003 was lost"))
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines[:4]] == ["1/6", "3/6", "5/6", "6/6"]
-    assert lines[4].endswith("validation global accuracy 0.500")
-    assert lines[5:] == ["client 003 was lost"]
+    assert lines[3].endswith("validation global accuracy 0.500"), "the last round is told once, with its scores"
+    assert lines[4:] == ["client 003 was lost"]
 
 
 def test_every_exchange_of_the_set_up_is_a_line_and_a_message_is_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
