@@ -83,6 +83,7 @@ def test_table_has_mean_and_spread_of_the_runs(place: Path, tmp_path: Path) -> N
                 break
     expected = sum(spent) / 2 if len(spent) == 2 else None
     assert rows["Avg"]["bytes_to_target"] == expected
+    assert "To a common target" in done.report.read_text()
     whole = json.loads((done.folder / "table.json").read_text())
     runs = [f"trades-{label}-seed{seed}" for label in ("avg", "alone") for seed in (0, 1)]
     assert whole == {"table": done.table, "failures": [], "runs": runs}

@@ -115,7 +115,7 @@ def compare(
     table = tabulate(wanted, rows)
     figures = {"table": table, "failures": work.failures, "runs": [found.folder.name for _, found in rows]}
     write_file(folder / "table.json", json.dumps(plain(figures), indent=2, ensure_ascii=False).encode() + b"\n")
-    report = write_report([found.folder for _, found in rows], folder / "report.html", None, work.failures)
+    report = write_report([found.folder for _, found in rows], folder / "report.html", None, work.failures, table)
     return Comparison(folder, table, report, tuple(work.failures))
 
 
@@ -270,6 +270,7 @@ def _row(pairs: Sequence[tuple[Cell, Run]], goal: float | None) -> dict[str, Any
     if goal is not None:
         reached = [at for _, found in pairs if (at := _reach(read_history(found.folder), goal)) is not None]
         complete = len(reached) == len(pairs)
+        row["target"] = goal
         row["bytes_to_target"] = _mean(r[0] for r in reached) if complete else None
         row["seconds_to_target"] = _mean(r[1] for r in reached) if complete else None
     row |= _planned([found for _, found in pairs])

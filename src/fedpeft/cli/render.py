@@ -134,7 +134,7 @@ def comparison_table(table: Sequence[Mapping[str, Any]]) -> str:
     return text_table(head, rows, frozenset(range(2, len(head))))
 
 
-_KNOWN = frozenset({"label", "task", "mean", "std", "seeds", "bytes", "simulated_seconds"})
+_KNOWN = frozenset({"label", "task", "mean", "std", "seeds", "bytes", "simulated_seconds", "target"})
 
 
 def _cell(key: str, value: Any) -> str:

@@ -5,7 +5,7 @@ Text from outside (labels, paths, reasons) is escaped where it enters the page; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,13 @@ from fedpeft.runs.report_samples import samples
 from fedpeft.runs.units import count_text
 
 
-def write_report(folders: Sequence[Path], out: Path, title: str | None = None, failures: Sequence[str] = ()) -> Path:
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    title: str | None = None,
+    failures: Sequence[str] = (),
+    compared: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write the page about the runs in the folders and return its path.
 
     Args:
@@ -32,16 +38,22 @@ def write_report(folders: Sequence[Path], out: Path, title: str | None = None, f
         out: the HTML file, replaced if it is there.
         title: the page's heading; None takes it from the runs.
         failures: the cells of a study that are left out, with the reason.
+        compared: the rows of a study's table, of which what it takes to the common target is shown.
 
     Raises:
         StoreError: a folder holds no run, or the page cannot be written.
     """
     groups = group([read_history(folder) for folder in folders])
-    write_file(Path(out), render(groups, title, failures).encode(), durable=False)
+    write_file(Path(out), render(groups, title, failures, compared).encode(), durable=False)
     return Path(out)
 
 
-def render(groups: Sequence[Group], title: str | None = None, failures: Sequence[str] = ()) -> str:
+def render(
+    groups: Sequence[Group],
+    title: str | None = None,
+    failures: Sequence[str] = (),
+    compared: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The page as HTML."""
     heading = title or _heading(groups)
     alone = groups[0].runs[0] if len(groups) == 1 and len(groups[0].runs) == 1 else None
@@ -49,6 +61,7 @@ def render(groups: Sequence[Group], title: str | None = None, failures: Sequence
     parts += [sections.trouble(run) for g in groups for run in g.runs]
     parts.append(sections.left_out(failures))
     parts.append(sections.cards(alone) if alone else sections.results_table(groups))
+    parts.append(sections.to_target(compared))
     tasks = list(dict.fromkeys(g.task for g in groups))
     for task in tasks:
         members = [g for g in groups if g.task == task]
@@ -58,6 +71,10 @@ def render(groups: Sequence[Group], title: str | None = None, failures: Sequence
         parts.append(clients.client_scores(members, suffix) if not alone else clients.client_table(alone))
     if alone:
         parts += [clients.labels_in_training(alone), proxy(alone), samples(alone)]
+    else:
+        parts += [
+            clients.labels_in_training(g.runs[0], f": {g.label}, {g.task}, seed {g.runs[0].seed}") for g in groups
+        ]
     parts.append(sections.cost(groups))
     parts.append(sections.losses(groups))
     parts += [choices(g) for g in groups]

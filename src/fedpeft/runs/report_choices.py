@@ -18,6 +18,7 @@ _DRAWN = (
 )  # fmt: skip
 BAR, STEP, LEFT, RIGHT = 15.0, 21.0, 64.0, 110.0  # of the ranking: height of a bar, distance of two, margins
 WIDTH = 460.0
+_LEGEND = '<ul class="legend"><li><i class="c0"></i>shared</li><li><i class="rest"></i>not shared</li></ul>'
 
 
 def choices(g: Group) -> str:
@@ -121,8 +122,7 @@ def ranking(scores: Sequence[float], chosen: Sequence[int]) -> str:
             f'<text class="tick" x="{LEFT + max(width, 1) + 6:.1f}" y="{y + 11:g}">'
             f"{_short(score)}, no. {rank[i]}</text>"
         )
-    legend = '<ul class="legend"><li><i class="c0"></i>shared</li><li><i class="rest"></i>not shared</li></ul>'
-    return "".join(parts) + "</svg>" + legend
+    return "".join(parts) + "</svg>" + _LEGEND
 
 
 def blocks(chosen: Sequence[int], total: int) -> str:
@@ -133,7 +133,8 @@ def blocks(chosen: Sequence[int], total: int) -> str:
         parts.append(
             f'<rect class="{colour}" x="{i + 0.04:g}" width="0.92" height="1"><title>layer {i}: {what}</title></rect>'
         )
-    return "".join(parts) + "</svg>"
+    ends = "".join(f"<span>layer {i}</span>" for i in dict.fromkeys((0, total - 1)))
+    return "".join(parts) + f'</svg><div class="ends">{ends}</div>' + _LEGEND
 
 
 def _ratios(ratios: Mapping[str, Any]) -> str:

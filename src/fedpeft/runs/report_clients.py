@@ -55,7 +55,7 @@ def partition_picture(run: History, suffix: str) -> str:
     return section(f"Who has which labels{suffix}", note, frame + _legend(names, colours))
 
 
-def labels_in_training(run: History) -> str:
+def labels_in_training(run: History, suffix: str = "") -> str:
     """Which labels were trained on, round by round, where a curriculum chooses the rows."""
     lines = [line for line in run.exchanges if line.get("lost") is None and line.get("round") and line.get("labels")]
     if not lines or not run.manifest.get("chooses_rows"):
@@ -86,7 +86,7 @@ def labels_in_training(run: History) -> str:
     ends = dict.fromkeys((rounds[0], rounds[-1]))
     below = "".join(f"<span>round {r}</span>" for r in ends)
     frame = _frame(picture, max(sum(counts) for _, counts in bars), below)
-    return section("Which labels were trained on", note, frame + _legend(names, colours))
+    return section(f"Which labels were trained on{suffix}", note, frame + _legend(names, colours))
 
 
 def _frame(picture: str, most: int, below: str) -> str:

@@ -162,6 +162,28 @@ def results_table(groups: Sequence[Group]) -> str:
     )
 
 
+def to_target(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each method of a study spent until its global model was as good as the common target."""
+    known = [row for row in rows if row.get("target") is not None]
+    if not known:
+        return ""
+    several = len({row["task"] for row in known}) > 1
+    cells = [
+        [
+            escape(f"{row['label']}, {row['task']}" if several else str(row["label"])),
+            score_text(row["target"]),
+            *(
+                ["not reached", ""]
+                if row["bytes_to_target"] is None
+                else [bytes_text(row["bytes_to_target"]), seconds_text(row["seconds_to_target"])]
+            ),
+        ]
+        for row in known
+    ]
+    note = "Until the global model reached it for the first time, set-up included; means over seeds."
+    return section("To a common target", note, table(["method", "target", "traffic", "simulated time"], cells))
+
+
 def _rank(g: Group) -> float:
     """A key that puts the best first, by what a method makes: personalised models, else the global one."""
     score = spread(g.final(PERSONALIZED) or g.final(PROXY) or g.final(GLOBAL))[0]
@@ -285,6 +307,7 @@ def cost(groups: Sequence[Group]) -> str:
     )
     if memory:
         note += f" Peak memory of the process: {bytes_text(max(memory))}."
+    note += " The measured time of the whole run includes evaluation."
     return section("What it cost", note, table(head, rows, classes, words="exchange"))
 
 
@@ -301,7 +324,7 @@ def _cost_rows(g: Group) -> list[tuple[list[str], str]]:
     rows, n_runs = [], len(g.runs)
     set_up = [line for (in_round, _), of in kinds.items() if not in_round for line in of]
     if len([kind for kind in kinds if not kind[0]]) > 1:
-        kinds[False, "all of it"] = set_up
+        kinds[False, "all"] = set_up
     for (in_round, name), of in sorted(kinds.items(), key=lambda item: item[0][0]):
         down, up = (sum(li.get(key, 0) for li in of) for key in ("bytes_down", "bytes_up"))
         answered = [li for li in of if not li.get("lost")]
@@ -319,8 +342,7 @@ def _cost_rows(g: Group) -> list[tuple[list[str], str]]:
         )
     total = [bytes_text(g.mean_total("bytes_down")), bytes_text(g.mean_total("bytes_up"))]
     times = [seconds_text(g.mean_total("simulated_seconds")), seconds_text(g.mean_total("seconds"))]
-    label = "whole run (measured time: evaluation included)"
-    return [*((row, "") for row in rows), ([label, "", *total, "", "", *times], "total")]
+    return [*((row, "") for row in rows), (["whole run", "", *total, "", "", *times], "total")]
 
 
 def _simulated(lines: Sequence[Mapping[str, Any]]) -> float:
