@@ -25,6 +25,15 @@ TASKS = {
     "HUB_ID": "a data set of the Hugging Face hub; needs the extra `data`",
 }
 
+SCHEDULES = {  # of method.schedule
+    "fisher": "easy rows first, by the Fisher information of LoRA's factors",
+    "loss": "easy rows first, by the loss of the model as it comes",
+    "random": "more and more rows in an order of chance: what any curriculum has to beat",
+    "rarity": "rows of common words first",
+    "length": "texts cut short at first, longer in every round",
+    "two_stage": "texts cut to a quarter in the first half of the rounds, whole ones then",
+}
+EASY_FIRST = ("fisher", "loss", "random")  # which have a pace
 OWN_FIELDS = {"method": ("methods", "NAME"), "adapter": ("adapters", "KIND")}  # sections that hold more than their keys
 
 
@@ -35,6 +44,7 @@ class Things(StrEnum):
     tasks = "tasks"
     models = "models"
     adapters = "adapters"
+    schedules = "schedules"
     options = "options"
 
 
@@ -48,7 +58,9 @@ def list_things(
 
     found = _found(what)
     if name is None:
-        render.print_names(found, json)
+        from fedpeft import methods
+
+        render.print_names(found, json, {n: methods.traits(n) for n in found} if what is Things.methods else {})
         return
     if name not in found and not (what is Things.methods and ":" in name):
         raise RequestError(_no_such(what, name, found))
@@ -89,7 +101,7 @@ def _found(what: Things) -> Mapping[str, str]:
         from fedpeft.config.sections import SECTIONS
 
         return {name: _first_line(section) for name, section in SECTIONS.items()}
-    return MODELS if what is Things.models else TASKS
+    return {Things.models: MODELS, Things.tasks: TASKS, Things.schedules: SCHEDULES}[what]
 
 
 def _options(what: Things, name: str) -> tuple[str, list[dict[str, Any]]]:
@@ -102,6 +114,9 @@ def _options(what: Things, name: str) -> tuple[str, list[dict[str, Any]]]:
         cls: Any = methods.load(name) if what is Things.methods else ADAPTERS[name]
         fields = (*methods.describe(cls), *(methods.describe_curriculum(name) if what is Things.methods else ()))
         return _first_line(cls), [{**field._asdict(), "default": _shown(field.default)} for field in fields]
+    if what is Things.schedules:
+        paces = methods.describe_curriculum("fedavg")[1:] if name in EASY_FIRST else ()
+        return SCHEDULES[name], [field._asdict() for field in paces]
     from fedpeft.config.sections import SECTIONS
 
     section = {Things.models: "model", Things.tasks: "task"}.get(what, name)

@@ -248,14 +248,17 @@ def _fact(key: str, value: Any) -> str:
     return number_text(value) if key.startswith(("rows", "tokens")) else _cell(key, value)
 
 
-def print_names(found: Mapping[str, str], json: bool) -> None:
-    """Names with a sentence each."""
+def print_names(found: Mapping[str, str], json: bool, traits: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Names with a sentence each, and what tells a thing from the others."""
+    told = traits or {}
     if json:
-        typer.echo(as_json([{"name": name, "meaning": meaning} for name, meaning in found.items()]))
+        extra = {name: {"traits": list(own)} for name, own in told.items()}
+        typer.echo(as_json([{"name": n, "meaning": meaning, **extra.get(n, {})} for n, meaning in found.items()]))
         return
     width = max(map(len, found))
     for name, meaning in found.items():
-        typer.echo(f"{name.ljust(width)}  {meaning}")
+        own = f"  [{', '.join(told[name])}]" if told.get(name) else ""
+        typer.echo(f"{name.ljust(width)}  {meaning}{own}")
 
 
 def print_options(

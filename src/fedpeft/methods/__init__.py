@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from fedpeft.core.errors import ConfigError, RequestError
 from fedpeft.core.exchange import Method
+from fedpeft.core.ranks import Ranked
 from fedpeft.methods._schedule import with_schedule
 
 CURRICULUM = ("schedule", "schedule_beta", "schedule_alpha", "schedule_pacing")  # fields that any method may get
@@ -126,6 +127,24 @@ def describe_curriculum(name: str) -> tuple[Field, ...]:
     found = {field.name: field for field in describe(type(kept)) if field.name in CURRICULUM}
     kind = found["schedule"]
     return (kind._replace(type=f"null | {kind.type}", default=None), *(found[key] for key in CURRICULUM[1:]))
+
+
+def traits(name: str) -> tuple[str, ...]:
+    """What tells a method from others: its adapter, and what it has that most have not.
+
+    Empty for a class from outside that cannot be made without fields.
+    """
+    try:
+        method: Any = build(name, {})
+    except (ConfigError, TypeError):
+        return ()
+    has = {
+        "personal models": method.personalised,
+        "own curriculum": method.plans_by_rounds and method.accepts_schedule("length") is not None,
+        "unequal ranks": isinstance(method, Ranked),
+        "set-up": bool(method.setup()),
+    }
+    return (method.adapter().kind, *(what for what, holds in has.items() if holds))
 
 
 def _outside(name: str) -> type[Method]:

@@ -79,12 +79,17 @@ def with_schedule(cls: type[Any]) -> type[Any]:
         memory: ClassVar[type[Any]] = kept
 
         def __post_init__(self) -> None:
-            super().__post_init__()
+            problems: list[str] = []
+            try:
+                super().__post_init__()
+            except ConfigError as error:
+                problems += error.problems
             shares = {"schedule_beta": self.schedule_beta, "schedule_alpha": self.schedule_alpha}
             wrong = [(name, share) for name, share in shares.items() if not 0 < share <= 1]
-            problems = [f"method.{n} is {v}; it must be above 0 and at most 1" for n, v in wrong]
             if refusal := self.accepts_schedule(self.schedule):
-                problems = [f"{refusal}; leave method.schedule out"]
+                problems.append(f"{refusal}; leave method.schedule out")
+            else:
+                problems += [f"method.{n} is {v}; it must be above 0 and at most 1" for n, v in wrong]
             if problems:
                 raise ConfigError(problems)
 
