@@ -52,7 +52,7 @@ def _row(name: str, plan: Mapping[str, Any]) -> list[str]:
         bytes_text(p["up_bytes"]),
         share_text(p["under_training"]),
         f"{p['coverage']:.2f}",
-        f"<details {WRAPPED}><summary>why</summary><ul>{why}</ul></details>",
+        f'<details style="white-space: normal;" class="why"><summary>why</summary><ul>{why}</ul></details>',
         f"<div {WRAPPED}>{escape(plan['weights'])}</div>",
     ]
 
