@@ -216,7 +216,7 @@ def print_export(path: Path, json: bool) -> None:
             f"with adapter.rank={rank} and adapter.alpha={alpha:g}"
         )
     if note.get("learnt") is False:
-        typer.echo("its adapter changes nothing: nobody trained it. A client's own is exported with --client")
+        typer.echo("its adapter changes nothing: it was not trained. A client's own model is exported with --client")
 
 
 def print_facts(facts: Mapping[str, Any], json: bool) -> None:
