@@ -176,11 +176,14 @@ def test_report_of_a_study_is_the_page_of_the_runs_that_it_has_chosen(tmp_path: 
     assert call("report", str(study)).stdout == f"report: {study / 'report.html'}\n"
     page = (study / "report.html").read_text()
     assert "Method a (lr 1)" in page and "Method a (lr 2)" in page and "Method b" in page, "not at its end yet"
-    chosen = {"table": [], "failures": [], "runs": ["demo-a-seed0-lr2", "demo-b-seed0-lr1", "gone"]}
+    row = {"label": "Method a", "task": "t", "target": 0.625, "bytes_to_target": 3000, "seconds_to_target": 1.5}
+    runs = ["demo-a-seed0-lr2", "demo-b-seed0-lr1", "gone"]
+    chosen = {"table": [row], "failures": ["demo-c-seed0: odd"], "runs": runs}
     (study / "table.json").write_text(json.dumps(chosen))
     call("report", str(study))
     page = (study / "report.html").read_text()
     assert "Method a" in page and "Method b" in page and "lr: 1\n" in page and "(lr" not in page
+    assert "demo-c-seed0: odd" in page and "To a common target" in page and "3.00 kB" in page
     wrong = call("evaluate", str(study))
     assert (
         wrong.exit_code == 2

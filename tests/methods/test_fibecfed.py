@@ -598,7 +598,7 @@ OTHERS: dict[str, Any] = {
         {"rho": 1.0},
     ],
 )
-def test_idle_fields_have_no_effect_and_the_others_have(options: Any) -> None:
+def test_idle_fields_have_no_effect(options: Any) -> None:
     """Whatever they say, the bits of the run are those without them, and no other exchange is made."""
     method = FibecFed(**SAME | options)
     idle = method.idle().keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fedpeft.core.errors import RequestError
 
@@ -55,3 +56,14 @@ def new_folder(path: Path, go_on: str) -> Path:
     if not unused(path):
         raise RequestError(f"--out {path}: there is something already; choose a new folder, or go on with it: {go_on}")
     return path
+
+
+def study_figures(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """The cells of a study that failed, and the rows of its table; nothing of a folder that is no finished study."""
+    import json
+
+    try:
+        told = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        return list(told["failures"]), list(told["table"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], []

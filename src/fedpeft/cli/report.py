@@ -23,9 +23,10 @@ def report(
 ) -> None:
     """Build the report page again, of one run, of several side by side, or of a study."""
     from fedpeft.cli import render
-    from fedpeft.cli.folders import run_folders
+    from fedpeft.cli.folders import run_folders, study_figures
     from fedpeft.runs.report import write_report
 
     runs = [run for folder in folders for run in run_folders(folder)]
     page = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    render.print_path("report", write_report(runs, page, title), json)
+    failures, table = study_figures(folders[0]) if len(folders) == 1 else ([], [])
+    render.print_path("report", write_report(runs, page, title, failures, table), json)
