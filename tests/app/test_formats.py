@@ -193,7 +193,9 @@ def test_check_counts_answers_and_the_head(models: Path, format: dict[str, Any])
     body = train_flops(shape, int(sizes.sum()), int((sizes**2).sum()))
     work = fed.model.cost(Fit(fed.initial, train, [range(len(train))], SGD(0.0)))
     assert train_flops(fed.shape, *work[:2]) == pytest.approx(body + head, rel=1e-3)
-    assert found["estimate"]["flops_per_client_and_round"] == pytest.approx((body + head) * 2 / 6, rel=3e-3)
+    factors = 6 * sum(t.numel() for name, t in fed.initial.items() if name.startswith("block.")) * int(sizes.sum())
+    each = (body + head + factors) * 2 / 6
+    assert found["estimate"]["flops_per_client_and_round"] == pytest.approx(each, rel=3e-3)
     bare = app.check(config(models, {"format": "head", "max_length": format.get("max_length", 16)}))
     assert found["model"]["trainable_parameters"] < bare["model"]["trainable_parameters"]
 

@@ -63,7 +63,7 @@ class Meter:
     Attributes:
         trained: (tokens, pairs) that went forward and backward, by the lowest block that the backward pass entered;
             pairs is the sum over rows of tokens times the keys that they attend to.
-        products: multiply-adds beyond those of adapters in the whole base, see `Fitted.products`; may be negative.
+        products: multiply-adds beyond passes through the frozen base, see `Fitted.products`; may be negative.
         labels: rows by label that went into Fits, repeats counted: a curriculum by difficulty may prefer a label. They
             are for the run's own files, and part of no message.
         packed: steps whose Fit asked for the base in a quantised format, by the lowest block that they trained and

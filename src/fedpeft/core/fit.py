@@ -179,8 +179,8 @@ class Fitted:
     moments: Moments
     tokens: int = 0  # real tokens that went through the model, padding not counted
     pairs: int = 0  # sum of squared lengths: what attention costs
-    products: int = 0  # multiply-adds beyond those of adapters in the whole base: its own weights that trained, less
-    # what blocks that were left out would have cost; negative where these are more
+    products: int = 0  # multiply-adds beyond passes through the frozen base: of adapters' matrices, of the base's own
+    # weights that trained, of blocks computed again; less those of blocks that were left out, so it may be negative
 
     @property
     def loss(self) -> float:

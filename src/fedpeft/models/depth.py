@@ -9,14 +9,13 @@ Reference: layer drop as compression, Xiao et al. 2023, arXiv 2302.04870.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from fedpeft.core.errors import ModelError
-from fedpeft.core.tree import block_of
-from fedpeft.models.families import FAMILIES, KNOWN_MODELS, Slot, block_paths
+from fedpeft.models.families import FAMILIES, KNOWN_MODELS, block_paths
 
 
 def shortened(module: Any, model_type: str, blocks: Sequence[int]) -> Any:
@@ -56,27 +55,3 @@ def _shallow(module: Any, config: Any) -> Any:
     if hasattr(made, "config"):
         made.config = config
     return made
-
-
-def saved(places: Mapping[str, Slot], kept: Collection[int], lowest: int, tokens: int, pairs: int) -> int:
-    """Multiply-adds that frozen blocks would have cost which were left out of training.
-
-    A block has one product per matrix, and two of attention; on the way back, above the lowest block that trains, one
-    per matrix and four of attention.
-
-    Args:
-        places: every projection of the whole model.
-        kept: blocks that were not left out.
-        lowest: the lowest block that the backward pass enters.
-        tokens, pairs: as in `Objective.cost`.
-    """
-    total = 0
-    for slot in places.values():
-        block = block_of(slot.name)
-        if block is None or block in kept:
-            continue
-        back = block > lowest
-        total += (1 + back) * slot.d_in * slot.d_out * tokens
-        if slot.name.endswith(".output"):  # its input is what attention gives
-            total += (2 + 4 * back) * slot.d_in * pairs
-    return total

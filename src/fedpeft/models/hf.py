@@ -22,12 +22,11 @@ from fedpeft.core.model import Fisher, FisherProbe, Perturbation, Teacher, Token
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.train import Stack, stack_params, train_many
 from fedpeft.core.tree import Params, block_of
-from fedpeft.models import checks, distil, probes, virtual
+from fedpeft.models import checks, distil, probes, virtual, work
 from fedpeft.models.adapters import Rows, delta
 from fedpeft.models.adapters.full import FullAdapter
 from fedpeft.models.adapters.kinds import build_adapter
 from fedpeft.models.checkpointing import checkpointed
-from fedpeft.models.depth import saved
 from fedpeft.models.families import is_decoder, slots
 from fedpeft.models.fisher import fisher_many
 from fedpeft.models.lm_head import LmHead
@@ -230,14 +229,20 @@ class HFModel:
         used = [row for batch in fit.batches for row in batch]
         items = {row: self.readout.training(0, data, row) for row in used}
         tokens, pairs = self._work((self.readout.length(items[row]) for row in used), fit.params)
-        kept = blocks_in(fit.base)
-        less = 0 if kept is None else saved(self.places, kept, self.lowest_block(fit.trained), tokens, pairs)
+        products = self._beside(fit, tokens, pairs)
         if not isinstance(self.adapter, FullAdapter):
-            return tokens, pairs, -less
+            return tokens, pairs, products + work.of_factors(fit, self.lowest_block(fit.trained), tokens)
         tied = getattr(getattr(self.readout, "lm", None), "tied", False)
         projected = sum(self.readout.projected(items[row]) for row in used) if tied else 0
-        products = self.adapter.products(fit.trained, tokens, projected)
-        return tokens, pairs, products - less
+        return tokens, pairs, products + self.adapter.products(fit.trained, tokens, projected)
+
+    def _beside(self, fit: Fit, tokens: int, pairs: int) -> int:
+        """Multiply-adds of frozen blocks that are computed twice, less those of blocks that are left out."""
+        lowest, kept = self.lowest_block(fit.trained), blocks_in(fit.base)
+        inside = range(self.blocks) if kept is None else kept
+        again = [b for b in inside if b >= lowest] if fit.checkpointing else []
+        more = work.computed_again(self.places, again, tokens, pairs)
+        return more if kept is None else more - work.saved(self.places, kept, lowest, tokens, pairs)
 
     def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
         """Tokens and pairs of forward passes that predict the labels of the rows."""

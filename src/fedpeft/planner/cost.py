@@ -5,13 +5,14 @@ the end of the backward pass at the lowest trained matrix included. `forward_flo
 any lengths and adapters of any kind; what follows is about these two. Memory is in `memory.py`.
 
 Counted are the matrix products of the blocks, two operations per multiply-add. Embeddings, norms, activations, biases,
-the classification head and the adapters are neglected: at rank 8 LoRA on query and value adds 3 r / 2 d of the blocks'
-forward products (about 0.3 % for d = 4096 and 3 % for d = 384). Per token a block has four attention projections and
-two or three of the feed-forward part; per pair of tokens that see each other there are two products of the heads'
-total width (scores, and their mix of values). Causal models are counted over the full square, as kernels compute it.
+the classification head and adapters are neglected. Per token a block has four attention projections and two or three of
+the feed-forward part; per pair of tokens that see each other there are two products of the heads' total width (scores,
+and their mix of values). Causal models are counted over the full square, as kernels compute it.
 
-Where a base's own weights train, each matrix costs a product more, which `Fitted.products` counts (see
-`models/adapters/full.py`); it is the same for every family, two operations per number and token.
+What a Fit costs beside them `Fitted.products` counts, and the clock of a run adds: adapters' matrices (rank 8 on query
+and value 3 r / 2 d of a forward pass, .3 % for d = 4096 and 3 % for d = 384), a base's own weights that train, blocks
+that checkpointing computes again (`models/work.py`, `models/adapters/full.py`). Adapters in passes forward alone are
+neglected.
 
 A language model's head is counted for the share of the tokens whose states enter it (a mask, an answer), without what a
 masked model does to a state before the projection. A forward pass alone counts the whole vocabulary too, although a
