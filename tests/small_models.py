@@ -41,10 +41,10 @@ class Case:
     step: Step
     name: str
 
-    def fit(self, steps: int = 1) -> Fitted:
-        """Train so many steps of all rows."""
+    def fit(self, steps: int = 1, **how: Any) -> Fitted:
+        """Train so many steps of all rows; `how` are further fields of the Fit."""
         batches = [list(range(len(self.data)))] * steps
-        return self.model.fit(Fit(self.params, self.data, batches, AdamW(1e-3), train=self.trained))
+        return self.model.fit(Fit(self.params, self.data, batches, AdamW(1e-3), train=self.trained, **how))
 
     def head_tensors(self) -> list[torch.Tensor]:
         """The frozen parts of the language model's head."""

@@ -307,7 +307,7 @@ def test_a_machine_on_which_only_exact_costs_fit_keeps_its_plan_where_weights_ar
     """The other machine covers the best weights; the fleet does not fail for the small one."""
     job = job_of(BERT, classes=4)
     large = (dataclasses.replace(MACHINE, memory_bytes=10**9, flops_per_s=1e12), 100)
-    for memory in range(60_000_000, 63_000_000, 20_000):
+    for memory in range(65_000_000, 67_000_000, 20_000):
         small = dataclasses.replace(MACHINE, memory_bytes=memory)
         costs = Costs(job, small, 50)
         alone = search(job, small, 50, 600.0)

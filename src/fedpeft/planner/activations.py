@@ -14,15 +14,36 @@ Sizes are bytes by name of tensor, so that what has two uses is counted once. Na
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, ranked
+from fedpeft.core.packing import format_of
+from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, all_weights, ranked
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_POSITIONS = ("gpt2", "opt")  # families that add positions to the embeddings
+POSITIONS = ("gpt2", "opt")  # families that add positions to the embeddings
 _ORDER = ("x", "h", "raw", "q", "k", "v", "weights", "logsumexp", "out", "s1", "x1", "h1", "gate", "silu", "up", "tanh",
           "half", "one", "m", "y", "s2")  # fmt: skip
 _INPUTS = {"query": "h", "key": "h", "value": "h", "output": "out", "gate": "h1", "up": "h1", "down": "m"}
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Bytes of a block's largest matrix while it is unpacked from a quantised base, and while its product runs."""
+
+    making: int = 0
+    used: int = 0
+
+
+def unpacked(shape: Shape, step: Step) -> Unpacked:
+    """4 bits: codes as int32, two to a number, then float32; int8: float32 at once; a copy in a narrower dtype."""
+    form = None if step.base in DTYPE_BYTES else format_of(step.base)
+    if form is None or form.simulated:
+        return Unpacked()
+    sizes = [w.d_in * w.d_out for w in all_weights(replace(shape, layers=1))]
+    largest = max([*sizes, sum(sizes[:3]) if shape.family == "gpt2" else 0])  # query, key and value are one matrix
+    width = DTYPE_BYTES[step.compute]
+    return Unpacked(largest * max(6 if form.normal else 4, 4 + width % 4), largest * width)
 
 
 class Block:
@@ -43,6 +64,7 @@ class Block:
         self.wide = DTYPE_BYTES[step.compute]
         self.trained = dict(ranked(shape, self._own(step.trained)))
         self.frozen = dict(ranked(shape, self._own(step.frozen)))
+        self.unpacked = unpacked(shape, step)
 
     def _own(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """Those of this block's weights."""
@@ -59,7 +81,7 @@ class Block:
         found = dict.fromkeys(("x", "h", "x1", "h1", "y", "s1", "s2", "e"), shape.hidden * unit)
         found |= dict.fromkeys(("gate", "silu", "up", "m", "tanh", "half", "one"), shape.intermediate * unit)
         found |= {"q": attention, "out": attention, "k": repeated, "v": repeated, "raw": attention + 2 * shared}
-        if shape.family in _POSITIONS:
+        if shape.family in POSITIONS:
             rows = 1 if shape.family == "gpt2" else self.step.rows
             found["e"] += rows * self.step.tokens * shape.hidden * self.wide  # those of the positions
         found["logsumexp"] = 4 * self.step.rows * shape.heads * self.step.tokens
@@ -148,7 +170,7 @@ class Block:
         positions to them, so they are not the first block's input. An adapter's moment is its sum: what the matrix
         gave, the change, and both together.
         """
-        held = ("e", "x", "x1", "h1") if self.index or self.shape.family in _POSITIONS else ("x", "x1", "h1")
+        held = ("e", "x", "x1", "h1") if self.index or self.shape.family in POSITIONS else ("x", "x1", "h1")
         f, d = self.sizes["m"], self.sizes["y"]
         adapted = {w.kind for w in (*self.trained, *self.frozen)}
         if self.shape.mlp_matrices == 3:
@@ -164,6 +186,10 @@ class Block:
             found = [(self.named(*held, "m", "y", "s2") | {"o": d}, "s2"), (self.named(*held, "up", "m"), "m")]
             found += [(self.named(*held, "up") | {"change": 2 * f}, "up")] * ("up" in adapted)
         found += [(self.named(*held, "m", "y") | {"change": 2 * d}, "y")] * ("down" in adapted)
+        if self.unpacked.making:
+            used = {"unpacked": self.unpacked.used}
+            found += [(self.named(*held, "m") | {"unpacked": self.unpacked.making}, "m")]
+            found += [(self.named(*held, "m", "y") | used, "y"), (self.named(*held, "up") | used, "up")]
         first = (*held[:-2], "h")
         if self.shape.family == "gpt2" and adapted & {"query", "key", "value"}:  # changes are as wide as all three
             found.append((self.named(*first, "raw") | {"change": 2 * self.sizes["raw"] + self.sizes["q"]}, "raw"))
@@ -197,4 +223,7 @@ class Block:
             inner = 3 if self.first < 2 or {"gate", "up"} <= kinds else 2
         elif self._written_out:
             inner = 3
-        return (max(summed, inner) - (done and bool(self.shape.activation_copies))) * self.sizes["m"]
+        m, y, own = self.sizes["m"], self.sizes["y"], self.unpacked
+        kept = m * (not (done and self.shape.activation_copies))  # of m, by then
+        gradients = max(summed, inner) * m - (m - kept)
+        return max(gradients, kept + own.making, kept + own.used + y, own.used + m) if own.making else gradients

@@ -25,12 +25,16 @@ the larger of base + 12 T + activations + loss and base + 16 T, with T trained n
 - the last hidden state lives until the backward pass ends, N d;
 - only one part of a step is in the model at a time, at most `token_budget` tokens: give the rows of one part;
 - what a moment of the pass holds beside what is kept can exceed the loss: the top block's feed-forward part on the way
-  down or up, or a block below that keeps nothing. `Block.moments` lists them, read off a tracker of live storages.
+  down or up, or a block below that keeps nothing. `Block.moments` lists them, read off a tracker of live storages;
+- of a quantised base the largest matrix of a block is unpacked at such a moment;
+- with checkpointing a block keeps its input alone, and its inside is there again, with its gradients, in the backward
+  pass; the top block's is the most, since all inputs below it are there too.
 
 Against that tracker, float32, fused attention, f of at least 2 d: within 2.1 % of all but the base on a grid of 440
-cases of BERT, GPT-2 and Llama, and within 4.4 % on 72 random ones drawn afterwards; of OPT within 1.3 % on 36. A
-narrower f, eager attention and a bfloat16 base are looser (`docs/log.md`); checkpointing and quantised bases are
-formulas alone. Resident memory: `benchmarks/peak.py`.
+cases of BERT, GPT-2 and Llama, and within 4.4 % on 72 random ones drawn afterwards; of OPT within 1.3 % on 36; on 96 of
+four blocks within 1.7 % in float32, on nf4 and on int8. With checkpointing on the same 96 from 4.4 % too little to 9 %
+too much in float32, 18 % on a quantised base, where the case is tiny. A narrower f, eager attention and a bfloat16 base
+are looser (`docs/log.md`). Resident memory: `benchmarks/peak.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from typing import Literal
 
 from fedpeft.core.errors import ModelError
 from fedpeft.core.packing import format_of
-from fedpeft.planner.activations import DTYPE_BYTES, Block
+from fedpeft.planner.activations import DTYPE_BYTES, POSITIONS, Block
 from fedpeft.planner.cost import NOTHING, WHOLE, Shape, Step, all_weights, first_input, lm_tokens, ranked
 
 # The two half precisions were measured here (10^7 weights); double quantisation is taken to add nothing to nf4's error.
@@ -149,18 +153,19 @@ def peak_memory(shape: Shape, step: Step, loop: Loop = "ours") -> Memory:
     kept = [sum(block.kept().values()) for block in blocks]
     final = _final(shape, step) if blocks else 0
     loss = _loss(shape, step)
-    if step.checkpointing and blocks:
-        activations, together = len(blocks) * _state(shape, step) + final, max(max(kept), loss)
-        activations, together = activations + max(kept), together - max(kept)
-    else:
-        activations, together = sum(kept) + final, loss
     if plain:
+        activations, together = sum(kept) + final, loss
+        if step.checkpointing and blocks:
+            activations, together = len(blocks) * _state(shape, step) + final + max(kept), max(0, loss - max(kept))
         static = base + frozen + 12 * numbers
         peak = static + max(activations + together, 4 * numbers)
         return Memory(base, frozen, 4 * numbers, 8 * numbers, activations, loss, peak)
-    activations += _state(shape, step)
-    if not step.checkpointing:
-        together = max(together, _passing(shape, step, blocks, kept, final))
+    if step.checkpointing and blocks:
+        activations = (len(blocks) + 1) * _state(shape, step) + final
+        together = max(loss, _again(shape, step, blocks, kept, final))
+    else:
+        activations = sum(kept) + final + _state(shape, step)
+        together = max(loss, _passing(shape, step, blocks, kept, final))
     peak = base + frozen + max(20 * numbers + activations + together, 32 * numbers + frozen)
     return Memory(base, frozen, 12 * numbers, 8 * numbers, activations, together, peak)
 
@@ -186,6 +191,28 @@ def _passing(shape: Shape, step: Step, blocks: Sequence[Block], kept: Sequence[i
         moments.append(every - ended + passed + top.on_the_way_down())
         moments.append(every + (5 * final if shape.family == "llama" else 2 * state))  # the final norm, backward
     return max(0, max(moments, default=0) - every)
+
+
+def _again(shape: Shape, step: Step, blocks: Sequence[Block], kept: Sequence[int], final: int) -> int:
+    """The same where a block keeps its input alone and the backward pass computes it again.
+
+    Then its output's gradient is there, its inside as in a pass with gradients, and the inputs of the blocks below.
+    """
+    state = _state(shape, step)
+    ended = final if shape.pre_norm else 0
+    moments = [5 * final if shape.family == "llama" else 2 * state]
+    for above, (block, own) in enumerate(zip(reversed(blocks), reversed(kept), strict=True)):
+        held = block.sizes["e"] if block.index or shape.family in POSITIONS else 0  # of the first pass alone
+        there = (
+            state * (1 - above) - ended - state
+        )  # gradient; inputs of blocks above are gone; its own is counted twice
+        moments.append(there + block.on_the_way_up() - held)
+        moments.append(there + block.attention_on_the_way_down())
+        moments.append(there + own + (state if block.first <= 1 else 0) + block.on_the_way_down())
+    n_below = shape.layers - len(blocks)
+    first = Block(shape, step, shape.layers - 1, NOTHING, False).on_the_way_up()  # without a gradient
+    moments.append(first - final - state - (0 if n_below == shape.layers else state))
+    return max(0, *moments)
 
 
 def _loss(shape: Shape, step: Step) -> int:
