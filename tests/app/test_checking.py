@@ -13,8 +13,9 @@ import small
 import tiny
 from fedpeft import app
 from fedpeft.app import rehearsal
-from fedpeft.app.checking import rows_per_client, weight_inputs
+from fedpeft.app.checking import rows_per_client
 from fedpeft.app.federation import build
+from fedpeft.app.room import weight_inputs
 from fedpeft.config import load_config
 from fedpeft.core import tree
 from fedpeft.core.adapter import AdapterSpec, Full, Lora

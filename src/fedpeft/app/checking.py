@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.app.federation import FLAT_COPIES, Federation, batching, build, computing
+from fedpeft.app.federation import Federation, batching, build, computing
 from fedpeft.app.holding import Holding, hold
 from fedpeft.app.rehearsal import rehearse
+from fedpeft.app.room import memory_bytes, row_lengths
 from fedpeft.config import load_config
 from fedpeft.config.load import Source, naming_defaults
 from fedpeft.core import records, tree, wire
 from fedpeft.core.exchange import Weights
 from fedpeft.core.fit import SGD, Fit
 from fedpeft.data.answers import cut_answers
-from fedpeft.planner.cost import Shape, Step, all_weights, train_flops
-from fedpeft.planner.memory import peak_memory
+from fedpeft.planner.cost import train_flops
 
 
 def check(config: Source, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -135,12 +135,6 @@ def _by_the_first_round(fed: Federation, cohort: int) -> dict[str, Any]:
     }
 
 
-def row_lengths(fed: Federation) -> NDArray[np.int64]:
-    """(rows,) tokens that go through the model for each training row, an answer included."""
-    readout, train = fed.model.readout, fed.whole("train")
-    return np.array([readout.length(readout.training(0, train, row)) for row in range(len(train))], dtype=np.int64)
-
-
 def rows_per_client(fed: Federation) -> float:
     """Rows that a mean client trains on in one round, repeats counted."""
     return float(fed.method.rows_of_round(len(fed.whole("train")) / len(fed.clients)))
@@ -156,39 +150,6 @@ def bytes_down(fed: Federation) -> int:
         sent = [exchange.send(state, client) for exchange in method.round()]
     packed = sent if name == "float32" else [wire.pack(record, name) for record in sent]
     return sum(len(records.encode(record)) for record in packed)
-
-
-def memory_bytes(fed: Federation, together: int) -> int:
-    """The base, the trained parameters of `together` clients with their optimizers, and one part of a step."""
-    base = fed.base.weight_bytes
-    own = tree.count(fed.initial) * 4 * FLAT_COPIES
-    longest = int(row_lengths(fed).max())
-    rows = together * int(getattr(fed.method, "batch_size", 1))
-    rows = max(1, min(rows, fed.config.run.token_budget // longest))
-    found = peak_memory(fed.shape, step_of(fed, rows, longest))
-    inputs = 0
-    if fed.model.weights:
-        blocks = fed.shape.layers - fed.model.lowest_block(fed.initial)
-        inputs = fed.base.dtype.itemsize * rows * longest * weight_inputs(fed.shape, blocks)
-    lm = getattr(fed.model.readout, "lm", None)
-    return base + own * together + found.activations + inputs + found.loss + (lm.own_bytes if lm else 0)
-
-
-def weight_inputs(shape: Shape, blocks: int) -> int:
-    """Numbers per token that matrices keep which train themselves: their inputs, one for query, key and value."""
-    return blocks * (3 * shape.hidden + shape.intermediate)
-
-
-def step_of(fed: Federation, rows: int, tokens: int) -> Step:
-    """A pass of so many rows through the model as the planner describes it; what is no LoRA counts by its depth."""
-    known = {w.name for w in all_weights(fed.shape)}
-    factors = {name.removesuffix(".A"): t.shape[0] for name, t in fed.initial.items() if name.endswith(".A")}
-    dtype = str(fed.base.dtype).removeprefix("torch.")
-    return Step(
-        rows, tokens, {name: rank for name, rank in factors.items() if name in known},
-        base=dtype, compute=dtype, classes=None if fed.shape.lm_head else fed.model.classes,
-        depth=fed.model.lowest_block(fed.initial),
-    )  # fmt: skip
 
 
 def _top_share(labels: NDArray[np.int64]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from fedpeft.app.formats import Format, build_format
+from fedpeft.app.room import FLAT_COPIES, too_small
 from fedpeft.config import RunConfig, adapter_spec, build_method
 from fedpeft.core import tree, wire
 from fedpeft.core.adapter import AdaLora, Lora
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 POOLED = "pooled"  # the one client of a method that trains on everybody's rows
 AUTO_CLIENTS = 16  # most clients that `cohort_batching: auto` trains together
 AUTO_BYTES = 256 * 2**20  # what their parameters, gradients and optimizer states may take
-FLAT_COPIES = 7  # values, gradients, two moments, and the results with theirs
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,31 @@ class Federation:
         """All client ids, sorted."""
         return sorted(self.data)
 
+    @cached_property
+    def cramped(self) -> Mapping[ClientId, tuple[int, int]]:
+        """Clients whose device lacks memory for training, see `room.too_small`; none where the method plans for it."""
+        return {} if self.method.plans_memory or self.config.run.devices is None else too_small(self)
+
+    @property
+    def invited(self) -> list[ClientId]:
+        """The clients that may be asked to take part: all, or with `run.too_small: leave_out` those that have room."""
+        if self.config.run.too_small == "train":
+            return self.clients
+        able = [client for client in self.clients if client not in self.cramped]
+        wanted = max(1, int(getattr(self.method, "cohort", 0)))
+        if len(able) < wanted:
+            needed, usable = min(self.cramped.values())
+            raise DataError(
+                f"run.too_small leaves out {len(self.cramped)} of {len(self.clients)} clients, whose devices have less "
+                f"memory than a step needs ({usable:,} of {needed:,} bytes), and {wanted} are wanted: lower "
+                "method.batch_size, task.max_length or method.cohort, or set run.too_small to train"
+            )
+        return able
+
     @property
     def cohort(self) -> int:
         """How many clients take part in a round: the method's field of that name, 0 or none for all."""
-        return min(int(getattr(self.method, "cohort", 0)) or len(self.data), len(self.data))
+        return min(int(getattr(self.method, "cohort", 0)) or len(self.invited), len(self.invited))
 
     @property
     def metric(self) -> str:
@@ -122,7 +144,8 @@ class Federation:
     @property
     def warnings(self) -> list[str]:
         """What of the request has no effect."""
-        return [*self._idle_warnings(), *self._rank_warnings(), *self._size_warnings(), *self._proxy_warnings()]
+        found = [self._idle_warnings(), self._rank_warnings(), self._size_warnings(), self._room_warnings()]
+        return [*chain(*found), *self._proxy_warnings()]
 
     def _idle_warnings(self) -> list[str]:
         """Fields of the method that somebody changed, and that the others leave without effect."""
@@ -153,6 +176,18 @@ class Federation:
             return [f"{what}: {self.config.method.name} gives every client the same rank, or its own choice"]
         return [f"{what}: method.ranks deals the ranks out"] if self.method.ranks else []
 
+    def _room_warnings(self) -> list[str]:
+        if not self.cramped:
+            return []
+        client, (needed, usable) = min(self.cramped.items(), key=lambda one: one[1][1] / one[1][0])
+        done = "they take part all the same; run.too_small: leave_out excludes them"
+        if self.config.run.too_small == "leave_out":
+            done = "they are left out"
+        return [
+            f"{len(self.cramped)} of {len(self.clients)} clients have devices with less memory than training needs "
+            f"({client}: {usable:,} of {needed:,} bytes); {done}"
+        ]
+
     def _size_warnings(self) -> list[str]:
         spec, sides = self.model.spec, {slot.name: min(slot.d_out, slot.d_in) for slot in self.model.slots.values()}
         least = min(sides, key=lambda name: sides[name], default=None)
@@ -169,7 +204,7 @@ class Federation:
     def start(self) -> Start:
         """Before the first exchange."""
         run = self.config.run
-        env = ServerEnv(self.model, self.clients, run.seed, run.rounds, resources=self.resources)
+        env = ServerEnv(self.model, self.invited, run.seed, run.rounds, resources=self.resources)
         return Start(0, self.method.init(env))
 
     def transport(self, memories: Memories | None = None) -> Transport:

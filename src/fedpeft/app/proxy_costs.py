@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpeft.app.checking import row_lengths
 from fedpeft.app.federation import Federation
 from fedpeft.app.planning import read_config
+from fedpeft.app.room import row_lengths
 from fedpeft.core import records, wire
 from fedpeft.core.errors import ModelError
 from fedpeft.core.exchange import Weights

@@ -89,7 +89,7 @@ def rehearse(fed: Federation) -> Rehearsal | None:
     run, rounds = fed.config.run, list[_Round]()
     loop = federate(
         fed.method, played.transport(), played.model, rounds=run.rounds, seed=run.seed, resources=fed.resources,
-        quorum=run.quorum,
+        quorum=run.quorum, clients=fed.invited,
     )  # fmt: skip
     try:
         for _, exchanges in itertools.groupby(loop, key=lambda done: done.round):

@@ -289,6 +289,7 @@ def _exchanges(journal: Journal, start: Start) -> None:
         start=start,
         quorum=run.quorum,
         held=journal.held,
+        clients=fed.invited,
     )
     try:
         for done in loop:

@@ -245,6 +245,10 @@ class RunSection(Section):
     devices: str | None = None
     """TOML file that maps clients to device profiles; null: all equal."""
 
+    too_small: Literal["train", "leave_out"] = "train"
+    """Clients whose device has less memory than a training step is predicted to need: they `train` all the same, or the
+    run does without them (`leave_out`). Methods that plan for each device, such as fedpipe, see to it themselves."""
+
     init_from: str | None = None
     """Run folder whose best adapter this run starts from."""
 

@@ -224,6 +224,7 @@ class Method(Protocol):
     memory: ClassVar[type[Record]]
     pooled: ClassVar[bool]  # whether it runs on one client that holds everybody's rows
     plans_by_rounds: ClassVar[bool]  # whether another number of rounds makes the same round another one
+    plans_memory: ClassVar[bool]  # whether it sees to it itself that every client's device has room for its work
     chooses_rows: ClassVar[bool]  # whether it decides which of its rows a client trains on in a round
 
     @property

@@ -62,6 +62,7 @@ def federate(
     start: Start | None = None,
     quorum: float = 0.5,
     held: Any = None,
+    clients: Sequence[ClientId] | None = None,
 ) -> Iterator[Done]:
     """Run a method; yield after every exchange. The caller saves, evaluates, plots, stops.
 
@@ -75,11 +76,12 @@ def federate(
         quorum: share of the cohort that must answer, in (0, 1]; below it the exchange is repeated with a new cohort.
             An exchange may have one of its own (`Exchange.quorum`).
         held: what the server alone holds, handed on in `ServerEnv`.
+        clients: who may be asked; None: everybody whom the transport reaches.
 
     Raises:
         QuorumError: an exchange stayed below the quorum in all attempts; it carries their receipts.
     """
-    clients = tuple(transport.clients())
+    clients = tuple(transport.clients() if clients is None else clients)
     env = ServerEnv(model, clients, seed, rounds, resources=resources or {}, held=held)
     start = start or Start(0, method.init(env))
     state, versions = start.state, dict(start.versions)

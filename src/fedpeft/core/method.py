@@ -24,6 +24,7 @@ class Defaults:
     memory: ClassVar[type[Record]] = Nothing
     pooled: ClassVar[bool] = False  # True: the method runs on one client that holds everybody's rows
     plans_by_rounds: ClassVar[bool] = False  # True: how many rounds there are changes what is done in each
+    plans_memory: ClassVar[bool] = False  # True: the method itself sees to it that clients' devices have room
     chooses_rows: ClassVar[bool] = False  # True: the report shows which labels were trained on, round by round
 
     def adapter(self) -> AdapterSpec:

@@ -168,6 +168,7 @@ class FedPipe(Defaults):
     stack_cap: int = 256  # largest rank of what is folded away, with stack_exact; the planner does not count it
     keep_moments: bool = False  # Adam's moments are kept from round to round, with factor_partial and zero_pad
 
+    plans_memory: ClassVar[bool] = True
     state: ClassVar[type[State]] = State
     memory: ClassVar[type[Memory]] = Memory
 
