@@ -181,9 +181,12 @@ def test_finished_cells_of_a_study_are_collected(tmp_path):
             {"round": 2, "bytes_down": 9, "bytes_up": 18, "simulated_seconds": 1.0},
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        asked = [{"round": 0, "client": "b"}, {"round": 1, "client": "a"}, {"round": 2, "client": "a"}]
+        (folder / "exchanges.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     out = tmp_path / "cells.json"
     cells = collect.main([str(tmp_path / "study"), "--out", str(out)])
     assert [(cell["label"], cell["lr"], cell["set_up_bytes"]) for cell in cells] == [("A", 0.1, 3), ("A", 0.2, 3)]
+    assert cells[1]["round_bytes"] == [27] and cells[1]["clients_asked"] == 1
     assert cells[1]["curve"] == [[0, {"global": 0.7}]] and cells == json.loads(out.read_text())
     assert collect.table(cells)[2] == "| t | A | 0.2 | 1 | 0.600 |  | 0 | 0 | 1.5 |"
     assert collect.planned([cells[1]])[2] == "| t | A | 1 | 0.600 | 0.25 | 0.50 | 1.0 | 8 | 0.00 | 1.00 | 1.5 |"
@@ -200,7 +203,7 @@ def test_collected_cells_tell_what_it_takes_to_a_common_goal():
         own = {"task": "t", "label": label, "seed": seed, "lr": 0.1, "rounds": 4, "validation": {"global": curve[-1]}}
         own |= {"bytes": 90e6, "set_up_bytes": 10e6, "simulated_seconds": 9.0, "set_up_simulated_seconds": 1.0}
         own["curve"] = [[2 * i, {"global": value}] for i, value in enumerate(curve)]
-        return own | ({"round_simulated_seconds": each} if each else {})
+        return own | ({"round_simulated_seconds": each, "round_bytes": [40e6, 20e6, 10e6, 10e6]} if each else {})
 
     cells = [
         cell("LoRA", 0, [0.1, 0.75, 0.9]),
@@ -211,7 +214,7 @@ def test_collected_cells_tell_what_it_takes_to_a_common_goal():
     assert collect.reaching(cells, "LoRA", 0.9)[2:] == [
         "| t | LoRA | 0.720 | 1 of 2 | 2 | 50 | 5.0 |",  # half of the rounds: in proportion
         "| t | Never | 0.720 | 0 of 1 | | | |",
-        "| t | Other | 0.720 | 1 of 1 | 2 | 50 | 4.0 |",
+        "| t | Other | 0.720 | 1 of 1 | 2 | 70 | 4.0 |",
     ]
     assert collect.reaching(cells, "FedAvg", 0.9)[2:] == []
 

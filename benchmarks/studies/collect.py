@@ -69,9 +69,19 @@ def read_cell(folder: Path) -> Cell | None:
         },
         "trainable_parameters": manifest.get("trainable_parameters"),
         "round_simulated_seconds": [line["simulated_seconds"] for line in lines if line["round"]],
+        "round_bytes": [line["bytes_down"] + line["bytes_up"] for line in lines if line["round"]],
+        "clients_asked": _asked(folder / "exchanges.jsonl"),
         "params_sha256": manifest["params_sha256"],
         "commit": manifest.get("commit"),
     }
+
+
+def _asked(exchanges: Path) -> int | None:
+    """How many clients took part in rounds; None where it was not written down."""
+    if not exchanges.is_file():
+        return None
+    lines = [json.loads(line) for line in exchanges.read_text().splitlines()]
+    return len({line["client"] for line in lines if line["round"]})
 
 
 def collect(studies: Sequence[Path], before: Sequence[Cell] = ()) -> list[Cell]:
@@ -173,11 +183,12 @@ def _first(cell: Cell, goal: float) -> int | None:
 
 def _spent(cell: Cell, at: int) -> tuple[float, float]:
     """(bytes, simulated seconds) up to the end of a round; in proportion where single rounds are not known."""
-    part = at / cell["rounds"]
-    of_bytes = cell["set_up_bytes"] + part * (cell["bytes"] - cell["set_up_bytes"])
-    set_up, each = cell["set_up_simulated_seconds"], cell.get("round_simulated_seconds")
-    seconds = sum(each[:at]) if each else part * (cell["simulated_seconds"] - set_up)
-    return of_bytes, set_up + seconds
+    spent = []
+    for key in ("bytes", "simulated_seconds"):
+        set_up, each = cell[f"set_up_{key}"], cell.get(f"round_{key}")
+        rounds = sum(each[:at]) if each else at / cell["rounds"] * (cell[key] - set_up)
+        spent.append(set_up + rounds)
+    return spent[0], spent[1]
 
 
 def _chosen(cells: Sequence[Cell], task: str, label: str) -> list[Cell]:
