@@ -50,6 +50,13 @@ class Counting:
         lengths = data.lengths if rows is None else data.lengths[list(rows)]
         return int(lengths.sum()), int((lengths**2).sum())
 
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        rows = [row for batch in fit.batches for row in batch]
+        return *self.passes(fit.params, fit.data, rows), 100 if fit.trained else 10
+
+    def losses(self, params: Any, data: Examples, rows: Sequence[int], also: Any = ()) -> torch.Tensor:
+        return torch.zeros(len(rows))
+
     def hidden(self, params: Any, data: Examples, rows: Sequence[int]) -> torch.Tensor:
         return torch.zeros(1, len(rows), 2, 4)
 
@@ -214,16 +221,19 @@ def test_the_meter_counts_fits_and_forward_passes() -> None:
 
 
 def test_the_meter_counts_probes() -> None:
-    """Hidden states cost a forward pass, a Fisher information a gradient, a product with the Hessian two of them."""
+    """Hidden states and losses cost a forward pass, a Fisher information a gradient, a product with the Hessian two."""
 
     def work(down: Weights, memory: Any, env: ClientEnv) -> Any:
         env.model.hidden(None, env.data, [0, 2])
+        env.model.losses(down.params, env.data, [1])
         env.model.fisher_many([FisherProbe(down.params, env.data, [1])])
         product = env.model.hessian(down.params, env.data, [1])
         return Weights(product(product(down.params))), memory
 
     one = job(work)
-    assert one.env.meter == Meter(trained={1: (3 + 2 * 2 * 3, 9 + 2 * 2 * 9)}, forward_tokens=7, forward_pairs=29)
+    trained = {1: (3 + 2 * 2 * 3, 9 + 2 * 2 * 9)}
+    products = 10 + 100 + 2 * 2 * 100
+    assert one.env.meter == Meter(trained=trained, forward_tokens=10, forward_pairs=38, products=products)
 
 
 def test_probes_come_before_fits_and_are_counted() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests import tiny
+from tests import small_models, tiny
 
 from fedpeft.core.adapter import Lora
+from fedpeft.core.client import Metered
 from fedpeft.core.examples import Examples
 from fedpeft.core.exchange import Meter
 from fedpeft.core.fit import SGD, Fit
@@ -66,3 +67,15 @@ def test_frozen_factors_cost_a_product_less_and_none_on_the_way_back_below_the_f
     assert products(train=alone) == (2 * size + params[f"block.{top}.query.A"].numel()) * tokens
     others = sum(t.numel() for t in beside.values())
     assert products(also=(beside,)) - products() == (2 * size + (others - size)) * tokens
+
+
+def test_a_probe_is_counted_as_a_pass_of_training_whatever_predictions_cost():
+    """Where a label is predicted by the likelihood of each label's words, a prediction takes a pass per label."""
+    model = small_models.build("gpt2", {"block.0.query": 2}, rows=2, tokens=9, language_model=True)
+    work = Metered(model.model, meter := Meter())
+    fit = Fit(model.params, model.data, [range(2)], SGD(0.0))
+    tokens, pairs, products = model.model.cost(fit)
+    work.fisher(model.params, model.data, range(2))
+    assert (meter.trained, meter.products) == ({0: (tokens, pairs)}, products) and tokens == 18 and products > 0
+    work.losses(model.params, model.data, range(2))
+    assert (meter.forward_tokens, meter.forward_pairs, meter.products) == (tokens, pairs, products + products // 3)

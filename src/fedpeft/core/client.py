@@ -10,7 +10,7 @@ from torch import Tensor
 from fedpeft.core import pairs
 from fedpeft.core.errors import ClientError, FedpeftError
 from fedpeft.core.exchange import ClientEnv, Exchange, Meter, Method, Record, Steps
-from fedpeft.core.fit import Data, Fit, Fitted
+from fedpeft.core.fit import SGD, Data, Fit, Fitted
 from fedpeft.core.model import Fisher, FisherProbe, Model, Perturbation, TokenNorm
 from fedpeft.core.rng import Rng
 from fedpeft.core.tree import Params
@@ -119,9 +119,18 @@ def run_jobs(jobs: Sequence[Job], model: Model) -> None:
 
 
 def charge(meter: Meter, model: Model, probe: FisherProbe) -> None:
-    """Count what a Fisher information costs: forward, and backward to the lowest factor."""
+    """Count what a Fisher information costs: a pass of training over the rows, back to the lowest factor."""
     lowest = model.lowest_block(pairs.factors(probe.params))
-    meter.train(*model.passes(probe.params, probe.data, probe.rows), lowest)
+    tokens, of_rows, products = model.cost(_pass(probe.params, probe.data, probe.rows, also=probe.also))
+    meter.train(tokens, of_rows, lowest)
+    meter.products += products
+
+
+def _pass(
+    params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None, also: tuple[Params, ...] = ()
+) -> Fit:
+    """One pass over the rows as training makes it, with the gradient of these names (None: all), to be counted."""
+    return Fit(params, data, [rows], SGD(0.0), train=None if names is None else frozenset(names), also=also)
 
 
 def reason(error: Exception) -> str:
@@ -147,7 +156,7 @@ class Metered:
 
     def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
         """See `Model.losses`."""
-        self._count(params, data, rows)
+        self._forward(params, data, rows, also)
         return self.inner.losses(params, data, rows, also)
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
@@ -164,12 +173,13 @@ class Metered:
         self, params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None
     ) -> Callable[[Params], dict[str, Tensor]]:
         """See `Model.hessian`; a product costs about what two gradients cost."""
-        tokens, pairs = self.inner.passes(params, data, rows)
         over = tuple(params if names is None else names)
+        tokens, of_rows, products = self.inner.cost(_pass(params, data, rows, over))
         multiply = self.inner.hessian(params, data, rows, over)
 
         def product(vector: Params) -> dict[str, Tensor]:
-            self._meter.train(2 * tokens, 2 * pairs, self.inner.lowest_block(over))
+            self._meter.train(2 * tokens, 2 * of_rows, self.inner.lowest_block(over))
+            self._meter.products += 2 * products
             return multiply(vector)
 
         return product
@@ -183,7 +193,7 @@ class Metered:
         also: tuple[Params, ...] = (),
     ) -> Fisher:
         """See `Model.fisher`."""
-        charge(self._meter, self.inner, FisherProbe(params, data, rows))
+        charge(self._meter, self.inner, FisherProbe(params, data, rows, also=also))
         return self.inner.fisher(params, data, rows, token_norm, also)
 
     def fisher_many(self, probes: Sequence[FisherProbe]) -> list[Fisher | Exception]:
@@ -196,11 +206,21 @@ class Metered:
         self, params: Params, data: Data, rows: Sequence[int], perturbation: Perturbation, size: float, rng: Rng
     ) -> tuple[Tensor, Tensor]:
         """See `Model.sensitivity`: forward, and backward through all blocks; forward once more."""
-        self._meter.train(*self.inner.passes(params, data, rows), 0)
-        self._count(params, data, rows)
+        tokens, of_rows, products = self.inner.cost(_pass(params, data, rows))
+        self._meter.train(tokens, of_rows, 0)
+        self._meter.products += products
+        self._forward(params, data, rows)
         return self.inner.sensitivity(params, data, rows, perturbation, size, rng)
 
+    def _forward(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> None:
+        """Count a pass forward over the rows as they are trained on: with their own label or answer, once each."""
+        tokens, of_rows, products = self.inner.cost(_pass(params, data, rows, (), also))
+        self._meter.forward_tokens += tokens
+        self._meter.forward_pairs += of_rows
+        self._meter.products += products
+
     def _count(self, params: Params | None, data: Data, rows: Sequence[int] | None) -> None:
+        """Count passes forward that predict."""
         tokens, pairs = self.inner.passes(params, data, rows)
         self._meter.forward_tokens += tokens
         self._meter.forward_pairs += pairs

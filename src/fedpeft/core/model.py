@@ -109,7 +109,11 @@ class Model(Protocol):
         ...
 
     def passes(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> tuple[int, int]:
-        """Tokens, and pairs of tokens that see each other, of forward passes over the rows: what they cost."""
+        """Tokens, and pairs of tokens that see each other, of forward passes that predict the rows: what they cost."""
+        ...
+
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        """Tokens and pairs of the passes of a Fit, and further multiply-adds, see `Fitted.products`."""
         ...
 
     def hidden(self, params: Params | None, data: Data, rows: Sequence[int]) -> Tensor:
