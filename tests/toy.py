@@ -231,7 +231,9 @@ class ToyModel:
         x = torch.from_numpy(data.x if rows is None else data.x[list(rows)])
         return x * 0 if params is None else x * self.point(params, x.shape[1])
 
-    def losses(self, params: Params, data: Points, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
+    def losses(
+        self, params: Params, data: Points, rows: Sequence[int], also: tuple[Params, ...] = (), base: str = ""
+    ) -> Tensor:
         w = sum(self.point(layer, data.x.shape[1]).double() for layer in (params, *also))
         return (0.5 * (w - torch.from_numpy(data.x[list(rows)])).square().sum(dim=1)).float()
 

@@ -54,7 +54,7 @@ class Counting:
         rows = [row for batch in fit.batches for row in batch]
         return *self.passes(fit.params, fit.data, rows), 100 if fit.trained else 10
 
-    def losses(self, params: Any, data: Examples, rows: Sequence[int], also: Any = ()) -> torch.Tensor:
+    def losses(self, params: Any, data: Examples, rows: Sequence[int], also: Any = (), base: str = "") -> torch.Tensor:
         return torch.zeros(len(rows))
 
     def hidden(self, params: Any, data: Examples, rows: Sequence[int]) -> torch.Tensor:

@@ -32,9 +32,11 @@ from fedpeft import methods
 from fedpeft.core import records
 from fedpeft.core.adapter import AdaLora, Bottleneck, HeadOnly, Lora
 from fedpeft.core.client import answer
+from fedpeft.core.errors import ConfigError
 from fedpeft.core.evaluate import Evaluate
 from fedpeft.core.exchange import Call, ClientEnv, Exchange, Method, Record, ServerEnv
 from fedpeft.core.federate import Done, Start, federate, schedule
+from fedpeft.core.fit import Fit
 from fedpeft.core.method import plain, rebuild
 from fedpeft.core.tree import block_of
 from fedpeft.engines.inprocess import InProcess
@@ -267,6 +269,38 @@ def test_who_plans_by_the_number_of_rounds_is_told_to_users(name: str) -> None:
         loop = federate(case.make(), case.engine(), model, rounds=rounds, seed=SEED)
         found.append([records.encode(done.state) for done in itertools.takewhile(lambda done: done.round <= 2, loop)])
     assert found[0] == found[1] or methods.load(name).plans_by_rounds
+
+
+@each
+def test_a_schedule_reaches_every_method_that_takes_one(name: str) -> None:
+    """In the first round a client of 12 rows trains on 3 of them, however the method makes its Fits."""
+    hints = typing.get_type_hints(methods.load(name))
+    case = Case(name, {field: value for field, value in SETTINGS.items() if field in hints})
+    pace = {"schedule": "random", "schedule_beta": 0.25, "schedule_alpha": 1.0}
+    try:
+        method = methods.build(name, {**case.values, **pace})
+    except ConfigError as error:
+        assert methods.load(name)().accepts_schedule("random") in str(error).replace("; leave method.schedule out", "")
+        return
+    fits: list[Fit] = []
+
+    class Watched(toy.ToyModel):
+        def fit_many(self, wanted: Any) -> Any:
+            fits.extend(wanted)
+            return super().fit_many(wanted)
+
+    model = Watched(**case.model)
+    points = [toy.points(*np.random.default_rng(i).standard_normal((12, MODEL["width"]))) for i in range(4)]
+    data = {f"c{i}": {"train": own} for i, own in enumerate(points)}
+    engine = InProcess(lambda: method, model, data, SEED)
+    setups = len(method.setup())
+    for done in federate(method, engine, model, rounds=1, seed=SEED):
+        if done.number <= setups:
+            fits.clear()
+    for own in points:
+        used = {row for fit in fits if fit.data is own for batch in fit.batches for row in batch}
+        assert len(used) <= 3
+    assert any(fit.data is own for fit in fits for own in points)
 
 
 @every

@@ -16,7 +16,7 @@ from fedpeft.core.adapter import Lora, Prefix
 from fedpeft.core.errors import FitError
 from fedpeft.core.examples import Examples
 from fedpeft.core.fit import SGD, Fit
-from fedpeft.core.model import FisherProbe
+from fedpeft.core.model import Fisher, FisherProbe
 from fedpeft.core.tree import Params
 from fedpeft.models import fisher as module
 from fedpeft.models.hf import HFModel
@@ -24,10 +24,10 @@ from fedpeft.models.readouts.cloze import ClozeReadout
 from fedpeft.models.readouts.verbalizer import VerbalizerReadout
 
 
-def gradients(model: HFModel, params: Params, data: Examples, row: int) -> dict[str, Tensor]:
+def gradients(model: HFModel, params: Params, data: Examples, row: int, base: str = "") -> dict[str, Tensor]:
     """Of one row's own loss with respect to the factors, by one step of SGD at rate 1."""
     names = frozenset(name for name in params if name.endswith((".A", ".B")))
-    fitted = model.fit(Fit(params, data, [[row]], SGD(1.0), train=names))
+    fitted = model.fit(Fit(params, data, [[row]], SGD(1.0), train=names, base=base))
     return {name: params[name] - fitted.params[name] for name in sorted(names)}
 
 
@@ -42,7 +42,7 @@ def expected(model: HFModel, params: Params, data: Examples, rows: list[int], we
     return torch.tensor(traces), sums
 
 
-def assert_same(got: Any, wanted: Any, rtol: float = 1e-5) -> None:
+def assert_same(got: Any, wanted: Any, rtol: float = 1e-6) -> None:
     torch.testing.assert_close(got.trace.double(), wanted[0].double(), rtol=rtol, atol=0)
     assert got.rows.keys() == wanted[1].keys()
     for name, t in wanted[1].items():
@@ -220,3 +220,20 @@ def test_what_acts_beside_the_params_is_in_it() -> None:
         losses = model.losses(params, data, range(6), also)
         torch.testing.assert_close(losses, model.losses({**params, **delta}, data, range(6)))
     assert not torch.allclose(whole.trace, model.fisher(params, data, range(6)).trace)
+
+
+@pytest.mark.parametrize("base", ["int8", "blocks:1,2"])
+def test_it_is_that_of_the_base_that_trains(base: str) -> None:
+    """A client that holds a quantised base, or some of the blocks, ranks its rows by these, whatever others do."""
+    model = tiny.model("gpt2", Lora(rank=2, alpha=3.0, targets=("query", "down"), blocks=(1, 2)), dtype="float32")
+    params, data = tiny.params(model, tiny.place()), tiny.examples(tiny.place(1), 4)
+    whole, own = model.fisher_many([FisherProbe(params, data, range(4), base=name) for name in ("", base)])
+    assert isinstance(whole, Fisher) and isinstance(own, Fisher)
+    wanted = [
+        sum(float(g.square().sum()) for g in gradients(model, params, data, row, base).values()) for row in range(4)
+    ]
+    torch.testing.assert_close(own.trace, torch.tensor(wanted), rtol=1e-4, atol=0)
+    assert not torch.allclose(own.trace, whole.trace, rtol=1e-3)
+    losses = [model.fit(Fit(params, data, [[row]], SGD(0.0), base=base)).loss for row in range(4)]
+    torch.testing.assert_close(model.losses(params, data, range(4), base=base), torch.tensor(losses))
+    assert not torch.allclose(model.losses(params, data, range(4)), torch.tensor(losses), rtol=1e-3)

@@ -121,16 +121,22 @@ def run_jobs(jobs: Sequence[Job], model: Model) -> None:
 def charge(meter: Meter, model: Model, probe: FisherProbe) -> None:
     """Count what a Fisher information costs: a pass of training over the rows, back to the lowest factor."""
     lowest = model.lowest_block(pairs.factors(probe.params))
-    tokens, of_rows, products = model.cost(_pass(probe.params, probe.data, probe.rows, also=probe.also))
+    tokens, of_rows, products = model.cost(_pass(probe.params, probe.data, probe.rows, None, probe.also, probe.base))
     meter.train(tokens, of_rows, lowest)
     meter.products += products
 
 
 def _pass(
-    params: Params, data: Data, rows: Sequence[int], names: Iterable[str] | None = None, also: tuple[Params, ...] = ()
+    params: Params,
+    data: Data,
+    rows: Sequence[int],
+    names: Iterable[str] | None = None,
+    also: tuple[Params, ...] = (),
+    base: str = "",
 ) -> Fit:
     """One pass over the rows as training makes it, with the gradient of these names (None: all), to be counted."""
-    return Fit(params, data, [rows], SGD(0.0), train=None if names is None else frozenset(names), also=also)
+    train = None if names is None else frozenset(names)
+    return Fit(params, data, [rows], SGD(0.0), train=train, also=also, base=base)
 
 
 def reason(error: Exception) -> str:
@@ -154,10 +160,12 @@ class Metered:
         self._count(params, data, rows)
         return self.inner.logits(params, data, rows)
 
-    def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
+    def losses(
+        self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = (), base: str = ""
+    ) -> Tensor:
         """See `Model.losses`."""
-        self._forward(params, data, rows, also)
-        return self.inner.losses(params, data, rows, also)
+        self._forward(params, data, rows, also, base)
+        return self.inner.losses(params, data, rows, also, base)
 
     def score(self, params: Params, data: Data) -> dict[str, Tensor]:
         """See `Model.score`."""
@@ -212,9 +220,11 @@ class Metered:
         self._forward(params, data, rows)
         return self.inner.sensitivity(params, data, rows, perturbation, size, rng)
 
-    def _forward(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> None:
+    def _forward(
+        self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = (), base: str = ""
+    ) -> None:
         """Count a pass forward over the rows as they are trained on: with their own label or answer, once each."""
-        tokens, of_rows, products = self.inner.cost(_pass(params, data, rows, (), also))
+        tokens, of_rows, products = self.inner.cost(_pass(params, data, rows, (), also, base))
         self._meter.forward_tokens += tokens
         self._meter.forward_pairs += of_rows
         self._meter.products += products

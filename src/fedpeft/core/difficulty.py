@@ -13,7 +13,12 @@ Difficulty: TypeAlias = Literal["fisher", "loss", "length", "random", "reverse"]
 
 
 def difficulties(
-    kind: Difficulty, params: Params, env: ClientEnv, token_norm: TokenNorm = "sqrt", also: tuple[Params, ...] = ()
+    kind: Difficulty,
+    params: Params,
+    env: ClientEnv,
+    token_norm: TokenNorm = "sqrt",
+    also: tuple[Params, ...] = (),
+    base: str = "",
 ) -> Generator[FisherProbe, Fisher, list[float]]:
     """Of every example of a client: the trace of its Fisher information at the params, or a control.
 
@@ -21,6 +26,7 @@ def difficulties(
 
     Args:
         also: further adapters or base deltas that act beside the params, as in a Fit.
+        base: the base's precision, or its blocks, as in a Fit.
     """
     rows = range(len(env.data))
     if kind == "length":
@@ -28,7 +34,7 @@ def difficulties(
     if kind == "random":
         return [float(u) for u in env.rng("order").random(len(rows))]
     if kind == "loss":
-        return [float(loss) for loss in env.model.losses(params, env.data, rows, also)]
+        return [float(loss) for loss in env.model.losses(params, env.data, rows, also, base)]
     sign = -1.0 if kind == "reverse" else 1.0
-    fisher = yield FisherProbe(params, env.data, rows, token_norm, also)
+    fisher = yield FisherProbe(params, env.data, rows, token_norm, also, base)
     return [sign * float(f) for f in fisher.trace]

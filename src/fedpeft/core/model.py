@@ -75,8 +75,10 @@ class Model(Protocol):
         """Predictions before the softmax, (rows, classes), without gradient; params None: the base alone."""
         ...
 
-    def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
-        """(rows,) the loss of each row's own label, without gradient and dropout; `also` as in a Fit."""
+    def losses(
+        self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = (), base: str = ""
+    ) -> Tensor:
+        """(rows,) the loss of each row's own label, without gradient and dropout; `also` and `base` as in a Fit."""
         ...
 
     def token_logits(self, params: Params | None, data: Data, rows: Sequence[int] | None = None) -> Tensor:
@@ -172,6 +174,7 @@ class FisherProbe:
     rows: Sequence[int]
     token_norm: TokenNorm = "sqrt"
     also: tuple[Params, ...] = ()
+    base: str = ""  # as in a Fit
 
 
 @dataclass(frozen=True)

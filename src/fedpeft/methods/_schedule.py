@@ -161,5 +161,5 @@ def _ranked(
     steps.close()
     if method.schedule_beta == 1:
         return torch.arange(len(env.data))
-    difficulty = yield from difficulties(RANKED[method.schedule], fit.params, env, also=fit.also)
+    difficulty = yield from difficulties(RANKED[method.schedule], fit.params, env, also=fit.also, base=fit.base)
     return torch.tensor(curriculum.easy_first(difficulty), dtype=torch.int64)

@@ -42,7 +42,7 @@ def fisher_many(model: HFModel, probes: Sequence[FisherProbe]) -> list[Fisher | 
     results: dict[int, Fisher | Exception] = {}
     groups: dict[object, list[int]] = {}
     for i, probe in enumerate(probes):
-        fit = Fit(probe.params, probe.data, [list(probe.rows)], SGD(0.0), also=probe.also)
+        fit = Fit(probe.params, probe.data, [list(probe.rows)], SGD(0.0), also=probe.also, base=probe.base)
         try:
             check_fit(fit)
             model.check(fit)
@@ -52,7 +52,7 @@ def fisher_many(model: HFModel, probes: Sequence[FisherProbe]) -> list[Fisher | 
         except Exception as error:
             results[i] = error
         else:
-            groups.setdefault(frozenset(t.dtype for t in probe.params.values()), []).append(i)
+            groups.setdefault((probe.base, frozenset(t.dtype for t in probe.params.values())), []).append(i)
     for members in groups.values():
         results.update(zip(members, _together(model, [probes[i] for i in members]), strict=True))
     return [results[i] for i in range(len(probes))]
@@ -82,11 +82,12 @@ def _passes(model: HFModel, probes: Sequence[FisherProbe]) -> Iterator[Fisher]:
     sums = {name: torch.zeros(len(probes), stack.params[name].shape[1]) for name in names}
     most = max(1, MOST_NUMBERS // sum(stack.params[name][0].numel() for name in names))
     taps = _Taps(model.scale, {name: stack.params[name].float() for name in names})
-    with taps.on(model.base, slots):
+    base = model.base.at(probes[0].base)
+    with taps.on(base, slots):
         for whole in model.parts(items):
             for part in (whole[i : i + most] for i in range(0, len(whole), most)):
                 own = [items[i] for i in part]
-                with model.seen(model.base, stack, own, 0) as seen:
+                with model.seen(base, stack, own, 0) as seen:
                     taps.begin(seen.rows)
                     losses = model.readout.losses(seen)
                     weights = [

@@ -338,16 +338,21 @@ class HFModel:
                 found[torch.from_numpy(part)] = logits
         return torch.empty(0, self.classes) if found is None else found.view(len(index), -1)
 
-    def losses(self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = ()) -> Tensor:
+    def losses(
+        self, params: Params, data: Data, rows: Sequence[int], also: tuple[Params, ...] = (), base: str = ""
+    ) -> Tensor:
         """(rows,) the loss of each row's own label or answer, without gradient and dropout, on the CPU."""
-        return self.item_losses(params, [self.readout.training(0, cast(Examples, data), row) for row in rows], also)
+        items = [self.readout.training(0, cast(Examples, data), row) for row in rows]
+        return self.item_losses(params, items, also, base)
 
-    def item_losses(self, params: Params, items: Sequence[Item], also: tuple[Params, ...] = ()) -> Tensor:
+    def item_losses(
+        self, params: Params, items: Sequence[Item], also: tuple[Params, ...] = (), base: str = ""
+    ) -> Tensor:
         """(items,) the loss of each, without gradient and dropout, on the CPU."""
         stack, found = stack_params([params], self.device, [also]), torch.zeros(len(items))
         with torch.no_grad():
             for part in self.parts(items):
-                with self.seen(self.base, stack, [items[i] for i in part], 0) as seen:
+                with self.seen(self.base.at(base), stack, [items[i] for i in part], 0) as seen:
                     found[torch.from_numpy(part)] = self.readout.losses(seen).float().cpu()
         return found
 
