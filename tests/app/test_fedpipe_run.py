@@ -54,7 +54,7 @@ def test_unequal_machines_train_a_model_that_merges_without_a_trace(
     assert told["plans"]["000"]["bits"] == "int8" and told["plans"]["002"]["bits"] == "full"
     assert "could not join" in (done.folder / "report.html").read_text().lower()
     exchanges = [json.loads(line) for line in (done.folder / "exchanges.jsonl").read_text().splitlines()]
-    assert {e["exchange"] for e in exchanges if e["client"] == "005"} == {"profile"}
+    assert {e["exchange"] for e in exchanges if e["client"] == "005"} == {"profile", "join"}
     folder = app.export(done.folder, tmp_path / "merged", merge=True)
     model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
     plain = transformers.AutoModel.from_pretrained(place / "tiny", add_pooling_layer=False)

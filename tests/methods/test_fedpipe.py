@@ -167,6 +167,35 @@ def test_a_machine_that_changes_gets_another_plan() -> None:
             assert step.state.roster.plans["c1"] == before["c1"]
 
 
+def test_a_machine_that_was_left_out_is_asked_again_and_comes_back_when_it_has_room() -> None:
+    own = method()
+    transport = engine(own, {"c1": TINY})
+    loop = federate(own, transport, toy.ToyModel(**MODEL), rounds=3, seed=3)  # type: ignore[arg-type]
+    plans = {}
+    for step in loop:
+        if step.exchange == "join" and step.round == 1:
+            assert step.cohort == ("c1",) and set(step.state.roster.excluded) == {"c1"}
+            plans = dict(step.state.roster.plans)
+        elif step.exchange == "train" and step.round == 1:
+            transport.resources = {"c1": FAST}
+        elif step.exchange == "train":
+            assert "c1" in step.cohort and not step.state.roster.excluded
+            assert {c: step.state.roster.plans[c] for c in plans} == plans, "the others' plans stand"
+    assert step.round == 3
+
+
+def test_a_machine_that_ran_out_of_memory_too_often_comes_back_as_another_one() -> None:
+    own = method()
+    roster = [step.state.roster for step in run(own, engine(own, {}), rounds=1)][-1]
+    for _ in range(3):
+        roster = roster.adjusted({}, ["c0"], own.demands)
+    assert "c0" in roster.excluded
+    same = roster.machines["c0"]
+    assert not roster.news({"c0": same}) and roster.met({"c0": same}).failures == {"c0": 3}
+    other = roster.met({"c0": dataclasses.replace(same, profile=FAST)})
+    assert not other.failures and "c0" in other.planned(own.demands, ("c0",)).plans
+
+
 def test_memory_that_runs_out_shrinks_the_plan_and_the_third_time_leaves_the_machine_out() -> None:
     own = method(batches=(2,), checkpointing="off", depths=(0.0,), bits="full")
     transport = engine(own, {})
@@ -249,6 +278,37 @@ def test_who_has_no_time_for_a_warm_up_is_planned_for_with_the_others_scores() -
     measured = next(step for step in done if step.exchange == "importance")
     assert set(measured.cohort) == {"c0", "c2"}
     assert set(measured.state.roster.plans) == set(machines) and not measured.state.warning
+
+
+@pytest.mark.parametrize("short", [("c0",), ("c0", "c1", "c2", "c3")])
+def test_a_warm_up_that_runs_out_of_memory_leaves_the_scores_to_others(short: tuple[str, ...]) -> None:
+    own = method()
+    transport = engine(own, {})
+    model = transport.model
+    whole = model.fit_many
+    hurt = [transport.data[c]["train"] for c in short]
+    lost = ClientError("local training failed: MemoryError")
+    lost.__cause__ = MemoryError("no room")
+
+    def short_of_memory(wanted: list[Fit]) -> list[Fitted | Exception]:
+        """The warm-up, whose triplets have an E, does not fit."""
+        heavy = [any(f.data is own for own in hurt) and any(n.endswith(".E") for n in f.params) for f in wanted]
+        return [lost if bad else got for bad, got in zip(heavy, whole(wanted), strict=True)]
+
+    model.fit_many = short_of_memory  # type: ignore[method-assign, assignment]
+    done = run(own, transport, rounds=1)
+    measured = next(step for step in done if step.exchange == "importance")
+    assert set(measured.answered) == {"c0", "c1", "c2", "c3"}
+    assert ("all count the same" in measured.state.warning) == (len(short) == 4)
+    assert set(done[-1].state.roster.plans) == {"c0", "c1", "c2", "c3"}
+
+
+def test_one_answer_is_enough_for_the_importance() -> None:
+    own = method()
+    transport = engine(own, {})
+    transport.fault = lambda client, call: "away" if call.exchange.name == "importance" and client != "c2" else None
+    measured = next(step for step in run(own, transport, rounds=1) if step.exchange == "importance")
+    assert measured.answered == ("c2",) and not measured.state.warning and len(measured.receipts) == 4
 
 
 def test_where_nobody_can_measure_importance_all_weights_count_the_same_and_that_is_said() -> None:

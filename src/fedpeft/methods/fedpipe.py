@@ -55,6 +55,7 @@ from fedpeft.planner.prices import Costs
 from fedpeft.planner.roster import Demands, Report, Roster, check_report
 from fedpeft.planner.warmup import WarmUp, warm_up_room
 
+ANYBODY = 1e-9  # quorum of who measures importance: one answer is enough, who gives none has the others' scores
 Aggregation = Literal["svd_product", "factor_partial", "zero_pad", "stack_exact"]
 
 
@@ -251,15 +252,15 @@ class FedPipe(Defaults):
         return (profile, self.importance("importance", self.able)) if self.measures else (profile,)
 
     def round(self) -> tuple[Exchange, ...]:
-        """One round: who is new tells what it is, importance again where that is due, training."""
-        join = Exchange("join", Ask, Report, self.unknown, self.ask, self.report, self.meet, sound, quorum=0.0)
+        """One round: who has no plan tells what it is, importance again where that is due, training."""
+        join = Exchange("join", Ask, Report, self.planless, self.ask, self.report, self.meet, sound, quorum=0.0)
         train = Exchange("train", Broadcast, Trained, self.pick, self.send, self.train, self.average, fits)
         again = (self.importance("refresh", self.due),) if self.measures and self.refresh_every else ()
         return (join, *again, train)
 
     def importance(self, name: str, who: Pick[State]) -> Exchange:
         """The warm-up."""
-        return Exchange(name, Warmup, Scores, who, self.ask_scores, self.warm_up, self.weigh, scored)
+        return Exchange(name, Warmup, Scores, who, self.ask_scores, self.warm_up, self.weigh, scored, quorum=ANYBODY)
 
     # --- who -----------------------------------------------------------------------------------------------------
 
@@ -267,9 +268,9 @@ class FedPipe(Defaults):
         """Everybody known who has room and time for the warm-up."""
         return [c for c in clients if c in state.roster.machines and self.room(state, c)]
 
-    def unknown(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
-        """Everybody who has not."""
-        return [c for c in clients if c not in state.roster.machines]
+    def planless(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
+        """Everybody who never told what it is, or had no room or time: its machine may be another one by now."""
+        return [c for c in clients if c not in state.roster.plans]
 
     def due(self, state: State, clients: Sequence[ClientId], rng: Rng) -> list[ClientId]:
         """All of these, every so many rounds."""
@@ -300,9 +301,12 @@ class FedPipe(Defaults):
 
     def meet(self, state: State, ups: Mapping[ClientId, Report], env: ServerEnv) -> State:
         """Remember them, and plan as soon as there are scores; who comes late is planned for by itself."""
-        roster = state.roster.met(ups)
+        news = state.roster.news(ups)
+        if state.roster.decided and not news:
+            return state
+        roster = state.roster.met(news)
         if roster.decided:
-            return replace(state, roster=roster.planned(self.demands, tuple(ups)))
+            return replace(state, roster=roster.planned(self.demands, tuple(news)))
         if not self.measures:
             return self.with_scores(replace(state, roster=roster), self.given_scores(state, env))
         met = replace(state, roster=roster)
@@ -343,8 +347,13 @@ class FedPipe(Defaults):
     def warm_up(self, down: Warmup, memory: Memory, env: ClientEnv) -> Generator[Fit, Fitted, tuple[Scores, Memory]]:
         """Score the candidates, group by group; nothing of what was trained for it is kept."""
         stems, found = pairs.stems(env.initial()), dict[str, float]()
-        for first in range(down.how.groups if len(env.data) else 0):
-            found |= yield from self.measured(stems[first :: down.how.groups], down, env)
+        try:
+            for first in range(down.how.groups if len(env.data) else 0):
+                found |= yield from self.measured(stems[first :: down.how.groups], down, env)
+        except ClientError as error:  # the others' scores hold for it too
+            if not out_of_memory(error):
+                raise
+            found.clear()
         scores, total = torch.tensor([found.get(stem, 0.0) for stem in stems], dtype=torch.float64), sum(found.values())
         seen = torch.full((len(stems),), total > 0)
         return Scores((scores / (total or 1.0)).float(), seen, len(env.data)), memory

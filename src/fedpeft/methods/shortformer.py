@@ -11,9 +11,9 @@ Paper to code
 | stages are halves of the training | `train` |
 | aggregation | `average`, weighted by examples |
 
-Departures: the paper is not federated; stages follow the federation's rounds, and the full length is that of the
-client's longest row. Its change of the attention, which is about language modelling, is left out. A mask that stands
-for the label is never cut, and a row's last token stays.
+Departures: the paper is not federated; stages follow the federation's rounds, the full length is that of the client's
+longest row, and a quarter of it at least 8 tokens. Its change of the attention, which is about language modelling, is
+left out. A mask that stands for the label is never cut, and a row's last token stays.
 
 Traffic per client and round: down = params; up = params
 """

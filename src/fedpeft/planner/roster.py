@@ -68,9 +68,15 @@ class Roster:
         own = self.machines[client].profile
         return replace(own, peak_ratio=own.peak_ratio * MORE_MEMORY ** self.failures.get(client, 0))
 
+    def news(self, reports: Mapping[ClientId, Report]) -> dict[ClientId, Report]:
+        """Those of machines that are new or not what they were."""
+        return {client: report for client, report in reports.items() if self.machines.get(client) != report}
+
     def met(self, reports: Mapping[ClientId, Report]) -> Roster:
-        """With these machines, new or told anew."""
-        return replace(self, machines={**self.machines, **reports})
+        """With these machines; one that is not what it was has not failed yet."""
+        known = self.news(reports)
+        failures = {client: n for client, n in self.failures.items() if client not in known}
+        return replace(self, machines={**self.machines, **reports}, failures=failures)
 
     def adjusted(self, profiles: Mapping[ClientId, Profile], failed: Sequence[ClientId], demands: Demands) -> Roster:
         """Plans again for those whose machine is another one now, or ran out of memory."""
