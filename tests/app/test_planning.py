@@ -236,7 +236,10 @@ class Sink(http.server.BaseHTTPRequestHandler):
         self._answer(b"ok")
 
     def do_GET(self) -> None:
-        self._answer(b"x" * 10_000)
+        self._answer(b"x" * (100_000 if self.path == "/" else 9))
+
+    def do_HEAD(self) -> None:
+        self.send_error(405)
 
     def _answer(self, body: bytes) -> None:
         self.send_response(200)
@@ -273,7 +276,8 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     own = told["profile"]
     assert own.flops_per_s > 1e6 and own.memory_bytes > 1e8 and own.formats == ("full", "int8", "nf4", "nf4dq")
     assert own.dequant_bytes_per_s == pytest.approx(2e9)
-    assert told["bandwidth_measured"] and own.up_bytes_per_s > 1e3 and not told["peak_ratio_measured"]
+    assert told["bandwidth_measured"] == {"up": True, "down": True} and own.latency_s > 0
+    assert own.up_bytes_per_s > 1e3 and not told["peak_ratio_measured"]
     file = tmp_path / "device.toml"
     file.write_text(as_device(own, 9))
     machines = load_machines(file)
@@ -288,6 +292,29 @@ def test_memory_is_the_lesser_of_what_is_free_and_what_a_container_may_use(tmp_p
     (tmp_path / "memory.max").write_text("max\n")
     assert profiling._cgroup_free(tmp_path) is None and profiling._cgroup_free(tmp_path / "none") is None
     assert profiling.free_memory(torch.device("cpu"))[0] > 0
+
+
+def test_a_bandwidth_is_what_is_left_without_the_latency(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer without content takes .5 s, the message 1 s, the content .75 s."""
+    seconds = {"HEAD": 0.5, "POST": 1.0, "GET": 0.75}
+    real = profiling._exchange
+    monkeypatch.setattr(
+        profiling, "_exchange", lambda url, method, body=None: (seconds[method], *real(url, method, body)[1:])
+    )
+    link = profiling.bandwidth(address)
+    assert (link.up, link.down, link.latency_s) == (2 * 2**20, 400_000, 0.5)
+
+
+def test_what_a_server_does_not_tell_stays_unknown(address: str) -> None:
+    short = profiling.bandwidth(f"{address}short")
+    assert short.up > 0 and short.down == 0 and short.latency_s > 0
+    assert "# bandwidth down unknown: 50 Mbit/s are assumed" in as_device(
+        dataclasses.replace(DEFAULT, up_bytes_per_s=5e5), 9
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sink, "do_POST", lambda self: self.send_error(405))
+        refused = profiling.bandwidth(address)
+    assert refused.up == 0 and refused.down > 0
 
 
 def test_addresses_that_do_not_answer_are_told() -> None:

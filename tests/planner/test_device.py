@@ -161,7 +161,7 @@ def test_a_measured_file_gets_into_a_run_by_a_table_of_clients(tmp_path):
     assert load_machines(path) == {"mine": (mine, 9)}
     assert set(load_devices(path, CLIENTS).values()) == {mine}
     known = as_device(Profile("known", up_bytes_per_s=1e6))
-    assert "bandwidth" not in known and "# tflops" not in known
+    assert "# bandwidth down unknown: 50 Mbit/s are assumed" in known and "# tflops" not in known
 
 
 def test_lost_follows_the_availability_and_the_place():

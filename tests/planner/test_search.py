@@ -337,6 +337,18 @@ def test_one_configuration_for_all_is_what_the_weakest_can_do() -> None:
     assert b.predicted.peak_bytes <= 120_000_000 * 0.9
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1.34])
+def test_the_memory_that_is_said_to_be_missing_lets_a_machine_in(ratio: float) -> None:
+    job = job_of(BERT, classes=4)
+    small = dataclasses.replace(MACHINE, memory_bytes=20_000_000, peak_ratio=ratio, context_bytes=1_000_000)
+    no = search(job, small, 50, 600.0)
+    assert isinstance(no, Excluded)
+    missing = Costs(job, small, 50).missing(no)
+    for more, enters in ((missing * 0.99, False), (missing * 1.001 + 1, True)):
+        larger = dataclasses.replace(small, memory_bytes=math.ceil(small.memory_bytes + more))
+        assert isinstance(search(job, larger, 50, 600.0), Plan) == enters
+
+
 def test_scores_are_means_over_those_who_have_seen_a_weight() -> None:
     told = scores_of(
         [

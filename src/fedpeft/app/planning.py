@@ -171,7 +171,10 @@ def _told(
             name: as_plain(p, fleet.examples[name], job.weights) | {"usable_bytes": room[name]}
             for name, p in fleet.plans.items()
         },
-        "excluded": {name: vars(no) | {"usable_bytes": usable[name]} for name, no in fleet.excluded.items()},
+        "excluded": {
+            name: vars(no) | {"usable_bytes": usable[name], "missing_bytes": Costs(job, *machines[name]).missing(no)}
+            for name, no in fleet.excluded.items()
+        },
         "untrained": [w.name for w in job.weights if w.name not in trained],
         "uncalibrated": {
             "memory": [name for name, (profile, _) in machines.items() if profile.peak_ratio == 1],

@@ -47,6 +47,7 @@ ROWS, TOKENS, CLASSES, RANK = 8, 64, 4, 8
 REPEATS = 5
 PROBE_BYTES = 16 * 2**20  # written to disk
 MESSAGE_BYTES = 2**20  # sent to the given address: about one adapter
+CONTENT_BYTES = 2**16  # an answer with less says nothing about bandwidth
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def profile(
     ratio = _peak_ratio(trained, predicted, where)
     took = step_seconds(trained)
     free, context = free_memory(where)
-    up, down = (0.0, 0.0) if address is None else bandwidth(address)
+    link = Link(0.0, 0.0, 0.0) if address is None else bandwidth(address)
     found = Profile(
         name=name,
         flops_per_s=speed.flops_per_s,
@@ -95,8 +96,9 @@ def profile(
         step_overhead_s=speed.overhead_s,
         context_bytes=context,
         peak_ratio=ratio or 1.0,
-        up_bytes_per_s=up or DEFAULT.up_bytes_per_s,
-        down_bytes_per_s=down or DEFAULT.down_bytes_per_s,
+        up_bytes_per_s=link.up or DEFAULT.up_bytes_per_s,
+        down_bytes_per_s=link.down or DEFAULT.down_bytes_per_s,
+        latency_s=link.latency_s or DEFAULT.latency_s,
         dequant_bytes_per_s=unpacking_speed(took, shape_of(trained.config)),
         formats=tuple(took),
     )
@@ -108,7 +110,7 @@ def profile(
         "model": model or "a small built-in shape: indicative",
         "time_error": speed.error,
         "peak_ratio_measured": ratio is not None,
-        "bandwidth_measured": address is not None,
+        "bandwidth_measured": {"up": link.up > 0, "down": link.down > 0},
         "disk_bytes_per_s": written,
         "disk_free_bytes": room,
     }
@@ -277,28 +279,50 @@ def disk(folder: Path | None = None) -> tuple[float, int]:
     return PROBE_BYTES / max(seconds, 1e-9), shutil.disk_usage(place).free
 
 
-def bandwidth(address: str) -> tuple[float, float]:
-    """Bytes per second up and down: one message is sent by POST, and the answer to a GET is read.
+@dataclass(frozen=True)
+class Link:
+    """A way to a server: bytes per second up and down, 0 where that is not known, and seconds that any answer takes."""
+
+    up: float
+    down: float
+    latency_s: float
+
+
+def bandwidth(address: str) -> Link:
+    """What lies between here and an address, beyond the time that an answer without content takes.
+
+    Up is a message sent by POST, where the server takes it; down the content of the address, where that is large enough
+    to tell (`CONTENT_BYTES`).
 
     Raises:
         RequestError: the address does not answer.
     """
-    from urllib.error import URLError
-    from urllib.request import Request, urlopen
-
     if not address.startswith(("http://", "https://")):
         raise RequestError(f"--server is {address!r}; give a URL that begins with http:// or https://")
+    latency = statistics.median(_exchange(address, "HEAD")[0] for _ in range(3))
     try:
-        start = time.perf_counter()
-        with urlopen(Request(address, data=b"\0" * MESSAGE_BYTES, method="POST"), timeout=60) as answer:
-            answer.read()
-        sent = time.perf_counter() - start
-        start = time.perf_counter()
-        with urlopen(address, timeout=60) as answer:
+        sent, taken, _ = _exchange(address, "POST", b"\0" * MESSAGE_BYTES)
+    except RequestError:  # it answered before: it hangs up on who sends it something
+        sent, taken = 0.0, False
+    got, given, count = _exchange(address, "GET")
+    up = MESSAGE_BYTES / max(sent - latency, 1e-9) if taken else 0.0
+    return Link(up, count / max(got - latency, 1e-9) if given and count >= CONTENT_BYTES else 0.0, latency)
+
+
+def _exchange(address: str, method: str, body: bytes | None = None) -> tuple[float, bool, int]:
+    """Seconds of a request, whether the server did as asked, and bytes of its answer."""
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    start = time.perf_counter()
+    try:
+        with urlopen(Request(address, data=body, method=method), timeout=60) as answer:
             count = len(answer.read())
-        got = time.perf_counter() - start
-    except (URLError, OSError, ValueError) as error:
+    except HTTPError as error:
+        with error:
+            return time.perf_counter() - start, False, len(error.read())
+    except (OSError, ValueError) as error:  # URLError is an OSError
         raise RequestError(
             f"--server {address} does not answer: {error}. Leave it out, or give another URL."
         ) from error
-    return MESSAGE_BYTES / max(sent, 1e-9), max(count, 1) / max(got, 1e-9)
+    return time.perf_counter() - start, True, count

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from fedpeft.cli.render import as_json, text_table
+from fedpeft.planner.device import Profile
 from fedpeft.planner.plan import spans
 from fedpeft.runs.units import bytes_text, count_text, flops_text, seconds_text, share_text
 
@@ -55,8 +56,7 @@ def _plans(told: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"{name} cannot join: {no['reason']}"
         if no["least_bytes"] > no["usable_bytes"]:
-            missing = no["least_bytes"] - no["usable_bytes"]
-            yield f"  {bytes_text(round(missing))} more of usable memory would let it"
+            yield f"  {bytes_text(round(no['missing_bytes']))} more of memory would let it"
     yield ""
     yield from _together(told)
 
@@ -129,13 +129,18 @@ def print_profile(told: Mapping[str, Any], table: str, out: Path | None, json: b
         + (f"{p.peak_ratio:.3f} of the predicted" if told["peak_ratio_measured"] else "not measured here"),
         f"formats: {', '.join(p.formats)}",
         f"disk: {bytes_text(round(told['disk_bytes_per_s']))} per second, {bytes_text(told['disk_free_bytes'])} free",
-        "bandwidth: "
-        + (
-            f"{bytes_text(round(p.up_bytes_per_s))} per second up, {bytes_text(round(p.down_bytes_per_s))} down"
-            if told["bandwidth_measured"]
-            else "unknown; give --server URL"
-        ),
+        "bandwidth: " + _bandwidth(p, told["bandwidth_measured"]),
         "",
         table.rstrip() if out is None else f"written to {out}",
     ]
     typer.echo("\n".join(lines))
+
+
+def _bandwidth(profile: Profile, measured: Mapping[str, bool]) -> str:
+    """What was measured of the way to the server."""
+    if not any(measured.values()):
+        return "unknown; give --server URL, of a file of 64 KiB or more that also takes a POST"
+    up, down = (f"{bytes_text(round(n))} per second" for n in (profile.up_bytes_per_s, profile.down_bytes_per_s))
+    told = [f"{up} up" if measured["up"] else "up unknown, since the server takes no POST"]
+    told.append(f"{down} down" if measured["down"] else "down unknown, since its answer has less than 64 KiB")
+    return f"{', '.join(told)}; latency {seconds_text(profile.latency_s)}"

@@ -301,9 +301,13 @@ def as_device(profile: Profile, examples: int | None = None) -> str:
     lines = ["[[device]]", f'name = "{profile.name}"']
     if profile.flops_per_s != DEFAULT.flops_per_s:
         lines.append("# tflops are of the shape that was measured: without --model a small one, which is indicative")
-    if (profile.up_bytes_per_s, profile.down_bytes_per_s) == (DEFAULT.up_bytes_per_s, DEFAULT.down_bytes_per_s):
-        up, down = (8e-6 * own for own in (DEFAULT.up_bytes_per_s, DEFAULT.down_bytes_per_s))
-        lines.append(f"# bandwidth unknown: {up:g} Mbit/s up, {down:g} down are assumed")
+    ways = {"up": "up_bytes_per_s", "down": "down_bytes_per_s"}
+    usual = {way: f"{8e-6 * getattr(DEFAULT, key):g}" for way, key in ways.items()}
+    assumed = [way for way, key in ways.items() if getattr(profile, key) == getattr(DEFAULT, key)]
+    if len(assumed) == 2:
+        lines.append(f"# bandwidth unknown: {usual['up']} Mbit/s up, {usual['down']} down are assumed")
+    elif assumed:
+        lines.append(f"# bandwidth {assumed[0]} unknown: {usual[assumed[0]]} Mbit/s are assumed")
     for key, (own, unit) in DEVICE_KEYS.items():
         if getattr(profile, own) != getattr(DEFAULT, own):
             lines.append(f"{key} = {getattr(profile, own) / unit:.6g}")

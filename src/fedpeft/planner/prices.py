@@ -14,7 +14,7 @@ from fedpeft.planner.activations import DTYPE_BYTES
 from fedpeft.planner.cost import Shape, Step, step_flops
 from fedpeft.planner.device import FORMATS, Profile
 from fedpeft.planner.memory import WEIGHT_ERROR, parameters, peak_memory
-from fedpeft.planner.plan import Job
+from fedpeft.planner.plan import Excluded, Job
 
 BYTES_PER_NUMBER = 4  # float32 on the wire
 UNPACKED_BYTES = 4  # of a weight of a quantised base, float32 whatever the products compute in
@@ -59,6 +59,11 @@ class Costs:
         self._most = {w.name: job.ranks[-1] for w in job.weights} if job.choices.applied else {}
         self._bases: dict[tuple[str, int, int, bool], tuple[float, float]] = {}
         self.ranks = np.array([0, *job.ranks], dtype=np.float64)
+
+    def missing(self, no: Excluded) -> float:
+        """Bytes of memory that the machine lacks for the cheapest configuration, with its ratio and the headroom."""
+        short = max(0.0, no.least_bytes - self.usable)
+        return short * self.machine.peak_ratio / (1 - self.job.choices.headroom)
 
     @property
     def formats(self) -> list[str]:
