@@ -124,6 +124,10 @@ class NoModel:
         """Nothing goes through it."""
         return 0, 0
 
+    def cost(self, fit: Fit) -> tuple[int, int, int]:
+        """Nothing goes through it."""
+        return 0, 0, 0
+
     def hidden(self, params: tree.Params | None, data: Data, rows: Sequence[int]) -> Tensor:
         """Never called: there are no states."""
         raise NotImplementedError
@@ -135,7 +139,12 @@ class NoModel:
         raise NotImplementedError
 
     def losses(
-        self, params: tree.Params, data: Data, rows: Sequence[int], also: tuple[tree.Params, ...] = ()
+        self,
+        params: tree.Params,
+        data: Data,
+        rows: Sequence[int],
+        also: tuple[tree.Params, ...] = (),
+        base: str = "",
     ) -> Tensor:
         """Never called: there is no loss."""
         raise NotImplementedError

@@ -49,6 +49,12 @@ SETTINGS = {
     "llama": Setting("llama", "query value", 0, 8, 4, 512),
     "llama, language model": Setting("llama", "query key value output gate up down", 0, 16, 4, 512, True),
     "llama, last block's down": Setting("llama", "down", 5, 8, 4, 512),
+    "bert, int8": Setting("bert", "query value", 0, 8, 4, 128, base="int8"),
+    "bert, nf4, one row": Setting("bert", "query value", 0, 8, 1, 128, base="nf4"),
+    "bert, checkpointing": Setting("bert", "query key value output", 0, 8, 16, 128, checkpointing=True),
+    "llama, language model, nf4, checkpointing": Setting(
+        "llama", "query value", 0, 8, 4, 512, True, base="nf4", checkpointing=True
+    ),
 }
 
 
@@ -73,12 +79,15 @@ def inside(options: argparse.Namespace, name: str) -> dict[str, int]:
 
     workload.use_threads(options.threads)
     model, data, tiny, shape, trained = prepared(options, SETTINGS[name])
-    model.fit(Fit(model.init(rng_for(0, "adapter")), tiny, [[0]], AdamW(1e-3)))  # what is made once
+    own, optimizer = SETTINGS[name], AdamW(1e-3)
+    how: dict[str, Any] = {"base": own.base, "checkpointing": own.checkpointing}
+    model.fit(Fit(model.init(rng_for(0, "adapter")), tiny, [[0]], optimizer, **how))  # what is made once
     gc.collect()
     before = _forget_peak()
-    rows, classes = len(data), None if SETTINGS[name].language_model else CLASSES
-    model.fit(Fit(model.init(rng_for(0, "adapter")), data, [list(range(rows))] * 2, AdamW(1e-3)))
-    found = peak_memory(shape, Step(rows, tokens_of(options, SETTINGS[name]), trained, classes=classes))
+    rows, classes = len(data), None if own.language_model else CLASSES
+    model.fit(Fit(model.init(rng_for(0, "adapter")), data, [list(range(rows))] * 2, optimizer, **how))
+    how["base"] = own.base or "float32"
+    found = peak_memory(shape, Step(rows, tokens_of(options, own), trained, classes=classes, **how))
     return {"base": found.base, "predicted": found.peak - found.base, "measured": peak_bytes() - before}
 
 

@@ -88,6 +88,14 @@ def test_predicted_peaks_are_compared_in_processes_of_their_own(tmp_path):
         assert 0 < each["predicted"] < 10e6 and each["base"] > 0 and each["measured"] < 500e6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["bert", "bert, int8", "bert, checkpointing", "llama, language model"])
+def test_predicted_peaks_are_near_what_a_process_takes(setting, tmp_path):
+    peak = importlib.import_module("benchmarks.peak")
+    kept = peak.main(["--threads", "1", "--settings", setting, "--results", str(tmp_path)])
+    assert abs(kept["result"][setting]["error"]) <= 0.1
+
+
 def test_predicted_step_times_stand_beside_measured_ones(tmp_path):
     """Of one turn, median, least and greatest are its one ratio."""
     result = measured("steptime", tmp_path)
