@@ -196,6 +196,12 @@ def test_importing_the_package_is_cheap() -> None:
     assert out.strip() == "[]"
 
 
+def test_planning_does_without_torch() -> None:
+    """Its import takes as long as all the rest of `fedpeft plan`."""
+    out = run("import sys, fedpeft.app.planning; print(sorted({'torch', 'transformers'} & sys.modules.keys()))")
+    assert out.strip() == "[]"
+
+
 # --- the checks themselves --------------------------------------------------------------------------------------
 
 

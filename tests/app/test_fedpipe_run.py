@@ -35,13 +35,29 @@ memory_bytes = 1000
 """
 
 
-def run(place: Path, out: Path, **method: Any) -> app.Run:
+def run(place: Path, out: Path, machines: str = MACHINES, **method: Any) -> app.Run:
     devices = place / "machines.toml"
-    devices.write_text(MACHINES)
+    devices.write_text(machines)
     values = small.config(place, run__devices=str(devices), run__rounds=2)
     values["method"] = {"name": "fedpipe", "lr": 2e-2, "warmup_steps": 4, "ranks": [1, 2, 4], **method}
     values["adapter"] = {"rank": 4, "alpha": 8, "targets": ["query", "value", "output"]}
     return app.run(values, out=out)
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_the_clock_says_what_was_planned(place: Path, tmp_path: Path, checkpointing: str) -> None:
+    """Operations are most of a turn here; rows of a round are not quite the mean row, and a plan is a bound."""
+    machines = MACHINES.replace("memory_bytes = 400_000", "memory_bytes = 4_000_000")
+    for name in ("small", "large"):
+        machines = machines.replace(f"[profile.{name}]", f"[profile.{name}]\nlatency_s = 0.0\nup_bytes_per_s = 1e8")
+    done = run(place, tmp_path / "run", machines, checkpointing=checkpointing, round_seconds=0.5)
+    told = json.loads((done.folder / "manifest.json").read_text())["choices"]
+    lines = [json.loads(line) for line in (done.folder / "exchanges.jsonl").read_text().splitlines()]
+    took = {(e["client"], e["round"]): e["simulated_seconds"] for e in lines if e["exchange"] == "train"}
+    assert len(took) == 10
+    for client, plan in told["plans"].items():
+        rounds = [took[client, round] for round in (1, 2)]
+        assert sum(rounds) / 2 == pytest.approx(plan["predicted"]["round_s"], rel=0.12), client
 
 
 @pytest.mark.parametrize("aggregation", ["svd_product", "stack_exact"])

@@ -48,9 +48,10 @@ from fedpeft.core.method import Defaults, check_ranges, mean_loss, stream_batche
 from fedpeft.core.rng import Rng, rng_for
 from fedpeft.core.tree import Params
 from fedpeft.maths import importance, lowrank
+from fedpeft.planner.candidates import job_of
 from fedpeft.planner.device import DEFAULT, Profile, check_profile
 from fedpeft.planner.fleet import Search, scores_of
-from fedpeft.planner.plan import BATCHES, DEPTHS, RANKS, Choices, job_of
+from fedpeft.planner.plan import BATCHES, DEPTHS, RANKS, Choices
 from fedpeft.planner.prices import Costs
 from fedpeft.planner.roster import Demands, Report, Roster, check_report
 from fedpeft.planner.warmup import WarmUp, warm_up_room

@@ -45,12 +45,14 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.core.counts import dealt
 from fedpeft.core.errors import ConfigError, RecordError, RequestError
-from fedpeft.core.exchange import ClientId
 from fedpeft.core.rng import rng_for
+
+if TYPE_CHECKING:
+    from fedpeft.core.exchange import ClientId
 
 FORMATS = ("full", "int8", "nf4", "nf4dq")  # of the base, most bits first
 
