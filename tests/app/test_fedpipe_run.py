@@ -57,7 +57,7 @@ def test_the_clock_says_what_was_planned(place: Path, tmp_path: Path, checkpoint
     assert len(took) == 10
     for client, plan in told["plans"].items():
         rounds = [took[client, round] for round in (1, 2)]
-        assert sum(rounds) / 2 == pytest.approx(plan["predicted"]["round_s"], rel=0.12), client
+        assert sum(rounds) / 2 == pytest.approx(plan["predicted"]["round_s"], rel=0.15), client
 
 
 @pytest.mark.parametrize("aggregation", ["svd_product", "stack_exact"])
