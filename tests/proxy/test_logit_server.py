@@ -384,6 +384,18 @@ def test_requests_wait_their_turn_for_so_long_and_so_many():
         assert post(url, begin([[5]])).status_code == 200
 
 
+def test_a_session_that_begins_after_its_request_was_given_up_is_closed():
+    """Its name was never told, so nobody could close it, and it would keep the place of another for `idle_s`."""
+    slow = Slow()
+    with lending(slow, Limits(timeout_s=0.2, max_sessions=1)) as (url, sessions):
+        assert post(url, begin([[5]])).json()["error"]["code"] == "timeout"
+        slow.gate.set()
+        send = {"headers": {"content-type": RECORD}, "trust_env": False}
+        assert httpx.delete(f"{url}/v1/sessions/none", **send).status_code == 204, "the model's thread has come to this"
+        assert not sessions.held
+        assert post(url, begin([[5]])).status_code == 200 and len(sessions.held) == 1
+
+
 def test_a_model_that_fails_is_told_and_no_text_is_logged(caplog):
     slow = Slow()
     slow.gate.set()
