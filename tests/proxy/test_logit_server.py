@@ -428,6 +428,21 @@ def test_a_server_that_dies_in_the_middle_is_named():
     session.close()
 
 
+def test_a_server_that_was_started_again_with_another_model_is_noticed():
+    """A lost session must not go on, and no other begin, with scores of a model that the client knows nothing of."""
+    with lending() as (url, sessions):
+        model = Remote(Connection(url))
+        session = model.open([[5]], Full())
+        sessions.close()
+        sessions.model = large(seed=3)
+        for ask in (lambda: session.scores([[6]]), lambda: model.open([[5]], Full())):
+            with pytest.raises(BackendError, match="start it with that model again, or start anew here") as caught:
+                ask()
+            assert large(seed=3).caps.identity in str(caught.value) and large().caps.identity in str(caught.value)
+        assert not sessions.held
+        session.close()
+
+
 class Lying:
     """A connection whose answers are changed."""
 
@@ -441,7 +456,7 @@ class Lying:
             hello = protocol.Hello(protocol.PROTOCOL, large().caps, protocol.WIRES, 1 << 20)
             return records.encode(self.change(hello) if self.change(hello) is not None else hello)
         first = large().open([[5]], Full()).first
-        return records.encode(Begun("x", self.change(first) or first))
+        return records.encode(Begun("x", large().caps.identity, self.change(first) or first))
 
 
 def of(kind: type, change: Any) -> Any:
@@ -451,7 +466,7 @@ def of(kind: type, change: Any) -> Any:
 @pytest.mark.parametrize(
     ("connection", "words"),
     [
-        (of(protocol.Hello, lambda hello: replace(hello, protocol=2)), "speaks version 2"),
+        (of(protocol.Hello, lambda hello: replace(hello, protocol=9)), "speaks version 9"),
         (of(protocol.Hello, lambda hello: Step(0, None, 0, torch.zeros(1, 1))), "no logit server of fedpeft"),
         (of(Scores, lambda own: replace(own, values=own.values[..., 1:])), "another form"),
         (of(Scores, lambda own: replace(own, values=own.values * float("nan"))), "another form"),
