@@ -23,6 +23,7 @@ from fedpeft.core import tree
 from fedpeft.core.errors import ConfigError, ModelError, RequestError, RunError
 from fedpeft.models.load import load_base
 from fedpeft.proxy.blackbox import BackendError, CannotDo
+from fedpeft.proxy.scoring import BEYOND, GRID
 from fedpeft.proxy.settings import Settings
 from fedpeft.runs.store import RunFolder
 from said import config
@@ -285,6 +286,20 @@ def test_a_large_model_of_few_candidates_is_chosen_for_by_what_it_says(models: P
     assert weak.chosen(fed.initial) in weak.text_scores(fed.initial) and len(weak.text_scores(fed.initial)) == 8
     assert weak.scores(fed.initial, 1.0, "test") == {}
     assert weak.trio(fed.initial).candidates == 20
+
+
+@pytest.mark.parametrize(
+    ("best", "beyond"), [(1.5, False), (2.0, True), (4.0, True)], ids=["within", "at the end", "beyond"]
+)
+def test_where_the_end_of_the_grid_says_best_more_is_tried(
+    models: Path, monkeypatch: pytest.MonkeyPatch, best: float, beyond: bool
+) -> None:
+    held = hold(build(load_config(config(models, proxy__select="exact_match"))))
+    assert held is not None
+    weak = _weak(held)
+    monkeypatch.setattr(Holding, "_said_well", lambda self, params, alpha: -abs(alpha - best))
+    assert weak.chosen(weak.fed.initial) == best
+    assert set(weak.text_scores(weak.fed.initial)) == {*GRID, *(BEYOND if beyond else ())}
 
 
 def _weak(held: Holding) -> Holding:
