@@ -19,8 +19,10 @@ from fedpeft.app.federation import build
 from fedpeft.app.holding import SCORES, Holding, hold, key_of, proxy_facts
 from fedpeft.app.proxying import FILE, compare, open_artefact, speak
 from fedpeft.config import load_config
-from fedpeft.core import tree
+from fedpeft.core import records, tree
 from fedpeft.core.errors import ConfigError, ModelError, RequestError, RunError
+from fedpeft.core.exchange import Update
+from fedpeft.methods.fedpt import Weights
 from fedpeft.models.load import load_base
 from fedpeft.proxy.blackbox import BackendError, CannotDo
 from fedpeft.proxy.scoring import BEYOND, GRID
@@ -136,11 +138,14 @@ def test_distillation_changes_what_is_sent_and_serves_the_aggregate(distilled: a
 
 
 def test_an_adapter_travels_and_nothing_else(distilled: app.Run) -> None:
-    size = 4 * distilled.manifest["trainable_parameters"]
+    """To the byte downwards; upwards the loss has as many digits as it has (`test_fedpt_traffic.py` counts them)."""
+    fed = build(load_config(distilled.folder / "config.yaml"))
+    down = len(records.encode(Weights(fed.initial, fed.model.sha256)))
+    least = len(records.encode(Update(fed.initial, 12, 0.0)))
+    assert 4 * distilled.manifest["trainable_parameters"] == sum(4 * t.numel() for t in fed.initial.values())
     lines = RunFolder.open(distilled.folder).exchanges()
-    assert len(lines) == 4 and all(
-        size < line[way] < size + 4000 for line in lines for way in ("bytes_down", "bytes_up")
-    )
+    assert len(lines) == 4 and {line["bytes_down"] for line in lines} == {down}
+    assert all(least <= line["bytes_up"] <= least + 24 for line in lines), "a float32 has 20 digits more at most"
 
 
 def test_resume_inside_a_distilling_run_gives_equal_bits(distilled: app.Run, models: Path, tmp_path: Path) -> None:
