@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,9 +14,11 @@ import pytest
 import torch
 import yaml
 
+import said
 import small
 from fedpeft import app
 from fedpeft.app.federation import Federation
+from fedpeft.app.proxying import FILE
 from fedpeft.core import records, tree
 from fedpeft.core.errors import QuorumError
 from fedpeft.core.exchange import Call, Exchange
@@ -87,6 +91,53 @@ def break_one(engine: InProcess) -> None:
 def leave_one_out(engine: InProcess) -> None:
     """In every round the same client is simply not there."""
     engine.fault = lambda client, call: "absent" if client == victim(call) else None
+
+
+class Other:
+    """The model of a site that has another base than the server."""
+
+    sha256 = "f" * 64
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def change_base(engine: InProcess) -> None:
+    """One client has another base than the server."""
+    site = engine.site
+
+    def own(client: str) -> Any:
+        found = site(client)
+        return replace(found, model=Other(found.model)) if client == "002" else found
+
+    engine.site = own  # type: ignore[method-assign]
+
+
+def leave_it_out(engine: InProcess) -> None:
+    """That client is not there in training."""
+    engine.fault = lambda client, call: "absent" if client == "002" and call.exchange.name == "train" else None
+
+
+def test_a_client_with_another_base_is_lost_and_the_round_goes_on(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FedPT: the adapter fits one base alone. The mean is that of the others, and the report names the reason."""
+    config = said.config(models, method__cohort=0, proxy__large=None, run__rounds=1)
+    for name, change in (("other", change_base), ("absent", leave_it_out)):
+        with monkeypatch.context() as patch:
+            with_engine(patch, change)
+            app.run(config, out=tmp_path / name)
+    run = RunFolder.open(tmp_path / "other")
+    (line,) = [line for line in run.exchanges() if line["lost"] is not None]
+    own = json.loads((run.path / "adapter" / FILE).read_text())["small"]["sha256"][:12]
+    why = f"the adapter is for a base with sha256 {own}, and this client has ffffffffffff; give it the server's model"
+    assert (line["client"], line["exchange"]) == ("002", "train") and why in line["lost"]
+    assert [line["lost_clients"] for line in run.metrics()] == [0, 1]
+    assert html.escape(why) in run.report.read_text()
+    assert small.sha(tmp_path / "other") == small.sha(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("method", ["fedavg", "scaffold"])

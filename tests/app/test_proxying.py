@@ -19,10 +19,13 @@ from fedpeft.app.federation import build
 from fedpeft.app.holding import SCORES, Holding, hold, key_of, proxy_facts
 from fedpeft.app.proxying import FILE, compare, open_artefact, speak
 from fedpeft.config import load_config
-from fedpeft.core import tree
+from fedpeft.core import records, tree
 from fedpeft.core.errors import ConfigError, ModelError, RequestError, RunError
+from fedpeft.core.exchange import Update
+from fedpeft.methods.fedpt import Weights
 from fedpeft.models.load import load_base
 from fedpeft.proxy.blackbox import BackendError, CannotDo
+from fedpeft.proxy.scoring import BEYOND, GRID
 from fedpeft.proxy.settings import Settings
 from fedpeft.runs.store import RunFolder
 from said import config
@@ -135,11 +138,14 @@ def test_distillation_changes_what_is_sent_and_serves_the_aggregate(distilled: a
 
 
 def test_an_adapter_travels_and_nothing_else(distilled: app.Run) -> None:
-    size = 4 * distilled.manifest["trainable_parameters"]
+    """To the byte downwards; upwards the loss has as many digits as it has (`test_fedpt_traffic.py` counts them)."""
+    fed = build(load_config(distilled.folder / "config.yaml"))
+    down = len(records.encode(Weights(fed.initial, fed.model.sha256)))
+    least = len(records.encode(Update(fed.initial, 12, 0.0)))
+    assert 4 * distilled.manifest["trainable_parameters"] == sum(4 * t.numel() for t in fed.initial.values())
     lines = RunFolder.open(distilled.folder).exchanges()
-    assert len(lines) == 4 and all(
-        size < line[way] < size + 4000 for line in lines for way in ("bytes_down", "bytes_up")
-    )
+    assert len(lines) == 4 and {line["bytes_down"] for line in lines} == {down}
+    assert all(least <= line["bytes_up"] <= least + 24 for line in lines), "a float32 has 20 digits more at most"
 
 
 def test_resume_inside_a_distilling_run_gives_equal_bits(distilled: app.Run, models: Path, tmp_path: Path) -> None:
@@ -285,6 +291,20 @@ def test_a_large_model_of_few_candidates_is_chosen_for_by_what_it_says(models: P
     assert weak.chosen(fed.initial) in weak.text_scores(fed.initial) and len(weak.text_scores(fed.initial)) == 8
     assert weak.scores(fed.initial, 1.0, "test") == {}
     assert weak.trio(fed.initial).candidates == 20
+
+
+@pytest.mark.parametrize(
+    ("best", "beyond"), [(1.5, False), (2.0, True), (4.0, True)], ids=["within", "at the end", "beyond"]
+)
+def test_where_the_end_of_the_grid_says_best_more_is_tried(
+    models: Path, monkeypatch: pytest.MonkeyPatch, best: float, beyond: bool
+) -> None:
+    held = hold(build(load_config(config(models, proxy__select="exact_match"))))
+    assert held is not None
+    weak = _weak(held)
+    monkeypatch.setattr(Holding, "_said_well", lambda self, params, alpha: -abs(alpha - best))
+    assert weak.chosen(weak.fed.initial) == best
+    assert set(weak.text_scores(weak.fed.initial)) == {*GRID, *(BEYOND if beyond else ())}
 
 
 def _weak(held: Holding) -> Holding:

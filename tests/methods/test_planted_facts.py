@@ -19,6 +19,7 @@ from fedpeft.core import tree
 from fedpeft.core.rng import rng_for
 from fedpeft.core.tree import Params
 from fedpeft.models.sessions import Speaker
+from fedpeft.proxy import trio
 from fedpeft.proxy.decode import Trio
 
 WORLDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
@@ -87,6 +88,19 @@ def test_serving_the_aggregate_before_distillation_costs_nothing(seed: int) -> N
         scores.append(facts.exact(facts.trio(of, params), of, questions, alpha))
     pre, post = scores
     assert pre >= post - 0.02 and pre >= 0.85
+
+
+@pytest.mark.parametrize("seed", WORLDS)
+def test_fewer_candidates_than_evasions_leave_no_room_for_the_fact(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untuned, the large model begins one of four evasions: five candidates are the first that hold the value, too."""
+    monkeypatch.setattr(trio, "FEWEST_CANDIDATES", 1)
+    of = facts.world(seed)
+    params, questions = facts.tune(of, "small", of.dealt()).served, facts.every(of.test)
+    every = facts.trio(of, params)
+    whole = facts.exact(every, of, questions, 1.0)
+    scores = {k: facts.exact(replace(every, candidates=k), of, questions, 1.0) for k in (1, 2, 3, 4, 5, 10, 20)}
+    assert all(scores[k] <= 0.15 for k in (1, 2, 3, 4)), scores
+    assert all(scores[k] >= whole - 0.02 for k in (5, 10, 20)), scores
 
 
 @pytest.mark.slow

@@ -55,10 +55,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault == "die" and body:
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
-        if self.fault in ("hang", "drip") and path == "/v1/completions":
+        if self.fault in ("hang", "drip") and path in ("/v1/completions", "/completion"):
             if self.fault == "drip":
                 return self.drip()
-            if max(map(len, body["prompt"])) > LONGEST:
+            texts = body["prompt"] if path == "/v1/completions" else [body["prompt"]]
+            if max(map(len, texts)) > LONGEST:
                 return time.sleep(3600)
         with self.lock:
             self.seen.append({"path": path, **body})

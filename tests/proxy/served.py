@@ -112,7 +112,9 @@ class Scripted:
         self.said = dict.fromkeys(self.left, 0)
         self.steps = 0
 
-    def step(self) -> list[Emitted]:
+    errors: Mapping[int, Exception] = {}
+
+    def advance(self) -> list[Emitted]:
         """A token for each row."""
         assert self.script.gate.wait(20), "the gate was never opened"
         time.sleep(self.script.pause_s)

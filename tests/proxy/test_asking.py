@@ -64,6 +64,7 @@ def test_a_chat_s_messages_and_its_own_fields():
     [
         ({"temperature": 2.1}, "temperature", "invalid_value", "from 0 to 2, not 2.1"),
         ({"temperature": True}, "temperature", "invalid_type", "a number, not True"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty", "invalid_value", "from 0.01 to 10, not 1e-46"),
         ({"top_p": 0}, "top_p", "invalid_value", "above 0 to 1, not 0"),
         ({"top_k": 1.5}, "top_k", "invalid_type", "an integer, not 1.5"),
         ({"alpha": "big"}, "alpha", "invalid_type", "not 'big'"),

@@ -380,6 +380,10 @@ def test_settings_out_of_range_are_told_all_at_once() -> None:
     for word in ("max_tokens is 0", "temperature is -1", "top_p is 0.0", "min_p is 2", "repetition_penalty is 0",
                  "alpha is nan", "stop is ['']"):  # fmt: skip
         assert word in str(caught.value)
+    for penalty in (1e-46, 1e39):
+        with pytest.raises(RequestError, match=r"it must be from 0\.01 to 10; 1 leaves all") as told:
+            Settings(repetition_penalty=penalty)
+        assert f"repetition_penalty is {penalty};" in str(told.value)
     for wrong in ({"alpha": math.inf}, {"temperature": math.nan}, {"logit_bias": {3: -math.inf}}, {"stop": ("a",) * 5}):
         with pytest.raises(RequestError):
             Settings(**wrong)  # type: ignore[arg-type]

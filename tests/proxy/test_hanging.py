@@ -69,8 +69,8 @@ def engines() -> Iterator[Any]:
         engine.close()
 
 
-def hanging(fakes: dict[str, str], fault: str = "hang", **more: Any) -> Any:
-    return open_backend(f"vllm+{fakes['vllm']}/{fault}", token=KEY, **more)
+def hanging(fakes: dict[str, str], fault: str = "hang", kind: str = "vllm", **more: Any) -> Any:
+    return open_backend(f"{kind}+{fakes[kind]}/{fault}", token=KEY, **more)
 
 
 # --- a connection -----------------------------------------------------------------------------------------------
@@ -94,10 +94,14 @@ def test_an_answer_byte_by_byte_is_given_up(fakes: dict[str, str]) -> None:
 # --- the engine -------------------------------------------------------------------------------------------------
 
 
-def test_others_go_on_while_a_server_hangs_and_its_requests_are_told(fakes: dict[str, str], engines: Any) -> None:
+@pytest.mark.parametrize(("kind", "rows"), [("vllm", 2), ("llamacpp", 1), ("llamacpp", 2)])
+def test_others_go_on_while_a_server_hangs_and_its_requests_are_told(
+    fakes: dict[str, str], engines: Any, kind: str, rows: int
+) -> None:
+    """llama.cpp is asked row by row in threads of a pool, which have no turn of their own to give away."""
     engine, stuck = engines(patience_s=60), Inbox()
-    engine.submit(alone(hanging(fakes)), [row(SHORT)], stuck)
-    until(lambda: len(stuck.tokens) == LONGEST - len(SHORT) + 1)
+    engine.submit(alone(hanging(fakes, kind=kind)), [row(SHORT)] * rows, stuck)
+    until(lambda: len(stuck.tokens) == rows * (LONGEST - len(SHORT) + 1))
     own, other = Inbox(), Inbox()
     engine.submit(alone(large()), [row(LONG_TEXT)], own)
     engine.submit(alone(open_backend(f"vllm+{fakes['vllm']}", token=KEY)), [row(LONG_TEXT)], other)
@@ -106,7 +110,8 @@ def test_others_go_on_while_a_server_hangs_and_its_requests_are_told(fakes: dict
     assert engine.call(lambda: 7).result(10) == 7, "texts are scored meanwhile, too"
     engine._patience_s = 0.25
     assert stuck.done.wait(10) and isinstance(stuck.error, BackendError)
-    assert "at vllm+" in str(stuck.error) and "did not answer within 0.25 s; see whether its server" in str(stuck.error)
+    said = str(stuck.error)
+    assert f"at {kind}+" in said and "did not answer within 0.25 s; see whether its server" in said
     again = Inbox()
     engine.submit(alone(large()), [row(SHORT)], again)
     assert again.done.wait(10) and again.error is None
@@ -151,19 +156,23 @@ def test_a_connection_that_gives_up_first_is_one_wait_for_all(
     assert isinstance(inboxes[0].error, NoAnswer) and all(inbox.error is inboxes[0].error for inbox in inboxes)
 
 
-def test_a_request_that_is_cancelled_leaves_a_server_that_hangs(fakes: dict[str, str], engines: Any) -> None:
-    engine, stuck, free = engines(max_batch=1), Inbox(), Inbox()
-    ticket = engine.submit(alone(hanging(fakes)), [row(LONG_TEXT)], stuck)
-    until(lambda: engine.running == 1)
+@pytest.mark.parametrize(("kind", "rows"), [("vllm", 1), ("llamacpp", 2)])
+def test_a_request_that_is_cancelled_leaves_a_server_that_hangs(
+    fakes: dict[str, str], engines: Any, kind: str, rows: int
+) -> None:
+    engine, stuck, free = engines(max_batch=rows), Inbox(), Inbox()
+    ticket = engine.submit(alone(hanging(fakes, kind=kind)), [row(LONG_TEXT)] * rows, stuck)
+    until(lambda: engine.running == rows)
     engine.submit(alone(large()), [row(SHORT)], free)
     engine.cancel(ticket)
     assert free.done.wait(10) and free.error is None and not stuck.done.is_set()
 
 
-def test_the_engine_ends_while_a_server_hangs(fakes: dict[str, str]) -> None:
+@pytest.mark.parametrize(("kind", "rows"), [("vllm", 1), ("llamacpp", 2)])
+def test_the_engine_ends_while_a_server_hangs(fakes: dict[str, str], kind: str, rows: int) -> None:
     engine, stuck = Engine(), Inbox()
-    engine.submit(alone(hanging(fakes)), [row(LONG_TEXT)], stuck)
-    until(lambda: engine.running == 1)
+    engine.submit(alone(hanging(fakes, kind=kind)), [row(LONG_TEXT)] * rows, stuck)
+    until(lambda: engine.running == rows)
     began = time.monotonic()
     engine.close()
     assert time.monotonic() - began < 5 and stuck.done.is_set() and "stopped" in str(stuck.error)

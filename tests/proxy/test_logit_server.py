@@ -384,6 +384,18 @@ def test_requests_wait_their_turn_for_so_long_and_so_many():
         assert post(url, begin([[5]])).status_code == 200
 
 
+def test_a_session_that_begins_after_its_request_was_given_up_is_closed():
+    """Its name was never told, so nobody could close it, and it would keep the place of another for `idle_s`."""
+    slow = Slow()
+    with lending(slow, Limits(timeout_s=0.2, max_sessions=1)) as (url, sessions):
+        assert post(url, begin([[5]])).json()["error"]["code"] == "timeout"
+        slow.gate.set()
+        send = {"headers": {"content-type": RECORD}, "trust_env": False}
+        assert httpx.delete(f"{url}/v1/sessions/none", **send).status_code == 204, "the model's thread has come to this"
+        assert not sessions.held
+        assert post(url, begin([[5]])).status_code == 200 and len(sessions.held) == 1
+
+
 def test_a_model_that_fails_is_told_and_no_text_is_logged(caplog):
     slow = Slow()
     slow.gate.set()
@@ -416,6 +428,21 @@ def test_a_server_that_dies_in_the_middle_is_named():
     session.close()
 
 
+def test_a_server_that_was_started_again_with_another_model_is_noticed():
+    """A lost session must not go on, and no other begin, with scores of a model that the client knows nothing of."""
+    with lending() as (url, sessions):
+        model = Remote(Connection(url))
+        session = model.open([[5]], Full())
+        sessions.close()
+        sessions.model = large(seed=3)
+        for ask in (lambda: session.scores([[6]]), lambda: model.open([[5]], Full())):
+            with pytest.raises(BackendError, match="start it with that model again, or start anew here") as caught:
+                ask()
+            assert large(seed=3).caps.identity in str(caught.value) and large().caps.identity in str(caught.value)
+        assert not sessions.held
+        session.close()
+
+
 class Lying:
     """A connection whose answers are changed."""
 
@@ -429,7 +456,7 @@ class Lying:
             hello = protocol.Hello(protocol.PROTOCOL, large().caps, protocol.WIRES, 1 << 20)
             return records.encode(self.change(hello) if self.change(hello) is not None else hello)
         first = large().open([[5]], Full()).first
-        return records.encode(Begun("x", self.change(first) or first))
+        return records.encode(Begun("x", large().caps.identity, self.change(first) or first))
 
 
 def of(kind: type, change: Any) -> Any:
@@ -439,7 +466,7 @@ def of(kind: type, change: Any) -> Any:
 @pytest.mark.parametrize(
     ("connection", "words"),
     [
-        (of(protocol.Hello, lambda hello: replace(hello, protocol=2)), "speaks version 2"),
+        (of(protocol.Hello, lambda hello: replace(hello, protocol=9)), "speaks version 9"),
         (of(protocol.Hello, lambda hello: Step(0, None, 0, torch.zeros(1, 1))), "no logit server of fedpeft"),
         (of(Scores, lambda own: replace(own, values=own.values[..., 1:])), "another form"),
         (of(Scores, lambda own: replace(own, values=own.values * float("nan"))), "another form"),

@@ -91,6 +91,16 @@ def test_three_answers_stand_side_by_side_and_the_slider_asks_again(page, url, s
     assert page.run("document.querySelector('#alpha-shown').textContent") == "1.5"
 
 
+@pytest.mark.parametrize(("served", "least", "most"), [(-1.0, "-1", "2"), (-0.25, "-1", "2"), (3.3, "0", "4")])
+def test_an_alpha_beyond_the_usual_ones_is_what_is_asked_for(page, script, served, least, most):
+    with serving(script, artefact=Artefact(fake_trio(context=400), alpha=served)) as (url, _):
+        ready(page, url)
+        assert page.run("document.querySelector('#alpha-shown').textContent") == str(served).removesuffix(".0")
+        assert page.run("['min', 'max'].map(name => document.querySelector('#alpha')[name])") == [least, most]
+        say(page, "hi")
+        assert ("proxy", served) in asked(script)
+
+
 def test_later_questions_carry_each_model_s_own_chat(page, url, script):
     ready(page, url)
     sent = (

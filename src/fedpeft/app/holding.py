@@ -6,7 +6,7 @@ It gives a method that distils its teacher (`methods/fedpt.py`), and the run its
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from fedpeft.proxy.blackbox import BlackBoxLM, CannotDo
 from fedpeft.proxy.demands import check_scorable
 from fedpeft.proxy.expert import Expert, expert_of
 from fedpeft.proxy.recorded import MOST_BYTES, Recorded
-from fedpeft.proxy.scoring import GRID, AlphaCurve, alpha_curve, score
+from fedpeft.proxy.scoring import BEYOND, GRID, AlphaCurve, alpha_curve, score
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.trio import Trio
 from fedpeft.runs.history import LARGE, PROXY
@@ -116,18 +116,23 @@ class Holding:
             return float(proxy.alpha)
         if proxy.select == "nll":
             return self.curve(params).best
-        said = self.text_scores(params)
-        return max(said, key=lambda alpha: (said[alpha], -alpha))
+        return _best(self.text_scores(params))
 
     def text_scores(self, params: Params) -> dict[float, float]:
-        """What is said at each alpha that is tried, by `proxy.select`; empty where no texts are said to choose one."""
+        """What is said at each alpha that is tried, by `proxy.select`; empty where no texts are said to choose one.
+
+        These are the three of least loss; where no loss is told, the grid, and 3 and 4 where its end is best.
+        """
         proxy = self.fed.config.proxy
         if proxy.alpha != "auto" or proxy.select == "nll":
             return {}
         key = tree.sha256(params)
         if key not in self._said:
             grid = self.curve(params).best_of(3) if self.scorable else GRID
-            self._said[key] = {alpha: self._said_well(params, alpha) for alpha in grid}
+            said = {alpha: self._said_well(params, alpha) for alpha in grid}
+            if not self.scorable and _best(said) == GRID[-1]:
+                said |= {alpha: self._said_well(params, alpha) for alpha in BEYOND}
+            self._said[key] = said
         return dict(self._said[key])
 
     def scores(self, params: Params, alpha: float, split: str) -> dict[str, dict[str, float]]:
@@ -356,6 +361,11 @@ def voices(held: Holding | None, params: Params) -> dict[str, Voice]:
         PROXY: lambda table: held.say(params, held.chosen(params), table),
         LARGE: lambda table: held.say(None, None, table),
     }
+
+
+def _best(said: Mapping[float, float]) -> float:
+    """The alpha of the greatest score, the smaller on ties."""
+    return max(said, key=lambda alpha: (said[alpha], -alpha))
 
 
 def _texts(data: Examples) -> tuple[list[list[int]], list[int]]:

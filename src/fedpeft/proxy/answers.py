@@ -9,8 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from fedpeft.core.errors import FedpeftError, RequestError
 from fedpeft.proxy.blackbox import BackendError
-from fedpeft.proxy.choosing import Choice
+from fedpeft.proxy.choosing import NONE_LEFT, Choice, none_left
 from fedpeft.proxy.settings import Settings
 from fedpeft.proxy.texts import Writer
 from fedpeft.proxy.trio import Trio
@@ -67,12 +68,22 @@ class Completion:
     exact: bool
 
 
+class NotFinite(BackendError):
+    """The score of a row's token is not a number."""
+
+
+OWN_ERRORS = (RequestError, NotFinite)  # what one row has done or heard; others may go on
+
+
 class Answer:
     """A row while it is decoded.
 
     Args:
         row: index of its prompt.
         room: most tokens that it can have.
+
+    Attributes:
+        error: what ended it before its time.
     """
 
     def __init__(self, row: int, prompt: Sequence[int], settings: Settings, trio: Trio, room: int) -> None:
@@ -81,6 +92,7 @@ class Answer:
         self.tokens: list[int] = []
         self.last = -1
         self.finish: Finish | None = None
+        self.error: FedpeftError | None = None
         self.exact = True
         self._masses: list[float] = []
         self._told: list[tuple[float, Top]] = []
@@ -101,11 +113,17 @@ class Answer:
     def take(self, token: int, logprob: float, top: Top) -> Emitted:
         """The row's next token.
 
+        Args:
+            token: `NONE_LEFT` where there is none.
+
         Raises:
-            BackendError: its score is not a number.
+            NotFinite: its score is not a number.
+            RequestError: there is none.
         """
+        if token == NONE_LEFT:
+            raise none_left()
         if not math.isfinite(logprob):
-            raise BackendError(f"{self._trio.name} gave scores that are not finite; look at its log")
+            raise NotFinite(f"{self._trio.name} gave scores that are not finite; look at its log")
         self.last = token
         if token in self._trio.ends:
             text, _ = self._writer.flush()
@@ -117,6 +135,10 @@ class Answer:
             text = self._say(token)
         self._texts.append(text)
         return Emitted(self.row, token, text, logprob, top, self.finish)
+
+    def fail(self, error: FedpeftError) -> None:
+        """The row ends with an error of its own."""
+        self.error, self.finish = error, "length"
 
     def _say(self, token: int) -> str:
         text, stopped = self._writer.add(token)

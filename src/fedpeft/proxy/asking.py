@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from fedpeft.proxy.refusal import Refusal
-from fedpeft.proxy.settings import ALPHAS
+from fedpeft.proxy.settings import ALPHAS, PENALTIES
 
 Message: TypeAlias = dict[str, str]  # role and content
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[Message, ...]
@@ -46,7 +46,7 @@ NUMBERS = {
     "top_k": Range(0, 1_000_000, whole=True),
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
-    "repetition_penalty": Range(0, 10, above=True),
+    "repetition_penalty": Range(*PENALTIES),
     "alpha": Range(*ALPHAS),
     "beta": Range(0, 1),
     "seed": Range(-(2**63), 2**63 - 1, whole=True),

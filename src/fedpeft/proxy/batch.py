@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -21,8 +21,13 @@ log = logging.getLogger("fedpeft.serve")
 class Steps(Protocol):
     """Texts that go on side by side; `proxy/decode.py` has the real one."""
 
-    def step(self) -> Sequence[Emitted]:
+    def advance(self) -> Sequence[Emitted]:
         """One more token, or several, for each open row."""
+        ...
+
+    @property
+    def errors(self) -> Mapping[int, Exception]:
+        """What ended rows that had an error of their own, by row."""
         ...
 
     def drop(self, row: int) -> None:
@@ -134,7 +139,7 @@ class Batch:
         if worker is None:
             assert self.steps is not None, "who calls opens it at once"
             with self._turn:
-                return self.steps.step()
+                return self.steps.advance()
         if worker.busy:
             if worker.waited_s > patience_s:
                 raise Late(self.trio.name, patience_s)
@@ -147,8 +152,15 @@ class Batch:
             return found
         assert self.steps is not None, "the decoding was opened"
         self._asked = True
-        worker.do(self.steps.step)
+        worker.do(self.steps.advance)
         return ()
+
+    def failed(self) -> list[tuple[Ticket, Exception]]:
+        """Whose open rows have ended with an error of their own; they are open no more."""
+        errors = self.steps.errors if self.steps is not None and self.ready else {}
+        rows = [row for row in errors if row in self.open]
+        self.open.difference_update(rows)
+        return [(self.places[row][0], errors[row]) for row in rows]
 
     def drop_cancelled(self) -> None:
         """Go on without rows that nobody wants; while a thread of its own works only where that are all."""

@@ -13,6 +13,8 @@ from fedpeft.core.rng import rng_for
 from fedpeft.maths.logits import draw, keep_min_p, keep_top_k, keep_top_p, penalise_counts, penalise_repeats
 from fedpeft.proxy.settings import Settings
 
+NONE_LEFT = -1  # in the place of a token: all candidates are banned
+
 
 class Choice:
     """How one row chooses, and what it remembers for it.
@@ -59,12 +61,15 @@ def adjust(scores: Tensor, rows: Sequence[Choice]) -> Tensor:
     Raises:
         RequestError: a row has no token left.
     """
-    scores = _where(scores, rows, lambda row: row.bias is not None, _add_bias)
-    scores = _where(scores, rows, lambda row: row.repeated, _repeats)
-    scores = _where(scores, rows, lambda row: row.counted, _counts)
-    if any(row.bias is not None for row in rows) and bool((scores.amax(dim=-1) == -math.inf).any()):
-        raise RequestError("all candidates of a row are banned; ban fewer tokens, or ask for more candidates")
+    scores = _adjusted(scores, rows)
+    if any(_banned(scores, rows)):
+        raise none_left()
     return scores
+
+
+def none_left() -> RequestError:
+    """The error of a row that may say nothing."""
+    return RequestError("all candidates of a row are banned; ban fewer tokens, or ask for more candidates")
 
 
 def probabilities(adjusted: Tensor, rows: Sequence[Choice]) -> Tensor:
@@ -93,12 +98,13 @@ def choose(scores: Tensor, rows: Sequence[Choice]) -> list[int]:
     Args:
         scores: (rows, V) combined.
 
-    Raises:
-        RequestError: see `adjust`.
+    Returns:
+        `NONE_LEFT` for a row that has no token left.
     """
-    adjusted = adjust(scores, rows)
-    tokens: list[int] = adjusted.argmax(dim=-1).tolist()
-    drawing = [i for i, row in enumerate(rows) if row.settings.temperature > 0]
+    adjusted = _adjusted(scores, rows)
+    banned = _banned(adjusted, rows)
+    tokens = [NONE_LEFT if out else best for out, best in zip(banned, adjusted.argmax(dim=-1).tolist(), strict=True)]
+    drawing = [i for i, row in enumerate(rows) if row.settings.temperature > 0 and not banned[i]]
     if drawing:
         own = [rows[i] for i in drawing]
         chosen = adjusted if len(own) == len(rows) else adjusted[drawing]
@@ -106,6 +112,20 @@ def choose(scores: Tensor, rows: Sequence[Choice]) -> list[int]:
         for i, row, share in zip(drawing, own, shares, strict=True):
             tokens[i] = draw(share, row.rng.random())
     return tokens
+
+
+def _adjusted(scores: Tensor, rows: Sequence[Choice]) -> Tensor:
+    scores = _where(scores, rows, lambda row: row.bias is not None, _add_bias)
+    scores = _where(scores, rows, lambda row: row.repeated, _repeats)
+    return _where(scores, rows, lambda row: row.counted, _counts)
+
+
+def _banned(adjusted: Tensor, rows: Sequence[Choice]) -> list[bool]:
+    """Of each row, whether its biases and bans left nothing."""
+    if all(row.bias is None for row in rows):
+        return [False] * len(rows)
+    nothing = (adjusted.amax(dim=-1) == -math.inf).tolist()
+    return [row.bias is not None and none for row, none in zip(rows, nothing, strict=True)]
 
 
 def _bias(settings: Settings, vocab: int) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
-from fedpeft.core.errors import RequestError
-from fedpeft.proxy.answers import Answer, Completion, Emitted, told
+from fedpeft.core.errors import FedpeftError, RequestError
+from fedpeft.proxy.answers import OWN_ERRORS, Answer, Completion, Emitted, told
 from fedpeft.proxy.choosing import choose
 from fedpeft.proxy.demands import check_prompts
 from fedpeft.proxy.settings import Settings
@@ -60,7 +60,7 @@ class Decoding:
         self.drafting = Drafting()
         if speculate:
             rows: list[Speculation] = []
-            self._way: _Way = _OneByOne(rows)
+            self._way: _Way = _OneByOne(self.answers, rows)
             try:
                 for answer, prompt, other in zip(self.answers, prompts, own, strict=True):
                     rows.append(Speculation(trio, answer, prompt, other, speculate, self.drafting))
@@ -76,12 +76,26 @@ class Decoding:
         return [answer.row for answer in self.answers if answer.finish is None]
 
     def step(self) -> list[Emitted]:
+        """As `advance`. Raises what ended a row, too."""
+        emitted = self.advance()
+        for error in self.errors.values():
+            raise error
+        return emitted
+
+    def advance(self) -> list[Emitted]:
         """The next token of every row that is not done, or several where drafts were accepted; none: all are done.
+
+        A row that ends with an error of its own is told in `errors`, and the others go on.
 
         Raises:
             BackendError: the large model has died; the decoding is of no use any more.
         """
         return self._way.step() if self.active else []
+
+    @property
+    def errors(self) -> dict[int, FedpeftError]:
+        """What ended rows before their time, by row."""
+        return {answer.row: answer.error for answer in self.answers if answer.error is not None}
 
     def drop(self, row: int) -> None:
         """End a row early; it leaves the caches before the next step."""
@@ -141,7 +155,10 @@ class _Together:
         words = told(scores, tokens, [answer.settings.logprobs for answer in answers])
         for i, answer, token, (logprob, top) in zip(rows, answers, tokens, words, strict=True):
             answer.heard(masses[i], heard.exact)
-            emitted.append(answer.take(token, logprob, top))
+            try:
+                emitted.append(answer.take(token, logprob, top))
+            except OWN_ERRORS as error:
+                answer.fail(error)
         return emitted
 
     def _leave(self) -> None:
@@ -157,11 +174,17 @@ class _Together:
 class _OneByOne:
     """Rows that advance each for itself."""
 
-    def __init__(self, rows: Sequence[Speculation]) -> None:
-        self._rows = rows
+    def __init__(self, answers: Sequence[Answer], rows: Sequence[Speculation]) -> None:
+        self._answers, self._rows = answers, rows
 
     def step(self) -> list[Emitted]:
-        return [emitted for row in self._rows for emitted in row.step()]
+        emitted: list[Emitted] = []
+        for answer, row in zip(self._answers, self._rows, strict=True):
+            try:
+                emitted += row.step()
+            except OWN_ERRORS as error:
+                answer.fail(error)
+        return emitted
 
     def close(self) -> None:
         for row in self._rows:

@@ -242,6 +242,8 @@ class Engine:
             else:
                 self._fail(batch, error)
             return
+        for owner, own_error in batch.failed():
+            self._tell([owner], own_error)
         told: dict[Ticket, list[New]] = {}
         for each in emitted:
             if each.row not in batch.open:

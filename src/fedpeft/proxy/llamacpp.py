@@ -18,6 +18,7 @@ from fedpeft.proxy import demands
 from fedpeft.proxy.blackbox import BackendError, CannotDo, Caps, Labels, TopK, Want
 from fedpeft.proxy.candidates import CandidateSession, Found
 from fedpeft.proxy.connection import Connection, Refused, as_ids, as_logprob, listed
+from fedpeft.proxy.turns import waiting
 
 TOP_K = 40
 _OTHER = "use llama-server of llama.cpp from 2025 on, vllm+http:// or our own logit server (http://HOST:PORT)"
@@ -86,7 +87,7 @@ class LlamaCpp:
         assert isinstance(want, TopK), "labels were refused"
         if len(texts) == 1:
             return [self._ask(texts[0], want.k)]
-        with ThreadPoolExecutor(len(texts) or 1) as pool:
+        with waiting(), ThreadPoolExecutor(len(texts) or 1) as pool:  # the pool's threads have no turn to give away
             return list(pool.map(lambda own: self._ask(own, want.k), texts))
 
     def tokenize(self, text: str) -> list[int]:

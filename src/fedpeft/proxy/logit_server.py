@@ -18,7 +18,7 @@ from fedpeft.core import records
 from fedpeft.core.errors import RecordError, RequestError
 from fedpeft.proxy.guard import App, Guard, read_body
 from fedpeft.proxy.logit_sessions import LogitSessions
-from fedpeft.proxy.protocol import RECORD, Begin, Step
+from fedpeft.proxy.protocol import RECORD, Begin, Begun, Step
 from fedpeft.proxy.refusal import OVERLOADED, Refusal, refusal_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,21 @@ class LogitServer:
 
     async def _begin(self, request: Request) -> Response:
         told = await self._read(request, Begin)
-        return _record(await self._work(lambda: records.encode(self.sessions.begin(told))))
+        begun: list[Begun] = []
+
+        def job() -> bytes:
+            begun.append(self.sessions.begin(told))
+            return records.encode(begun[0])
+
+        def forget() -> None:
+            for own in begun:
+                self.sessions.end(own.session)
+
+        try:
+            return _record(await self._work(job))
+        except Exception:  # it may have begun, or begin yet, and nobody will know its name
+            self._worker.submit(forget)
+            raise
 
     async def _step(self, request: Request) -> Response:
         told, name = await self._read(request, Step), request.path_params["name"]

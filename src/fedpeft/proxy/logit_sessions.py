@@ -148,7 +148,7 @@ class LogitSessions:
         lengths = list(map(len, prompts))
         name = secrets.token_urlsafe(24)
         self.held[name] = Held(session, told.want, told.wire, lengths, list(lengths), max(lengths), self.clock())
-        return Begun(name, protocol.narrowed(session.first, told.wire))
+        return Begun(name, self.model.caps.identity, protocol.narrowed(session.first, told.wire))
 
     def step(self, name: str, told: Step) -> Scores:
         """Go on with a session. Raises Refusal, or RequestError for what it cannot do; then nothing has changed."""

@@ -50,6 +50,7 @@ function show() {
   $("max").max = main.max_tokens;
   if (steered) {
     about(`${steered.large}, steered by a small model; alpha ${steered.alpha} unless you move it`);
+    $("alpha").min = Math.min(0, Math.floor(steered.alpha));
     $("alpha").max = Math.max(2, Math.ceil(steered.alpha));
     setAlpha(steered.alpha);
   } else {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedpeft.proxy.blackbox import Caps, Full, Scores, TopK, Want
 
-PROTOCOL = 1
+PROTOCOL = 2
 RECORD = "application/x-fedpeft-record"  # no web page can send it to another site without being asked first
 WIRES = ("float32", "float16")
 LOWEST = -65504.0  # of float16
@@ -59,9 +59,14 @@ class Begin:
 
 @dataclass(frozen=True)
 class Begun:
-    """The session, by a name that nobody can guess, and scores behind each prompt."""
+    """The session, by a name that nobody can guess, and scores behind each prompt.
+
+    Attributes:
+        identity: of the model that gave them: behind the same address may be another than at the first answer.
+    """
 
     session: str
+    identity: str
     scores: Scores
 
 

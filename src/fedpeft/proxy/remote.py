@@ -128,6 +128,12 @@ class RemoteSession:
         body = self._model.connection.send("POST", "/v1/sessions", told, RECORD, self._most_bytes)
         begun = self._decoded(body, Begun)
         self._open = begun.session
+        if begun.identity != self._model.caps.identity:
+            self._end()
+            raise BackendError(
+                f"{self._model.connection.url} gives the scores of {begun.identity} now, and gave those of "
+                f"{self._model.caps.identity} before; start it with that model again, or start anew here"
+            )
         self._there, self._done, self._drop, self._added = len(self._texts), 0, 0, 0
         self._rows = list(range(len(self._texts)))
         return self._checked(begun.scores, 1)

@@ -11,6 +11,7 @@ from fedpeft.core.errors import RequestError
 
 MOST_STOPS = 4  # as in OpenAI's completions
 ALPHAS = (-100.0, 100.0)  # least and most alpha, wherever one is given; below 0 it steers the other way
+PENALTIES = (0.01, 10.0)  # least and most repetition penalty; one that is 0 in float32 makes 0 times infinity
 ALPHA_WORDS = f"a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}"
 _AT_LEAST_0: tuple[Callable[[Any], bool], str] = (lambda x: x >= 0, "0 or more")
 _SHARE: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "from 0 to 1")
@@ -21,7 +22,10 @@ _BOUNDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "top_k": _AT_LEAST_0,
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": _SHARE,
-    "repetition_penalty": (lambda x: x > 0, "above 0"),
+    "repetition_penalty": (
+        lambda x: PENALTIES[0] <= x <= PENALTIES[1],
+        f"from {PENALTIES[0]:g} to {PENALTIES[1]:g}; 1 leaves all as it is",
+    ),
     "presence_penalty": _ANY,
     "frequency_penalty": _ANY,
     "seed": _AT_LEAST_0,
