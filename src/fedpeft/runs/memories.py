@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from urllib.parse import quote
@@ -10,9 +11,10 @@ from urllib.parse import quote
 from fedpeft.core import records
 from fedpeft.core.errors import RecordError, StoreError
 from fedpeft.core.exchange import ClientId, Nothing, Record
-from fedpeft.runs.files import make_folder, storing, write_file
+from fedpeft.runs.files import TEMPORARY, make_folder, storing, write_file
 
 _SUFFIX = ".safetensors"
+_LARGE = 2**16  # bytes from which on equal memories are one file
 _PLAIN_NAME = re.compile(r"[a-z0-9_-]{1,100}")
 _REMEDY = "Restore it from a copy of the run folder, or start the run again."
 
@@ -29,6 +31,7 @@ class MemoryStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._twins: dict[bytes, Path] = {}  # by digest, the newest large file of these bytes
 
     def load(self, client: ClientId, version: int, cls: type[Record]) -> Record:
         """A client's memory of that version.
@@ -63,7 +66,7 @@ class MemoryStore:
         if not path.parent.is_dir():
             make_folder(self._folder)
             make_folder(path.parent)
-        write_file(path, records.encode(record))
+        self._write(path, records.encode(record))
         wanted = {path.name, f"{keep}{_SUFFIX}"}
         with storing(path.parent, "clean up"):
             for other in path.parent.iterdir():
@@ -74,8 +77,30 @@ class MemoryStore:
         """The versions that are held, ascending."""
         return tuple(sorted(int(path.stem) for path in self._path(client, 0).parent.glob(f"*{_SUFFIX}")))
 
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file, or a second name of another client's that is the very same: base deltas are large."""
+        self._twins = {digest: twin for digest, twin in self._twins.items() if twin != path}  # it has other bytes now
+        digest = hashlib.sha256(data).digest() if len(data) >= _LARGE else b""
+        if digest not in self._twins or not _linked(self._twins[digest], path):
+            write_file(path, data)
+        if digest:
+            self._twins[digest] = path
+
     def _path(self, client: ClientId, version: int) -> Path:
         return self._folder / folder_name(client) / f"{version}{_SUFFIX}"
+
+
+def _linked(twin: Path, path: Path) -> bool:
+    """Whether the path now is another name of the twin; not where that is gone, or no file has second names."""
+    draft = path.with_name(path.name + TEMPORARY)
+    try:
+        draft.unlink(missing_ok=True)
+        os.link(twin, draft)
+        os.replace(draft, path)
+        draft.unlink(missing_ok=True)  # still there where the path was a name of the twin already
+    except OSError:
+        return False
+    return True
 
 
 def folder_name(client: ClientId) -> str:
