@@ -49,6 +49,7 @@ def read_cell(folder: Path) -> Cell | None:
         "validation": score("validation"),
         "test": score("test"),
         "final": score("test", "final"),
+        "test_metrics": manifest["metrics"]["best"].get("test", {}).get("global", {}),
         "best_round": best.get("round"),
         "curve": [
             [line["round"], {who: v[metric] for who, v in line["metrics"]["validation"].items() if metric in v}]

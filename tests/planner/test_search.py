@@ -197,15 +197,24 @@ def test_exact_costs_never_exceed_those_that_were_planned_with(mean: float) -> N
 # --- what a planner should do -------------------------------------------------------------------------------------
 
 
-def test_more_memory_or_speed_never_lowers_the_milps_value() -> None:
-    job = job_of()
-    before = -1.0
-    for factor in (0.5, 1.0, 2.0, 4.0):
-        machine = dataclasses.replace(MACHINE, memory_bytes=int(6e6 * factor), flops_per_s=3e8 * factor)
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("speed", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_more_memory_or_speed_never_lowers_the_milps_value(memory: bool, speed: bool, seed: int) -> None:
+    job, before = job_of(seed=seed), -1.0
+    for factor in (0.5, 1.0, 2.0, 4.0) if memory or speed else (1.0, 1.0):
+        machine = dataclasses.replace(
+            MACHINE,
+            memory_bytes=int(6e6 * (factor if memory else 1.0)),
+            flops_per_s=3e8 * (factor if speed else 1.0),
+        )
         plan = search(job, machine, 200, 10.0, milp.filled)
         value = plan.predicted.value if isinstance(plan, Plan) else 0.0
-        assert value >= before - 0.02  # exact costs are a little below those that were planned with
+        assert (
+            value >= before - 0.021
+        )  # of settings planned alike the larger batch is taken, which may waste a part of one
         before = value
+    assert before > 0
 
 
 def test_bits_never_rise_when_memory_falls() -> None:
