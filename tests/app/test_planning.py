@@ -6,6 +6,7 @@ import dataclasses
 import http.server
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -43,6 +44,15 @@ def test_a_plan_for_six_unequal_machines() -> None:
         assert plan["predicted"]["peak_bytes"] <= plan["usable_bytes"] + 1 and plan["why"]
         assert plan["predicted"]["round_s"] <= told["deadline_s"] * (1 + 1e-9)
     assert json.loads(json.dumps(told)) == told
+
+
+def test_a_plan_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a plan wants to reach somebody")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    assert planning.plan(LLAMA, MACHINES, tokens=512)["plans"]
 
 
 @pytest.mark.parametrize(("bits", "peak"), [("full", 25.1e9), ("int8", 18.6e9), ("nf4dq", 15.5e9)])

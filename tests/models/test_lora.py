@@ -115,6 +115,15 @@ def test_fresh_factors_leave_the_base_alone_and_have_pefts_distribution() -> Non
         assert abs(a.mean().item()) < 4 * bound / math.sqrt(3 * a.numel())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_fresh_factors_change_no_bit_of_the_outputs(family: str, dtype: str) -> None:
+    model = tiny.model(family, Lora(rank=4, targets=tiny.everything(family)), dtype=dtype)
+    params, data = model.init(tiny.place()), tiny.examples(tiny.place(1), 5)
+    head = {name: t for name, t in params.items() if name.startswith("head.")}
+    assert len(head) < len(params) and torch.equal(model.logits(params, data), model.logits(head, data))
+
+
 def test_every_row_gets_its_own_clients_factors() -> None:
     rng = np.random.default_rng(0)
     a, b = torch.from_numpy(rng.normal(size=(3, 2, 5))), torch.from_numpy(rng.normal(size=(3, 4, 2)))
