@@ -225,6 +225,14 @@ def test_collected_cells_tell_what_it_takes_to_a_common_goal():
         "| t | Other | 0.720 | 1 of 1 | 2 | 70 | 4.0 |",
     ]
     assert collect.reaching(cells, "FedAvg", 0.9)[2:] == []
+    read = [
+        cell("LoRA", 0, [9.0, 5.0, 4.5]) | {"metric": "perplexity"},  # the goal is 4.5 / .9
+        cell("Other", 0, [9.0, 5.1, 4.9]) | {"metric": "perplexity"},
+    ]
+    assert collect.reaching(read, "LoRA", 0.9)[2:] == [
+        "| t | LoRA | 5.000 | 1 of 1 | 2 | 50 | 5.0 |",
+        "| t | Other | 5.000 | 1 of 1 | 4 | 90 | 9.0 |",
+    ]
 
 
 def test_difficulty_is_the_same_by_hooks_and_one_by_one(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpeft.core.metrics import rank
+from fedpeft.core.metrics import lower, rank
 
 Cell = dict[str, Any]
 CHOICES = (  # of what a method decided by itself
@@ -158,18 +158,20 @@ def table(cells: Sequence[Cell]) -> list[str]:
 def reaching(cells: Sequence[Cell], label: str, share: float) -> list[str]:
     """A row of Markdown per task and method: what it takes to a common global validation score.
 
-    The goal is a share of the best score of the method that is named, the mean over its seeds, as in `fedpeft compare`.
-    Rounds, MB and simulated seconds, set-up included, are those of the first evaluation that reached it, means over the
-    seeds that did. Only of scores whose higher values are better.
+    The goal is a share of the best score of the method that is named, the mean over its seeds, as in `fedpeft compare`;
+    where less is better, that score divided by the share. Rounds, MB and simulated seconds, set-up included, are those
+    of the first evaluation that reached it, means over the seeds that did.
     """
     head = "| task | method | goal | seeds that reach it | rounds | MB | simulated s |"
     rows = [head, "|---|---|---|---|---|---|---|"]
     for task in sorted({cell["task"] for cell in cells if cell["label"] == label}):
-        best = [max(v["global"] for _, v in cell["curve"]) for cell in _chosen(cells, task, label)]
-        goal = share * statistics.fmean(best)
+        named = _chosen(cells, task, label)
+        less = lower(named[0].get("metric", "accuracy"))
+        best = statistics.fmean((min if less else max)(v["global"] for _, v in cell["curve"]) for cell in named)
+        goal = best / share if less else best * share
         for method in sorted({cell["label"] for cell in cells if cell["task"] == task}):
             own = _chosen(cells, task, method)
-            found = [(cell, at) for cell in own if (at := _first(cell, goal)) is not None]
+            found = [(cell, at) for cell in own if (at := _first(cell, goal, less)) is not None]
             costs = [(at, *_spent(cell, at)) for cell, at in found]
             means = [statistics.fmean(column) for column in zip(*costs, strict=True)]
             told = f"{means[0]:.0f} | {means[1] / 1e6:.0f} | {means[2]:.1f}" if means else "| |"
@@ -177,9 +179,10 @@ def reaching(cells: Sequence[Cell], label: str, share: float) -> list[str]:
     return rows
 
 
-def _first(cell: Cell, goal: float) -> int | None:
+def _first(cell: Cell, goal: float, less: bool) -> int | None:
     """The round of the first evaluation at which the global score is as good as the goal."""
-    return next((number for number, scores in cell["curve"] if scores["global"] >= goal), None)
+    reached = (n for n, scores in cell["curve"] if (scores["global"] <= goal if less else scores["global"] >= goal))
+    return next(reached, None)
 
 
 def _spent(cell: Cell, at: int) -> tuple[float, float]:
@@ -225,8 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Cell]:
     cells = collect(options.studies, before)
     options.out.write_text(json.dumps(cells, indent=1) + "\n")
     print("\n".join([*table(cells), *planned(cells)]))
-    if all(cell.get("metric", "accuracy") == "accuracy" for cell in cells):
-        print("\n".join(reaching(cells, options.goal, options.share)))
+    print("\n".join(reaching(cells, options.goal, options.share)))
     return cells
 
 
