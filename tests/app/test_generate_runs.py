@@ -210,7 +210,14 @@ def test_plain_text_by_speaker(models: Path, tmp_path: Path) -> None:
     values["method"]["cohort"] = 0
     values["task"] = {"train": str(file), "test": str(file), "format": "generate", "generate_rows": 3, "max_length": 32}
     done = app.run(values, out=tmp_path / "run")
-    assert done.metrics["best"]["test"]["global"].keys() == {"perplexity", "loss"}
+    scores = done.metrics["best"]["test"]["global"]
+    assert scores.keys() == {"perplexity", "loss", "bits_per_byte"}
+    fed = build(load_config(done.folder / "config.yaml"))
+    data, tokenizer = fed.whole("test"), fed.base.tokenizer
+    pairs = zip(data.tokens, data.starts, strict=True)
+    written = [tokenizer.decode(own[start:], skip_special_tokens=True).encode() for own, start in pairs]
+    bits = scores["loss"] * (data.lengths - data.starts).sum() / np.log(2)
+    assert scores["bits_per_byte"] == pytest.approx(bits / sum(map(len, written)))
     samples = RunFolder.open(done.folder).samples()
     assert samples[0]["instruction"].startswith("it was a") and len(samples) == 3
     assert app.predict(done.folder, file)[0].keys() == {"text"}

@@ -106,6 +106,21 @@ def test_a_cohort_is_its_clients_one_by_one(family: str, budget: int) -> None:
     assert_close(together(of, fits), alone(model(family), fits), 1e-9)
 
 
+def test_bits_per_byte_do_not_depend_on_how_text_is_cut_into_tokens() -> None:
+    """By hand: every token is as many bytes as its id; the bits of all answers over the bytes of all."""
+    head = tiny_lm.lm_head("llama")
+    data, params = rows(2, 6), adapter(model("llama"))
+    of = tiny_lm.model("llama", GenerateReadout(head, lambda tokens: int(tokens.sum())))
+    assert data.starts is not None
+    answers = [own[start:] for own, start in zip(data.tokens, data.starts, strict=True)]
+    nats = of.losses(params, data, range(6)).double().numpy() @ np.array([len(own) for own in answers])
+    score = of.score(params, data)
+    assert int(score["bytes"]) == sum(int(own.sum()) for own in answers)
+    wanted = nats / np.log(2) / float(score["bytes"])
+    assert metrics_of(score, "perplexity")["bits_per_byte"] == pytest.approx(wanted, rel=1e-6)
+    assert "bits_per_byte" not in metrics_of(model("llama").score(params, data), "perplexity"), "bytes are not known"
+
+
 def test_scores_pool_tokens_and_choices() -> None:
     """Perplexity is exp(all losses / all tokens); the choice of least mean loss is taken; sums add up."""
     of, data, params = model("llama"), rows(2, 6), adapter(model("llama"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from fedpeft.config import RunConfig
 from fedpeft.core.errors import DataError, ModelError
@@ -95,7 +98,13 @@ def _generate(config: RunConfig, base: Base, plain: bool) -> Format:
     end = _end(name, base) if section.end is None else _token(section.end, base)
     longest = min(section.max_length, int(getattr(base.tokenizer, "model_max_length", section.max_length)))
     prompting = Prompting(base.tokenizer, end, longest, section.template, section.choices, plain)
-    return Format(base, section.max_length, GenerateReadout(lm_head), prompting=prompting)
+    readout = GenerateReadout(lm_head, partial(_size, base.tokenizer))
+    return Format(base, section.max_length, readout, prompting=prompting)
+
+
+def _size(tokenizer: Any, tokens: Sequence[int]) -> int:
+    """Bytes of the text that tokens are, in UTF-8; tokens that stand for no text have none."""
+    return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
 
 def _token(text: str, base: Base) -> int:

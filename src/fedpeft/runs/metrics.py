@@ -71,7 +71,7 @@ def _of_labels(score: Score, metric: str) -> dict[str, float]:
 
 
 def _of_text(score: Score, metric: str) -> dict[str, float]:
-    """Mean negative log-likelihood of a token in nats, its exponential, and the accuracy of choices.
+    """Mean negative log-likelihood of a token in nats, its exponential, bits per byte, and the accuracy of choices.
 
     The perplexity is exp(sum of all losses / number of all tokens): rows weigh by their tokens. A loss above 700 nats,
     whose exponential no float holds, gives infinity. `choice_accuracy` is there where rows have choices, or where it
@@ -80,6 +80,8 @@ def _of_text(score: Score, metric: str) -> dict[str, float]:
     check_metric(metric, of="text")
     loss = _ratio(float(score["loss"]), int(score["tokens"]))
     found = {"perplexity": math.exp(loss) if loss < 700 else math.inf, "loss": loss}
+    if size := int(score.get("bytes", 0)):  # comparable between tokenizers
+        found["bits_per_byte"] = float(score["loss"]) / math.log(2) / size
     choices = int(score.get("choices", 0))
     if choices or metric == "choice_accuracy":
         found["choice_accuracy"] = _ratio(int(score.get("hits", 0)), choices)

@@ -8,7 +8,7 @@ offer choices, the one with the least mean loss of its tokens is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,14 +30,16 @@ class GenerateReadout:
 
     Args:
         lm: the head of the base's language model.
+        size: bytes of the text that tokens are, for bits per byte; None: not known.
     """
 
     params: frozenset[str] = frozenset()
     classes = 0
     candidates = 1
 
-    def __init__(self, lm: LmHead) -> None:
+    def __init__(self, lm: LmHead, size: Callable[[NDArray[np.int32]], int] | None = None) -> None:
         self.lm = lm
+        self.size = size or (lambda tokens: 0)
 
     def init(self, rng: Rng) -> dict[str, Tensor]:
         """Nothing."""
@@ -98,10 +100,11 @@ class GenerateReadout:
         )
 
     def outcomes(self, model: Passes, params: Params | None, data: Examples) -> Tensor:
-        """(rows, 4) float64: summed loss of the answer, its tokens, whether there are choices, whether one was hit."""
+        """(rows, 5) float64: summed loss of the answer, its tokens, whether there are choices, whether one was hit, and
+        the bytes of its text, 0 where they are not known."""
         items = [item for row in range(len(data)) for item in self.predicting(0, data, row)]
         losses = model.item_losses(params or {}, items).double()
-        found = torch.zeros(len(data), 4, dtype=torch.float64)
+        found = torch.zeros(len(data), 5, dtype=torch.float64)
         options: dict[int, list[float]] = {}
         for item, loss in zip(items, losses.tolist(), strict=True):
             if item.candidate:
@@ -109,14 +112,15 @@ class GenerateReadout:
             else:
                 tokens = self.weight(item)
                 found[item.row, :2] = torch.tensor([loss * tokens, tokens])
+                found[item.row, 4] = self.size(self._answer(item))
         for row, costs in options.items():
             choices = data.choices[row] if data.choices else None
             assert choices is not None, "only rows with choices have such items"
-            found[row, 2:] = torch.tensor([1.0, float(int(np.argmin(costs)) == choices.right)])
+            found[row, 2:4] = torch.tensor([1.0, float(int(np.argmin(costs)) == choices.right)])
         return found
 
     def sums(self, outcomes: Tensor, data: Examples) -> dict[str, Tensor]:
-        """Summed negative log-likelihood (float64), answer tokens, rows, rows with choices, right choices."""
+        """Summed negative log-likelihood (float64), answer tokens, rows, rows with choices, right choices, bytes."""
         totals = outcomes.sum(dim=0)
         counts = totals.round().long()
         return {
@@ -125,6 +129,7 @@ class GenerateReadout:
             "n": torch.tensor(len(outcomes)),
             "choices": counts[2].clone(),
             "hits": counts[3].clone(),
+            "bytes": counts[4].clone(),
         }
 
     def _start(self, item: Item) -> int:
