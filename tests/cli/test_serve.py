@@ -181,6 +181,18 @@ def test_after_the_grace_the_stream_is_ended_with_an_error(run):
     assert error["code"] == "stopping" and "ask again" in error["message"]
 
 
+def test_who_connects_as_soon_as_the_address_is_told_is_not_refused():
+    import socket
+
+    from fedpeft.proxy.listening import bind, reached
+
+    with bind("127.0.0.1", 0) as sock:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(sock.getsockname(), timeout=5)
+        port = int(reached(sock).rpartition(":")[2])
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -68,7 +68,7 @@ def lending(model: Any = None, limits: Limits | None = None, key: str | None = N
     """The logit server at a free port of this machine: its URL, and its sessions."""
     import uvicorn
 
-    from fedpeft.proxy.listening import address, bind
+    from fedpeft.proxy.listening import bind, reached
 
     sessions = LogitSessions(model or large(), limits or Limits(), **more)
     app = LogitServer(sessions, key).app()
@@ -78,7 +78,7 @@ def lending(model: Any = None, limits: Limits | None = None, key: str | None = N
     thread.start()
     try:
         until(lambda: server.started)
-        yield address(sock), sessions
+        yield reached(sock), sessions
     finally:
         server.should_exit = True
         thread.join(20)

@@ -175,7 +175,7 @@ def serving(
     """An endpoint at a free port of this machine: its URL, and its engine."""
     import uvicorn
 
-    from fedpeft.proxy.listening import address, bind
+    from fedpeft.proxy.listening import bind, reached
 
     made = Engine(**engine) if script is None else Engine(decoding=script, **engine)
     app = make_app(artefact or Artefact(), made, options or Options())
@@ -185,7 +185,7 @@ def serving(
     thread.start()
     try:
         until(lambda: server.started)
-        yield address(sock), made
+        yield reached(sock), made
     finally:
         server.should_exit = True
         thread.join(20)

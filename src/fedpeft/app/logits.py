@@ -54,7 +54,7 @@ def serve_logits(serving: LogitServing, begun: Callable[[str, str], None] = lamb
     from fedpeft.app.holding import key_of
     from fedpeft.proxy.guard import check_host
     from fedpeft.proxy.inprocess import load_inprocess
-    from fedpeft.proxy.listening import address, bind, listen
+    from fedpeft.proxy.listening import bind, listen, reached
     from fedpeft.proxy.logit_server import LogitServer
     from fedpeft.proxy.logit_sessions import LogitSessions
 
@@ -65,7 +65,7 @@ def serve_logits(serving: LogitServing, begun: Callable[[str, str], None] = lamb
     with bind(serving.host, serving.port) as sock:
         model = load_inprocess(serving.model, serving.dtype, serving.device, max_batch=serving.max_batch)
         app = LogitServer(LogitSessions(model, serving.limits), key).app()
-        begun(model.caps.identity, address(sock))
+        begun(model.caps.identity, reached(sock))
         connections = serving.limits.max_sessions + serving.limits.max_waiting + SPARE
         return listen(app, sock, _nothing, _nothing, GRACE_S, connections)
 

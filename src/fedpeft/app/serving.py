@@ -58,7 +58,7 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
     from fedpeft.proxy.desk import Options
     from fedpeft.proxy.engine import PATIENCE_S, Engine
     from fedpeft.proxy.guard import check_host
-    from fedpeft.proxy.listening import address, bind, listen
+    from fedpeft.proxy.listening import bind, listen, reached
     from fedpeft.proxy.serving import make_app
 
     key = key_of(serving.key_env, "--api-key-env")
@@ -79,7 +79,7 @@ def serve(folder: Path | str, serving: Serving, begun: Callable[[str, str], None
         engine = Engine(serving.max_batch, serving.max_queue, drafts, patience_s=patience_s)
         try:
             app = make_app(artefact, engine, options)
-            begun(artefact.name, address(sock))
+            begun(artefact.name, reached(sock))
             connections = 2 * serving.max_batch + serving.max_queue + SPARE  # rows here and elsewhere
             return listen(app, sock, engine.stop, engine.close, GRACE_S, connections)
         finally:

@@ -12,11 +12,12 @@ from typing import Any
 from fedpeft.core.errors import RequestError
 
 IDLE_S = 5  # after which a connection without a request is closed
+BACKLOG = 128  # connections that may wait to be taken
 LAST_S = 5  # beyond the grace, in which streams that were ended must have said so
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises RequestError: the address is taken, or is not this machine's."""
+    """A socket of its own, not yet listening. Raises RequestError: the address is taken, or is not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY where this is said
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -28,8 +29,9 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
-def address(sock: socket.socket) -> str:
-    """Where it is reached, as a URL."""
+def reached(sock: socket.socket) -> str:
+    """Where it is reached from now on, as a URL; who connects before the application runs waits for it."""
+    sock.listen(BACKLOG)
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
